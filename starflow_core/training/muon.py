@@ -1,0 +1,83 @@
+"""Muon for matrices and kernels, Adam for the rest (biases, gains, embeddings)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+# Newton-Schulz coefficients of the quintic iteration (Keller Jordan, 2024): they push every
+# singular value near 1 in five steps, without an SVD.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrix to `matrix` (rows, columns), roughly."""
+    a, b, c = QUINTIC
+    x = matrix.bfloat16() if matrix.numel() > 4096 else matrix.float()
+    wide = x.shape[0] <= x.shape[1]
+    x = x if wide else x.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = a * x + (b * gram + c * gram @ gram) @ x
+    return (x if wide else x.T).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """One optimizer for a whole module: `lr` for matrices, `adam_lr` for everything else.
+
+    A kernel (out, in, ...) counts as the matrix (out, in * ...). `vectors` are matrices that
+    should be treated by Adam all the same (token embeddings).
+    """
+
+    def __init__(self, parameters, lr=0.02, adam_lr=2e-3, momentum=0.95, vectors=()):
+        parameters = [p for p in parameters if p.requires_grad]
+        keep = {id(p) for p in vectors}
+        matrices = [p for p in parameters if _is_matrix(p) and id(p) not in keep]
+        known = {id(p) for p in matrices}
+        rest = [p for p in parameters if id(p) not in known]
+        groups = [
+            {"params": matrices, "lr": lr, "base_lr": lr, "muon": True},
+            {"params": rest, "lr": adam_lr, "base_lr": adam_lr, "muon": False},
+        ]
+        super().__init__([g for g in groups if g["params"]], {"momentum": momentum})
+
+    def set_scale(self, scale: float) -> None:
+        """Scale both learning rates by a schedule's factor."""
+        for group in self.param_groups:
+            group["lr"] = group["base_lr"] * scale
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    update = self._muon if group["muon"] else self._adam
+                    update(parameter, group)
+
+    def _muon(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["momentum"] = torch.zeros_like(parameter)
+        momentum, beta = state["momentum"], group["momentum"]
+        momentum.lerp_(parameter.grad, 1 - beta)
+        look_ahead = parameter.grad.lerp(momentum, beta).flatten(1)
+        update = orthogonalised(look_ahead).view_as(parameter)
+        rows, columns = look_ahead.shape
+        parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+
+    def _adam(self, parameter: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = 0
+            state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        state["step"] += 1
+        state["mean"].lerp_(parameter.grad, 0.1)
+        state["square"].lerp_(parameter.grad.square(), 0.01)
+        mean = state["mean"] / (1 - 0.9 ** state["step"])
+        root = (state["square"] / (1 - 0.99 ** state["step"])).sqrt()
+        parameter.addcdiv_(mean, root + 1e-8, value=-group["lr"])
+
+
+def _is_matrix(parameter: Tensor) -> bool:
+    return parameter.ndim >= 2 and parameter.shape[0] > 1 and parameter[0].numel() > 1
