@@ -1,0 +1,35 @@
+"""What a caller sees of a running job: progress, a way to cancel, statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from .errors import Cancelled
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a job stands. `step` of `total` in this phase; `settled` counts a solver's tokens of
+    `tokens`; `residual` is the largest relative squared change of the last sweep."""
+
+    phase: str
+    step: int
+    total: int
+    settled: int = 0
+    tokens: int = 0
+    residual: float = 0.0
+
+
+@dataclass(frozen=True)
+class Control:
+    """`progress` is told of every sweep and frame; `cancelled` is asked at least as often."""
+
+    progress: Callable[[Progress], None] = lambda progress: None
+    cancelled: Callable[[], bool] = lambda: False
+
+    def report(self, progress: Progress) -> None:
+        """Raises Cancelled if the caller wants to stop."""
+        if self.cancelled():
+            raise Cancelled("cancelled")
+        self.progress(progress)

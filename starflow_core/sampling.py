@@ -1,0 +1,166 @@
+"""From noise to latents in flow space: windows of the deep block, then the shallow blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .control import Control, Progress
+from .errors import InputError, NonFiniteError
+from .flow import BlockRun, DeepRun, Flow, Grid, require_finite
+from .solvers import PRESETS, Sequence, SolverSettings, Statistics, absorb, solve_frames, solve_span, solve_tokens
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Latents (B, T, C, H, W) in flow space, and what the solvers did."""
+
+    latents: Tensor
+    statistics: Statistics
+
+
+class Sampler:
+    """One sampling job.
+
+    noise (B, T, C, H, W), text and uncond (B, L, D); uncond may be None or one row, and is not used
+    with guidance 0. `context` holds the first latent frames, noise included; they come back as they
+    are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
+    when it is full, the last `keep` of them stay and it goes on.
+    """
+
+    def __init__(
+        self,
+        flow: Flow,
+        noise: Tensor,
+        text: Tensor,
+        uncond: Tensor | None = None,
+        *,
+        guidance: float = 0.0,
+        context: Tensor | None = None,
+        window: int | None = None,
+        keep: int | None = None,
+        settings: SolverSettings = PRESETS["balanced"],
+        control: Control | None = None,
+    ):
+        config = flow.config
+        self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
+        self.context, self.settings, self.control = context, settings, control or Control()
+        self.grid = flow.grid(noise)
+        self.frames = noise.shape[1]
+        self.window = min(window or config.window or 1, self.frames)
+        self.keep = keep if keep is not None else round(16 * (window or config.window or 1) / 21)
+        self.statistics = Statistics()
+        self._check()
+
+    def _check(self) -> None:
+        given = 0 if self.context is None else self.context.shape[1]
+        if given > self.window:
+            raise InputError(f"a context of {given} latent frames is longer than the window of {self.window}")
+        if given >= self.frames:
+            raise InputError(f"a context of {given} latent frames leaves nothing to sample in {self.frames}")
+        if self.frames > self.window:
+            if self.flow.config.kind == "image":
+                raise InputError("an image model samples one frame")
+            if not 1 <= self.keep < self.window:
+                raise InputError(f"keep is {self.keep}; expected 1 to {self.window - 1} for a window of {self.window}")
+        if self.guidance and self.uncond is None:
+            raise InputError("guidance needs the unconditional text; give it, or guidance 0")
+        if not torch.isfinite(self.noise).all():
+            raise NonFiniteError("NaN or infinity in the given noise")
+
+    def sample(self) -> Sample:
+        """All frames at once: shallow blocks take them as one batch."""
+        deep = [tokens for _, tokens in self._deep()]
+        return Sample(self._finish(torch.cat(deep, 1)), self.statistics)
+
+    def stream(self) -> Iterator[Tensor]:
+        """Latents (B, n, C, H, W), given frames first, each frame as soon as it is settled."""
+        given = 0 if self.context is None else self.context.shape[1]
+        for first, tokens in self._deep():
+            if first >= given:
+                yield self._shallow(tokens)
+            elif first + tokens.shape[1] >= given:
+                yield self.context.float()
+
+    def _finish(self, tokens: Tensor) -> Tensor:
+        given = 0 if self.context is None else self.context.shape[1]
+        sampled = self._shallow(tokens[:, given:])
+        return torch.cat((self.context.float(), sampled), 1) if given else sampled
+
+    def _deep(self) -> Iterator[tuple[int, Tensor]]:
+        """The deep block's frames, tokens (B, n, N, c) in row-major order, with the first's index."""
+        flow, block = self.flow, self.flow.deep
+        z = block.ordered(flow.tokens(self.noise))
+        run = DeepRun(flow, self.grid.with_frames(self.window), self.text, self.uncond, self.guidance)
+        known = z[:, :0]
+        if self.context is not None:
+            known = block.ordered(flow.encode_shallow(self.context)[0])
+            for i in range(known.shape[1]):
+                yield i, block.ordered(known[:, i : i + 1])
+        first = 0  # absolute index of the window's first frame
+        while first + known.shape[1] < self.frames:
+            stop = min(first + self.window, self.frames)
+            window = torch.cat((known, z[:, first + known.shape[1] : stop]), 1)
+            for frame, tokens in self._window(run, window, known.shape[1], first):
+                yield frame, block.ordered(tokens)
+            known = self.solved[:, -self.keep :]
+            first = stop - known.shape[1]
+
+    def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[tuple[int, Tensor]]:
+        """Solve the frames after the first `known` of z (B, W, N, c); known ones are tokens."""
+        per_frame = self.grid.frame_tokens
+        sequence = Sequence(z.flatten(1, 2), per_frame, self.grid.width, known * per_frame)
+        absorb(run, sequence)
+        done = known
+        for settled, residual in self._solver(run, sequence):
+            self._report("deep", first * per_frame + settled, self.frames * per_frame, residual)
+            while done < settled // per_frame:
+                done += 1
+                yield first + done - 1, sequence.x[:, None, (done - 1) * per_frame : done * per_frame].clone()
+        self.solved = sequence.x.unflatten(1, (-1, per_frame))
+
+    def _solver(self, run: BlockRun, sequence: Sequence) -> Iterator[tuple[int, float]]:
+        if self.settings.method == "jacobi":
+            yield from solve_span(run, sequence, self.settings, self.statistics)
+            return
+        for settled in solve_tokens(run, sequence):
+            self.statistics.deep_sweeps += 1
+            self.statistics.deep_evaluations += 1
+            yield settled, 0.0
+
+    def _shallow(self, tokens: Tensor) -> Tensor:
+        """Invert the shallow blocks of frames (B, n, N, c); gives latents (B, n, C, H, W)."""
+        frames = tokens.shape[1]
+        for block in reversed(self.flow.shallow):
+            z = block.ordered(tokens).flatten(0, 1)
+            x = self._shallow_block(block, z)
+            tokens = block.ordered(x.unflatten(0, (-1, frames)))
+            require_finite(tokens, f"block {block.index}", self.grid)
+        return self.flow.latents(tokens, self.grid)
+
+    def _shallow_block(self, block, z: Tensor) -> Tensor:
+        rotary = self.flow.frame_rotary(self.grid, z.device)
+        if self.settings.method == "jacobi":
+            total = len(self.flow.shallow)
+            return solve_frames(
+                lambda tokens: self.flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
+                lambda done, residual: self._report("shallow", total - block.index, total, residual),
+            )  # fmt: skip
+        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width)
+        run = BlockRun(self.flow, block, rotary, len(z))
+        for settled in solve_tokens(run, sequence):
+            self.statistics.shallow_sweeps += 1
+            self.statistics.shallow_evaluations += len(z)
+            self._report("shallow", settled, z.shape[1], 0.0)
+        return sequence.x
+
+    def _report(self, phase: str, step: int, total: int, residual: float) -> None:
+        self.control.report(Progress(phase, step, total, step, total, residual))
+
+
+def sample(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None = None, **options) -> Sample:
+    """Sample latents from noise; options as in `Sampler`."""
+    return Sampler(flow, noise, text, uncond, **options).sample()

@@ -1,0 +1,98 @@
+"""The transformer layer that all blocks and the denoiser share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .rope import Rotary
+
+# (queries, keys, values), each (rows, heads, slots, head_dim) -> (rows, heads, slots, head_dim)
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Attention(nn.Module):
+    def __init__(self, width: int, head_dim: int, operations, **factory):
+        super().__init__()
+        self.head_dim = head_dim
+        self.norm = operations.LayerNorm(width, eps=1e-5, **factory)
+        self.qkv = operations.Linear(width, 3 * width, **factory)
+        self.proj = operations.Linear(width, width, **factory)
+
+    def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
+        """Rotated queries and keys, and values: each (rows, heads, slots, head_dim)."""
+        qkv = self.qkv(self.norm(hidden)).unflatten(-1, (3, -1, self.head_dim))
+        queries, keys, values = qkv.permute(2, 0, 3, 1, 4)
+        return rotary.rotate(queries), rotary.rotate(keys), values
+
+    def output(self, attended: Tensor) -> Tensor:
+        return self.proj(attended.transpose(1, 2).flatten(2))
+
+
+class MLP(nn.Module):
+    def __init__(self, width: int, operations, **factory):
+        super().__init__()
+        self.norm = operations.LayerNorm(width, eps=1e-5, **factory)
+        self.main = nn.Sequential(
+            operations.Linear(width, 4 * width, **factory), nn.GELU(), operations.Linear(4 * width, width, **factory)
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return self.main(self.norm(hidden))
+
+
+class Layer(nn.Module):
+    """x + Attention(LN x), then x + MLP(LN x). Hidden states are (rows, slots, width)."""
+
+    def __init__(self, width: int, head_dim: int, operations, **factory):
+        super().__init__()
+        self.attention = Attention(width, head_dim, operations, **factory)
+        self.mlp = MLP(width, operations, **factory)
+
+    def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
+        return self.update(hidden, attend(*self.attention.project(hidden, rotary)))
+
+    def update(self, hidden: Tensor, attended: Tensor) -> Tensor:
+        """The layer's output where attention has been computed outside."""
+        hidden = hidden + self.attention.output(attended)
+        return hidden + self.mlp(hidden)
+
+
+class FinalNorm(nn.Module):
+    """RMSNorm with gain 1 + weight, computed in float32, given back in the input's type."""
+
+    def __init__(self, width: int, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(width, **factory))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.float()
+        # A bare parameter isn't moved when the host loads a model in part.
+        gain = 1 + self.weight.to(x)
+        return (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * gain).to(hidden.dtype)
+
+
+def causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
+    """Attention of a whole sequence, each slot to itself and what is before it."""
+    return scaled_dot_product_attention(queries, keys, values, is_causal=True)
+
+
+def causal_tail(slots: int, length: int, device: torch.device) -> Attend:
+    """Attention of the last `slots` of a sequence of `length`; made once for all layers.
+
+    A dense mask is only built where a back end has no causal attention aligned to the end.
+    """
+    if slots == length:
+        return causal
+    if slots == 1:
+        return scaled_dot_product_attention
+    if device.type == "cuda":
+        from torch.nn.attention.bias import causal_lower_right
+
+        mask = causal_lower_right(slots, length)
+    else:
+        mask = torch.ones(slots, length, dtype=torch.bool, device=device).tril(length - slots)
+    return lambda queries, keys, values: scaled_dot_product_attention(queries, keys, values, attn_mask=mask)
