@@ -26,8 +26,9 @@ class Stage:
     batch: int
 
 
-# Stills teach the shapes, short clips the motion; one learning-rate schedule spans all stages.
-STAGES = (Stage(700, 1, 16), Stage(800, 5, 8), Stage(1300, 9, 8))
+# Stills teach the shapes, short clips the motion, long ones that nothing may lean on the clip's
+# start, which streams far out of sight; one learning-rate schedule spans all stages.
+STAGES = (Stage(700, 1, 16), Stage(800, 5, 8), Stage(800, 9, 4), Stage(200, 17, 2), Stage(600, 33, 2))
 CONFIG = {
     "base_dim": 12,
     "decoder_base_dim": 16,
@@ -99,7 +100,7 @@ def train(loop: Loop):
         stage = stages[index]
         return loss(vae, draw(rng, stage.frames, stage.batch).to(loop.device), generator)
 
-    averaged = loop.run("vae", vae, optimizer, step, len(stages))
+    averaged = loop.run("vae", vae, optimizer, step, len(stages), decay=0.995)
     return with_statistics(averaged)
 
 

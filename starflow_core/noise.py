@@ -1,0 +1,27 @@
+"""Noise that means the same on every device: drawn on the CPU, per batch element, frame by frame."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+VERSION = 1  # of the scheme below; kept in file metadata, so that a seed can be understood later
+CONTEXT_STREAM = 0x9E3779B97F4A7C15  # moves a seed to its second stream, for noise on given frames
+
+
+def draw(seed: int, batch: int, frames: int, shape: tuple[int, int, int]) -> Tensor:
+    """N(0, 1) of shape (batch, frames, C, H, W), float32, on the CPU.
+
+    Element i has a generator of its own, seeded seed + i, that draws latent frames in order: a
+    longer clip keeps its first frames' noise, a larger batch keeps each element's.
+    """
+    elements = []
+    for index in range(batch):
+        generator = torch.Generator().manual_seed((seed + index) % 2**64)
+        elements.append(torch.stack([torch.randn(shape, generator=generator) for _ in range(frames)]))
+    return torch.stack(elements)
+
+
+def draw_context(seed: int, batch: int, frames: int, shape: tuple[int, int, int]) -> Tensor:
+    """Noise for given frames: as `draw`, from the seed's second stream."""
+    return draw((seed ^ CONTEXT_STREAM) % 2**64, batch, frames, shape)

@@ -1,0 +1,304 @@
+"""Prompts: the wrapping that a model was trained with, and the T5 encoder that reads it."""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .checkpoint import DTYPES, Checkpoint
+from .config import TASK_PREFIX, TASKS, FlowConfig
+from .errors import CheckpointError, InputError, NonFiniteError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import T5Config
+
+T5_CONFIG_KEY = "starflow_t5_config"  # metadata of a single file: T5Config's arguments as JSON
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+PAD, EOS = "<pad>", "</s>"
+EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
+FIRST_BLOCK = "encoder.block.0.layer."
+EXPECTED = "expected the encoder of flan-t5-xl or another T5"
+# T5 pads its embedding to a round number of rows; beyond this it is another model's tokenizer.
+MOST_SPARE_ROWS = 1024
+
+
+def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str = "text") -> str:
+    """The text that a model reads for a caption; the empty caption is the unconditional text.
+
+    `fps` 0 is a still; `aspect` is a ratio such as "16:9". Image models take the caption as it is,
+    with its task's prefix. Raises InputError for an unknown task.
+    """
+    if task not in TASKS:
+        raise InputError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
+    text = TASK_PREFIX.get(task, "") + caption if caption else ""
+    if config.prompt.fps:
+        text = f"A video with {fps:g} fps:\n{text}\n" if fps else f"An image:\n{text}\n"
+    if config.prompt.noise_level:
+        text = f"Noise Level {int(config.noise_std * 1000)}:\n{text}"
+    if config.prompt.aspect:
+        text = f"{text}\n in a {aspect} aspect ratio.\n"
+    return text
+
+
+@dataclass(frozen=True)
+class EncodedText:
+    """`embeddings` (B, tokens, dim), zero behind a text's end; `cut`: of each text what did not fit."""
+
+    embeddings: Tensor
+    cut: list[str]
+
+
+class TextEncoder:
+    """A `T5EncoderModel` and its tokenizer. Dropping the object frees it."""
+
+    def __init__(self, model: nn.Module, tokenizer: Tokenizer):
+        self.model, self.tokenizer = model, tokenizer
+
+    @property
+    def dim(self) -> int:
+        """Channels of an embedding."""
+        return self.model.shared.weight.shape[1]
+
+    def encode(self, texts: list[str], tokens: int) -> EncodedText:
+        """Embeddings of wrapped prompts in the encoder's type; "" is a valid text, the unconditional one.
+
+        Raises InputError without texts, NonFiniteError where the encoder overflows.
+        """
+        # The embeddings outlive the caller's inference mode: a score step differentiates through them.
+        with torch.inference_mode(False), torch.no_grad():
+            encoded = self.embed(texts, tokens)
+            self._check_finite(encoded.embeddings)
+        return encoded
+
+    def embed(self, texts: list[str], tokens: int) -> EncodedText:
+        """As `encode`, but with gradients and unchecked, for training."""
+        ids, mask, cut = self.tokenize(texts, tokens)
+        hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        return EncodedText(F.pad(hidden, (0, 0, 0, tokens - ids.shape[1])), cut)
+
+    def tokenize(self, texts: list[str], tokens: int) -> tuple[Tensor, Tensor, list[str]]:
+        """Token ids and mask, both (B, n) with n <= tokens that of the longest text, and what was cut."""
+        if not texts:
+            raise InputError("no prompt to encode; the empty prompt is a text of length 0")
+        eos, pad = (self.tokenizer.token_to_id(name) for name in (EOS, PAD))
+        rows, cut = [], []
+        for text in texts:
+            encoding = self.tokenizer.encode(text, add_special_tokens=False)
+            rows.append([*encoding.ids[: tokens - 1], eos])
+            rest = encoding.offsets[tokens - 1 :]
+            cut.append(text[rest[0][0] :].strip() if rest else "")
+        length = max(map(len, rows))
+        ids = torch.tensor([row + [pad] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        device = self.model.shared.weight.device
+        return ids.to(device), mask.to(device), cut
+
+    def _check_finite(self, embeddings: Tensor) -> None:
+        bad = (~embeddings.isfinite()).any(-1).nonzero()
+        if not len(bad):
+            return
+        text, token = (int(i) + 1 for i in bad[0])
+        if self.model.shared.weight.dtype == torch.float16:
+            remedy = "T5 overflows in float16: load it in bfloat16 or float32"
+        else:
+            remedy = "its weights are damaged: get its file again"
+        raise NonFiniteError(f"the text encoder gave NaN or infinity in prompt {text}, token {token}; {remedy}")
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """A T5 encoder from a transformers folder (or one with `text_encoder/` and `tokenizer/`) or a single file.
+
+    The decoder of a full T5 is skipped. `tokenizer` is a folder with tokenizer.json or spiece.model,
+    by default the weights' own or a folder `tokenizer` in or beside it. `dtype` None keeps the file's
+    type. Nothing is downloaded. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "text_encoder").is_dir():
+        path = path / "text_encoder"
+    checkpoint = Checkpoint.open(path)
+    names = _encoder_names(checkpoint)
+    config = _find_config(path, checkpoint, names)
+    folder = _find_tokenizer(path if path.is_dir() else path.parent, tokenizer)
+    loaded_tokenizer = load_tokenizer(folder)
+    spare = checkpoint.shapes[names[EMBEDDING]][0] - loaded_tokenizer.get_vocab_size()
+    if not 0 <= spare <= MOST_SPARE_ROWS:
+        raise CheckpointError(
+            f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {checkpoint.path.name} "
+            f"{checkpoint.shapes[names[EMBEDDING]][0]}: give the tokenizer that belongs to it"
+        )
+    return TextEncoder(_load_model(checkpoint, names, config, dtype, device), loaded_tokenizer)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """T5's tokenizer from tokenizer.json or, where there is none, spiece.model.
+
+    Raises CheckpointError if it can't be read, or isn't a T5's.
+    """
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = _read_tokenizer(file) if file.is_file() else _convert_spiece(file.with_name("spiece.model"))
+    missing = [name for name in (PAD, EOS) if tokenizer.token_to_id(name) is None]
+    if missing:
+        raise CheckpointError(f"the tokenizer in {folder} is not a T5's: it has no {', '.join(missing)}")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def check_fits(encoder: TextEncoder, config: FlowConfig) -> None:
+    """Raise InputError unless the model reads embeddings of the encoder's width."""
+    if encoder.dim == config.text_dim:
+        return
+    wanted = "flan-t5-xl" if config.text_dim == 2048 else "the text encoder that came with it (others: flan-t5-xl)"
+    raise InputError(
+        f"the text encoder gives {encoder.dim} channels, {config.name} reads {config.text_dim}: use {wanted}"
+    )
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise CheckpointError(f"{file} is not a readable tokenizer ({error}); get it again") from error
+
+
+def _convert_spiece(file: Path) -> Tokenizer:
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # noqa: F401
+        from transformers import T5TokenizerFast
+
+        return T5TokenizerFast.from_pretrained(file.parent, local_files_only=True).backend_tokenizer
+    except Exception as error:  # as many kinds as packages take part
+        raise CheckpointError(
+            f"{file} could not be converted, it is damaged or the packages sentencepiece and protobuf are missing; "
+            "put the tokenizer.json of the same model beside it"
+        ) from error
+
+
+def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
+    places = [folder, folder / "tokenizer", folder.parent / "tokenizer"] if given is None else [Path(given)]
+    for place in places:
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return place
+    raise CheckpointError(
+        f"no {' or '.join(TOKENIZER_FILES)} in {', '.join(map(str, places))}: put the tokenizer.json of the "
+        "encoder (google/flan-t5-xl has one) beside its weights, or give its folder"
+    )
+
+
+def _encoder_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """The file's names by T5EncoderModel's, once they look like a T5's and are of a readable type."""
+    names = {
+        EMBEDDING if name == EMBEDDING_ALIAS else name: name
+        for name in checkpoint.shapes
+        if not name.startswith(("decoder.", "lm_head."))
+    }
+    if EMBEDDING not in names or not any(name.startswith(FIRST_BLOCK) for name in names):
+        found = ", ".join(list(names)[:3]) or "no encoder"
+        raise CheckpointError(f"{checkpoint.path.name} is not a T5 text encoder: {EXPECTED}, found {found}")
+    for name in names.values():
+        if checkpoint.dtypes[name] not in DTYPES.values():
+            raise CheckpointError(
+                f"{checkpoint.path.name} is quantised ({name} is {checkpoint.dtypes[name] or 'of an unknown type'}); "
+                "use a text encoder in bf16, fp16 or fp32"
+            )
+    return names
+
+
+def _find_config(path: Path, checkpoint: Checkpoint, names: dict[str, str]) -> T5Config:
+    """The configuration from the file's metadata, the folder's config.json, or the shapes."""
+    from transformers import T5Config
+
+    file = path / "config.json"
+    if T5_CONFIG_KEY in checkpoint.metadata:
+        where, text = checkpoint.path.name, checkpoint.metadata[T5_CONFIG_KEY]
+    elif file.is_file():
+        where, text = str(file), file.read_text(encoding="utf-8")
+    else:
+        return T5Config(**_config_from_shapes({name: checkpoint.shapes[source] for name, source in names.items()}))
+    try:
+        values = json.loads(text)
+        kind = values.get("model_type", "t5")
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"the text encoder's configuration in {where} is not readable; get it again") from None
+    if kind != "t5":
+        raise CheckpointError(f"{where} describes a {kind} model: {EXPECTED}")
+    try:
+        return T5Config(**values)
+    except Exception as error:  # transformers 5 has error classes of its own
+        raise CheckpointError(f"the text encoder's configuration in {where} is wrong: {error}") from error
+
+
+def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    try:
+        vocabulary, width = shapes[EMBEDDING]
+        buckets, heads = shapes[FIRST_BLOCK + "0.SelfAttention.relative_attention_bias.weight"]
+        inner, _ = shapes[FIRST_BLOCK + "0.SelfAttention.q.weight"]
+        _, hidden = shapes[FIRST_BLOCK + "1.DenseReluDense.wo.weight"]
+        head_dim = inner // heads
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise CheckpointError(f"the text encoder's weights are incomplete or not a T5's: {EXPECTED}") from None
+    blocks = (re.match(r"encoder\.block\.(\d{1,4})\.", name) for name in shapes)
+    gated = FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": head_dim,
+        "d_ff": hidden,
+        "num_layers": 1 + max(int(block[1]) for block in blocks if block),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }
+
+
+def _load_model(
+    checkpoint: Checkpoint, names: dict[str, str], config: T5Config, dtype: torch.dtype | None, device
+) -> nn.Module:
+    from transformers import T5EncoderModel
+
+    # Weights outlive the caller's inference mode: training may go on from them.
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            model = T5EncoderModel(config)
+        model.set_input_embeddings(model.shared)  # one parameter, also where transformers ties two later
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name != EMBEDDING_ALIAS}
+        _check_names(checkpoint, names, expected)
+        weights = {}
+        for name in expected:
+            weight = checkpoint.tensor(names[name])
+            weights[name] = weight.to(device=device, dtype=_weight_dtype(name, dtype or weight.dtype))
+        weights[EMBEDDING_ALIAS] = weights[EMBEDDING]
+        model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    # T5 leaves float16's range in this layer; transformers keeps it in float32 too.
+    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+
+
+def _check_names(checkpoint: Checkpoint, names: dict[str, str], expected: dict[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in names],
+        "unexpected": [name for name in names if name not in expected],
+        "wrongly shaped": [n for n in expected if n in names and checkpoint.shapes[names[n]] != expected[n]],
+    }
+    parts = [f"{len(found)} {problem} ({', '.join(found[:3])})" for problem, found in problems.items() if found]
+    if parts:
+        raise CheckpointError(f"{checkpoint.path.name} is not a whole T5 encoder: {'; '.join(parts)}; {EXPECTED}")

@@ -1,0 +1,79 @@
+"""A bank of encoded clips, made once: what the flow learns from."""
+
+from __future__ import annotations
+
+import os
+import random
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import clips
+from .loop import Loop
+
+ASPECTS = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}
+FRAMES = 41  # 11 latent frames: a whole training window, also without the first
+EDIT_FRAMES = 17  # 5 latent frames, so that source and target fit the window together
+LAST_FRAME = 32  # the frame that stands for the end of a 33-frame clip
+SHARES = {"1:1": 2000, "16:9": 300, "9:16": 300}
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Bank:
+    """Clips of one aspect ratio as VAE latents, float32.
+
+    `clips` (n, C, 11, h, w), `edits` (n, C, 5, h, w) the same scene recoloured, `lasts` (n, C, 1, h, w)
+    the encoding of frame 32 alone.
+    """
+
+    aspect: str
+    scenes: list[clips.Scene]
+    colours: list[str]
+    clips: Tensor
+    edits: Tensor
+    lasts: Tensor
+
+
+@torch.no_grad()
+def make(vae, loop: Loop) -> list[Bank]:
+    """Encode all clips, or read those that an earlier run has encoded."""
+    return [_load(_bank_file(vae, loop, aspect, loop.scaled(count))) for aspect, count in SHARES.items()]
+
+
+def _bank_file(vae, loop: Loop, aspect: str, count: int) -> Path:
+    path = Path(loop.folder) / f"bank-{aspect.replace(':', '-')}.pt"
+    if path.exists():
+        return path
+    rng = random.Random(f"bank:{loop.seed}:{aspect}")
+    height, width = ASPECTS[aspect]
+    scenes = [clips.random_scene(rng, height, width) for _ in range(count)]
+    colours = [rng.choice([c for c in clips.COLOURS if c != s.colour]) for s in scenes]
+    parts = {"clips": [], "edits": [], "lasts": []}
+    for i in range(0, count, BATCH):
+        pixels = clips.render(scenes[i : i + BATCH], FRAMES, height, width)
+        recoloured = [s.recoloured(c) for s, c in zip(scenes[i : i + BATCH], colours[i : i + BATCH], strict=True)]
+        parts["clips"].append(_encode(vae, pixels, loop))
+        parts["edits"].append(_encode(vae, clips.render(recoloured, EDIT_FRAMES, height, width), loop))
+        parts["lasts"].append(_encode(vae, pixels[:, :, LAST_FRAME : LAST_FRAME + 1], loop))
+        if i % (BATCH * 25) == 0:
+            loop.log(f"bank {aspect} {i}/{count}")
+    state = {"aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours}
+    state |= {name: torch.cat(items) for name, items in parts.items()}
+    part = path.with_suffix(".part")
+    torch.save(state, part)
+    os.replace(part, path)
+    return path
+
+
+def _encode(vae, pixels: Tensor, loop: Loop) -> Tensor:
+    with torch.autocast(loop.device.type, loop.dtype, enabled=loop.dtype != torch.float32):
+        return vae.encode(pixels.to(loop.device)).latent_dist.mean.float().cpu()
+
+
+def _load(path: Path) -> Bank:
+    state = torch.load(path, weights_only=True)
+    state["scenes"] = [clips.Scene(**s) for s in state["scenes"]]
+    return Bank(**state)
