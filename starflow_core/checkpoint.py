@@ -423,7 +423,11 @@ def _open_pickle(path: Path) -> Checkpoint:
         tensors = {str(name): Mapped(value) for name, value in content.items() if isinstance(value, Tensor)}
         if tensors:
             return Checkpoint(path, [path], tensors, {})
-    kind = f"a dictionary of {', '.join(map(str, list(content)[:5]))}" if isinstance(content, dict) else type(content)
+    kind = (
+        f"a dictionary of {', '.join(map(str, list(content)[:5]))}"
+        if isinstance(content, dict)
+        else f"a {type(content).__name__}"
+    )
     raise CheckpointError(f"{path.name} holds no state_dict of tensors, but {kind}; save its state_dict alone")
 
 
@@ -583,7 +587,7 @@ def _comparison(differences: dict[str, tuple[Any, Any]]) -> str:
 
 
 def _value(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, tuple) else "missing" if value is None else str(value)
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
 
 
 # Reading, casting, writing

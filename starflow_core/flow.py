@@ -201,6 +201,7 @@ class Flow(nn.Module):
         grid = self.grid(latents)
         rotary = self.frame_rotary(grid, latents.device)
         tokens, logdets = self.tokens(latents), []
+        require_finite(tokens, "the given latents", grid)
         for block in self.shallow:
             x = block.ordered(tokens).flatten(0, 1)
             a, b = self.shallow_affine(block, x, rotary)
@@ -218,7 +219,6 @@ class Flow(nn.Module):
             encoding = self.encode(latents.unsqueeze(1), text)
             return Encoding(encoding.noise.squeeze(1), encoding.logdets)
         grid, block = self.grid(latents), self.deep
-        require_finite(self.tokens(latents), "the given latents", grid)
         tokens, logdets = self.encode_shallow(latents)
         x = block.ordered(tokens).flatten(1, 2)
         a, b = self.deep_affine(x, text, grid)

@@ -306,7 +306,7 @@ class _Target:
 
 def _target(path: str | os.PathLike) -> _Target:
     text, path = os.fspath(path), Path(os.path.abspath(path))
-    if text.endswith(("/", os.sep)) or path.is_dir() or not (path.suffix or path.exists()):
+    if text.endswith(("/", os.sep)) or os.path.isdir(path) or not (path.suffix or os.path.exists(path)):
         return _Target(path, ".png", "%05d.png")
     suffix = path.suffix.lower()
     if len(_NUMBER.findall(path.name)) == 1 and suffix in STILLS:
@@ -435,7 +435,7 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
     try:
         with suppress(FileNotFoundError):
             os.lstat(_part_of(target.path))  # refuses names that are too long
-        folder = next(parent for parent in target.path.parents if parent.exists())
+        folder = next(parent for parent in target.path.parents if os.path.exists(parent))
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written ({_reason(error)}); choose another folder or name") from None
@@ -758,14 +758,16 @@ def _save_picture(frame: np.ndarray, job: _Job, path: Path, metadata: dict[str, 
     from PIL import Image, PngImagePlugin
 
     picture = Image.fromarray(frame)
+    file = io.BytesIO()  # written from here, as Pillow's own writing does not notice a disk that fills up
     if job.target.suffix == ".png":
         text = PngImagePlugin.PngInfo()
         for key, value in _tags(metadata).items():
             text.add_text(key, value)
-        picture.save(path, format="PNG", pnginfo=text)
+        picture.save(file, format="PNG", pnginfo=text)
     else:
         kind = "WEBP" if job.target.suffix == ".webp" else "JPEG"
-        picture.save(path, format=kind, quality=job.quality, subsampling=0, exif=_exif(metadata))
+        picture.save(file, format=kind, quality=job.quality, subsampling=0, exif=_exif(metadata))
+    path.write_bytes(file.getvalue())
 
 
 def _durations(rate: Fraction, steps: int) -> Iterator[int]:

@@ -15,13 +15,17 @@ def draw(seed: int, batch: int, frames: int, shape: tuple[int, int, int]) -> Ten
     Element i has a generator of its own, seeded seed + i, that draws latent frames in order: a
     longer clip keeps its first frames' noise, a larger batch keeps each element's.
     """
-    elements = []
-    for index in range(batch):
-        generator = torch.Generator().manual_seed((seed + index) % 2**64)
-        elements.append(torch.stack([torch.randn(shape, generator=generator) for _ in range(frames)]))
-    return torch.stack(elements)
+    return _draw([seed + index for index in range(batch)], frames, shape)
 
 
 def draw_context(seed: int, batch: int, frames: int, shape: tuple[int, int, int]) -> Tensor:
-    """Noise for given frames: as `draw`, from the seed's second stream."""
-    return draw((seed ^ CONTEXT_STREAM) % 2**64, batch, frames, shape)
+    """Noise for given frames: as `draw`, from the second stream of each element's seed."""
+    return _draw([(seed + index) ^ CONTEXT_STREAM for index in range(batch)], frames, shape)
+
+
+def _draw(seeds: list[int], frames: int, shape: tuple[int, int, int]) -> Tensor:
+    elements = []
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed % 2**64)
+        elements.append(torch.stack([torch.randn(shape, generator=generator) for _ in range(frames)]))
+    return torch.stack(elements)

@@ -97,11 +97,11 @@ def test_a_diagonal_has_no_direction():
     assert look(diagonal).direction is None
 
 
-@pytest.mark.parametrize("colour", ["red", "pink"])  # on grey, pink stands out less than the blue beside it
+@pytest.mark.parametrize("colour", ["blue", "pink"])  # on white, pink stands out less than half as much as red
 def test_two_shapes_are_not_connected(colour):
-    blue = Scene("circle", "blue", "grey", "right", x=24, y=24, radius=17, speed=1.0)
-    both = worn(beside(blue, replace(blue, colour=colour, radius=15)))
-    assert not verdict(look(both), blue)["connected"]
+    red = Scene("circle", "red", "white", "right", x=24, y=24, radius=17, speed=1.0)
+    both = worn(beside(red, replace(red, colour=colour, radius=15)))
+    assert not verdict(look(both), red)["connected"]
 
 
 def test_a_shape_split_by_a_gap_is_not_connected():

@@ -153,7 +153,7 @@ def test_odd_sizes(tmp_path):
         write_video(tmp_path / f"a{suffix}", frames, 16)
         pixels = read_video(tmp_path / f"a{suffix}").pixels
         assert pixels.shape[-2:] == size
-        assert levels(pixels, frames[:, :, :1, :1]) <= tolerance(suffix)
+        assert levels(pixels, frames[:, :, :1, :1]) <= tolerance(f"a{suffix}")
 
 
 def test_values_beyond_the_range_are_clipped(tmp_path):
@@ -443,7 +443,7 @@ def test_unreadable_files(tmp_path, read, name, capfd):
 
 
 @pytest.mark.parametrize("name", ["a.mp4", "a.webm", "a.webp", "a.png", "a.jpg"])
-@pytest.mark.parametrize("part", [0.02, 0.3, 0.9, 0.995])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.9, 0.97])
 def test_truncated_files(tmp_path, name, part, capfd):
     path = tmp_path / name
     write_video(path, noise(1 if name[2:] in ("png", "jpg") else 20, 64, 64, cell=2), 16)

@@ -1,0 +1,112 @@
+"""How much memory a job takes, said before it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from .cache import Cache
+from .config import FlowConfig
+from .errors import OutOfMemoryForecast
+from .flow import SHALLOW_TOKENS
+from .tasks import Job, layout
+
+RESERVE = 0.03  # share of the free memory that is left alone
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a job holds at its peak: the flow's weights, the deep block's keys and values, and
+    the activations of the largest step. The VAE and the text encoder come before or after."""
+
+    weights: int
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.activations
+
+    def __str__(self) -> str:
+        parts = f"weights {size(self.weights)}, cache {size(self.cache)}, activations {size(self.activations)}"
+        return f"{size(self.total)} ({parts})"
+
+
+def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
+    """What a job will take in the compute type `dtype`. Raises InputError for an impossible job."""
+    plan = layout(config, job)
+    item = dtype.itemsize
+    frame_tokens = (job.height // config.cell) * (job.width // config.cell)
+    rows = job.batch * (2 if job.guidance else 1)
+    slots = config.prompt.tokens + min(plan.window, plan.total) * frame_tokens
+    cache = Cache.bytes(config.layers[-1], rows, config.deep_width, slots, item)
+    shallow = min(SHALLOW_TOKENS, job.batch * plan.total * frame_tokens)
+    span = min(max(job.solver.span, job.solver.first_span), slots)
+    absorbed = plan.given if plan.total <= plan.window else max(plan.keep, plan.given)
+    deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
+    # An MLP holds its input, four times its width twice (before and after GELU) and its output.
+    activations = 10 * item * max(shallow * config.width, deep * config.deep_width)
+    if job.denoise and config.denoiser is None:
+        activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
+    latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
+    return Forecast(parameters(config) * item, cache, activations + latents)
+
+
+def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
+    """One sample's gradient: a hidden state per layer, and one layer's activations, twice."""
+    tokens += config.prompt.tokens
+    hidden = sum(n * (config.deep_width if i == len(config.layers) - 1 else config.width)
+                 for i, n in enumerate(config.layers))  # fmt: skip
+    return item * tokens * (hidden + 2 * 16 * max(config.width, config.deep_width))
+
+
+def parameters(config: FlowConfig) -> int:
+    """Parameters of the flow and its denoiser, from the shapes alone."""
+    channels = config.token_channels
+
+    def layers(width: int, count: int) -> int:
+        return count * (12 * width**2 + 13 * width)
+
+    total = 0
+    for index, count in enumerate(config.layers):
+        deep = index == len(config.layers) - 1
+        width = config.deep_width if deep else config.width
+        total += layers(width, count) + 2 * width + channels + 3 * channels * width + 2 * channels
+        total += (config.text_dim + 1) * width if deep else 0
+    if config.denoiser:
+        width = config.denoiser.width
+        total += layers(width, config.denoiser.layers) + 2 * width + 2 * channels * width + channels
+        total += (config.text_dim + 1) * width
+    return total
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def require(need: int, device: torch.device, what: str) -> None:
+    """Raise OutOfMemoryForecast where `need` bytes are more than is free."""
+    available = free(device)
+    if available is not None and need > available * (1 - RESERVE):
+        raise OutOfMemoryForecast(
+            f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
+            "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
+        )
+
+
+def size(count: int) -> str:
+    """Bytes for a person: 1.5 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

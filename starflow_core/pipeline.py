@@ -1,0 +1,223 @@
+"""Text encoder, flow and VAE together: from a prompt to frames in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import context as contexts
+from . import memory
+from .checkpoint import load_flow
+from .config import FlowConfig
+from .context import Context
+from .control import Control
+from .errors import InputError
+from .flow import Flow
+from .media import fit
+from .solvers import Statistics
+from .tasks import Generation, Job
+from .text import TextEncoder, check_fits, load_text_encoder, wrap
+from .vae import VAE, load_vae
+
+BUNDLED = Path(__file__).parent / "bundled"
+DEMO = "bundled demo"  # the demo's name in every list
+FLOW_FILE, TEXT_FILE, VAE_FILE = "flow.safetensors", "text.safetensors", "vae.safetensors"
+
+
+@dataclass(frozen=True)
+class Output:
+    """Pixels (B, 3, F, H, W) in [-1, 1] on the CPU, latents (B, C, T, h, w) in VAE space, and how.
+
+    `overlap` counts the frames at the start that an extended source already has; `cut` is, for each
+    prompt, what was too long for the text encoder.
+    """
+
+    pixels: Tensor
+    latents: Tensor
+    statistics: Statistics
+    overlap: int
+    cut: list[str]
+
+
+class Pipeline:
+    """A flow with the text encoder and the VAE that belong to it. The text encoder is loaded when a
+    prompt is read and dropped afterwards, unless it is kept."""
+
+    def __init__(self, flow: Flow, vae: VAE, text_source, device: torch.device, dtype: torch.dtype):
+        self.flow, self.vae, self.device, self.dtype = flow, vae, device, dtype
+        self._text_source = text_source
+        self._encoder: TextEncoder | None = None
+        if vae.channels != self.config.latent.channels or vae.spatial != self.config.latent.spatial:
+            raise InputError(
+                f"this VAE has {vae.channels} channels at 1/{vae.spatial} size, {self.config.name} needs "
+                f"{self.config.latent.channels} at 1/{self.config.latent.spatial}"
+            )
+
+    @property
+    def config(self) -> FlowConfig:
+        return self.flow.config
+
+    def job(self, **settings) -> Job:
+        """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
+        defaults = self.config.defaults
+        aspect, side = settings.pop("aspect", None), settings.pop("size", None)
+        context = settings.get("context")
+        if "height" not in settings and context is not None:
+            cells = context.latents.shape[-2:]
+            settings["height"], settings["width"] = (n * self.config.latent.spatial for n in cells)
+        elif "height" not in settings:
+            settings["height"], settings["width"] = self.config.size(aspect, side)
+        chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
+        return Job(**chosen)
+
+    def prompts(self, captions: list[str], job: Job, task: str | None = None) -> list[str]:
+        """Captions in the wrapping the model was trained with."""
+        fps = job.fps if job.frames > 1 else 0
+        aspect = self.config.nearest_aspect(job.height, job.width)
+        return [wrap(c, self.config, fps=fps, aspect=aspect, task=task or job.task) for c in captions]
+
+    def encode_text(self, captions: list[str], negative: str, job: Job, keep_encoder: bool = False):
+        """Embeddings of the prompts and of the negative prompt (None without guidance), and what
+        each prompt was too long for."""
+        encoder = self._encoder or self._text_source()
+        check_fits(encoder, self.config)
+        tokens = self.config.prompt.tokens
+        text = encoder.encode(self.prompts(captions, job), tokens)
+        uncond = encoder.encode(self.prompts([negative], job, "text"), tokens) if job.guidance else None
+        self._encoder = encoder if keep_encoder else None
+        place = {"device": self.device}
+        return text.embeddings.to(**place), uncond.embeddings.to(**place) if uncond else None, text.cut
+
+    def start(
+        self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
+        keep_text_encoder: bool = False,
+    ) -> tuple[Generation, list[str]]:  # fmt: skip
+        """Check a job, read its prompts; the generation is ready to run or to stream."""
+        need = memory.forecast(self.config, job, self.dtype)
+        memory.require(need.cache + need.activations, self.device, "this job")
+        captions = [captions] if isinstance(captions, str) else captions
+        text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
+        return Generation(self.flow, job, text, uncond, control), cut
+
+    @torch.no_grad()
+    def generate(self, captions: list[str] | str, job: Job, **options) -> Output:
+        """Run a job to its pixels; options as in `start`."""
+        generation, cut = self.start(captions, job, **options)
+        latents = generation.run()
+        pixels = self.vae.decode(self._for_vae(latents))
+        pixels = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+        overlap = job.context.overlap(self.config.latent) if job.context else 0
+        return Output(pixels.float().cpu(), latents.cpu(), generation.statistics, overlap, cut)
+
+    @torch.no_grad()
+    def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
+        """Final frames (B, 3, f, H, W) in [-1, 1] of a generation, while it goes on."""
+        pieces = (self._for_vae(piece.latents) for piece in generation.stream() if piece.final)
+        for frames in self.vae.decode_frames(pieces, tile=tile):
+            yield frames.float().cpu()
+
+    def text_to_image(self, prompt, **settings) -> Output:
+        """Images; settings as in `job`."""
+        return self.generate(prompt, self.job(**{**settings, "frames": 1}))
+
+    def text_to_video(self, prompt, **settings) -> Output:
+        """Clips; settings as in `job`."""
+        return self.generate(prompt, self.job(**settings))
+
+    def image_to_video(self, prompt, image: Tensor, **settings) -> Output:
+        """A clip that begins with an image (3, H, W) or one of (B, 3, H, W) each, in [-1, 1]."""
+        return self.generate(prompt, self.with_context("first_frame", image=image, **settings))
+
+    def extend(self, prompt, clip: Tensor, **settings) -> Output:
+        """What comes after a clip (F, 3, H, W). `frames` counts the overlap, see `Output.overlap`."""
+        return self.generate(prompt, self.with_context("extend", clip=clip, **settings))
+
+    def edit(self, prompt, clip: Tensor, **settings) -> Output:
+        """A clip (F, 3, H, W) changed as the prompt says; the result has the source's length."""
+        return self.generate(prompt, self.with_context("edit", clip=clip, **settings))
+
+    def last_frame(self, prompt, last: Tensor, image: Tensor | None = None, **settings) -> Output:
+        """A clip that ends with an image and may begin with another, (3, H, W) each."""
+        return self.generate(prompt, self.with_context("last_frame", last=last, image=image, **settings))
+
+    @torch.no_grad()
+    def with_context(
+        self, task: str, *, image: Tensor | None = None, last: Tensor | None = None, clip: Tensor | None = None,
+        keep_latents: int | None = None, **settings,
+    ) -> Job:  # fmt: skip
+        """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
+
+        `keep_latents` limits how many latent frames of an extended clip are given.
+        """
+        job = self.job(**settings)
+        self.config.check_size(job.height, job.width)
+        place = (job.height, job.width)
+        encode, latent = self._encode, self.config.latent
+        if task == "first_frame":
+            context = contexts.first_frame(encode, _batched(fit(image, *place), 4))
+        elif task == "last_frame":
+            first = None if image is None else _batched(fit(image, *place), 4)
+            context = contexts.last_frame(encode, _batched(fit(last, *place), 4), first)
+        else:
+            pixels = _batched(fit(clip, *place), 5).transpose(1, 2)
+            if task == "edit":
+                context = contexts.edit(encode, pixels, latent)
+                settings.setdefault("frames", latent.frames(context.hidden))
+            else:
+                context = contexts.extend(encode, pixels, latent, keep_latents or self.config.keep)
+        return self.job(**{**settings, "height": job.height, "width": job.width, "context": context})
+
+    def _encode(self, pixels: Tensor) -> Tensor:
+        return self.vae.encode(pixels.to(self.device)).float()
+
+    def _for_vae(self, latents: Tensor) -> Tensor:
+        return latents if self.vae.kind == "video" else latents.squeeze(2)
+
+
+def load_pipeline(
+    model: str | Path | None = None,
+    text_encoder: str | Path | None = None,
+    vae: str | Path | None = None,
+    device: str | None = None,
+    dtype: torch.dtype | None = None,
+) -> Pipeline:
+    """Load a model with what belongs to it; without arguments the bundled demo.
+
+    `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
+    CPU. Raises InputError for a device that isn't there and for missing parts.
+    """
+    place = pick_device(device)
+    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
+    if model is not None and (text_encoder is None or vae is None):
+        missing = " and ".join(
+            name for name, value in (("a text encoder (flan-t5-xl)", text_encoder), ("a VAE", vae)) if value is None
+        )
+        raise InputError(f"{model} needs {missing}; only the bundled demo brings its own")
+    flow = load_flow(model or BUNDLED / FLOW_FILE, dtype=dtype, device=place)
+
+    def load_text() -> TextEncoder:
+        return load_text_encoder(text_encoder or BUNDLED / TEXT_FILE, dtype=dtype, device=place)
+
+    return Pipeline(flow, load_vae(vae or BUNDLED / VAE_FILE, dtype=dtype, device=place), load_text, place, dtype)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The named device, or the best there is. Raises InputError for one that isn't there."""
+    found = ["cpu"]
+    if torch.cuda.is_available():
+        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + found
+    if torch.backends.mps.is_available():
+        found = ["mps", *found]
+    if name is None:
+        return torch.device(found[0])
+    if name not in found and f"{name}:0" not in found:
+        raise InputError(f"device {name!r} isn't there; this machine has {', '.join(found)}")
+    return torch.device(name)
+
+
+def _batched(pixels: Tensor, dims: int) -> Tensor:
+    return pixels if pixels.ndim == dims else pixels.unsqueeze(0)
