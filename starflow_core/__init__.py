@@ -1,0 +1,51 @@
+"""STARFlow and STARFlow-V: text to image and video with normalising flows.
+
+    from starflow_core import load_pipeline, write_video
+
+    pipeline = load_pipeline()  # the bundled demo; or load_pipeline(model, text_encoder, vae)
+    output = pipeline.text_to_video("a red circle moving left", seed=1)
+    write_video("circle.mp4", output.pixels[0], fps=16)
+"""
+
+from importlib import import_module
+
+__version__ = "0.1.0"
+
+# Loaded on first use: importing the package costs nothing.
+_WHERE = {
+    "load_pipeline": "pipeline",
+    "Pipeline": "pipeline",
+    "Output": "pipeline",
+    "Job": "tasks",
+    "Generation": "tasks",
+    "Piece": "tasks",
+    "Context": "context",
+    "Control": "control",
+    "Progress": "control",
+    "Flow": "flow",
+    "Encoding": "flow",
+    "FlowConfig": "config",
+    "sample": "sampling",
+    "Sampler": "sampling",
+    "SolverSettings": "solvers",
+    "PRESETS": "solvers",
+    "AUTOREGRESSIVE": "solvers",
+    "denoise": "denoise",
+    "score_denoise": "denoise",
+    "load_flow": "checkpoint",
+    "convert": "checkpoint",
+    "load_text_encoder": "text",
+    "load_vae": "vae",
+    "read_image": "media",
+    "read_video": "media",
+    "write_video": "media",
+    "read_metadata": "media",
+    "StarflowError": "errors",
+}
+__all__ = sorted(_WHERE)
+
+
+def __getattr__(name: str):
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_WHERE[name]}", __name__), name)

@@ -278,18 +278,24 @@ def convert(
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:
-    """Write a flow's weights and configuration, in place of an earlier file if there is one.
+    """Write a flow's weights and configuration; errors as in `save_tensors`.
 
-    `metadata` is added to the file's; give `license` there. Raises InputError if the file cannot be
-    written, NonFiniteError for NaN or infinity in the weights.
+    `metadata` is added to the file's; give `license` there.
+    """
+    save_tensors(flow.state_dict(), path, dtype, {**(metadata or {}), **_own_metadata(flow.config)})
+
+
+def save_tensors(tensors: dict[str, Tensor], path: str | Path, dtype: str, metadata: dict[str, str]) -> None:
+    """Write tensors as one safetensors file, in place of an earlier one if there is one.
+
+    Raises InputError if the file cannot be written, NonFiniteError for NaN or infinity.
     """
     torch_dtype, path = _parse_dtype(dtype), Path(path)
     _check_target(path, None, overwrite=True)
-    weights = flow.state_dict()
-    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _check_space(path, shapes, torch_dtype)
-    data = (_bytes(_cast(weight.cpu(), torch_dtype, name, path)) for name, weight in weights.items())
-    _write(path, _header(shapes, torch_dtype, {**(metadata or {}), **_own_metadata(flow.config)}), data)
+    data = (_bytes(_cast(tensor.cpu(), torch_dtype, name, path)) for name, tensor in tensors.items())
+    _write(path, _header(shapes, torch_dtype, metadata), data)
 
 
 def quick_look(path: str | Path) -> str | None:

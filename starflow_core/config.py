@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from typing import Any
 
@@ -118,6 +118,7 @@ class FlowConfig:
             (self.rounding not in ROUNDINGS, f"rounding is {self.rounding!r}, expected one of {ROUNDINGS}"),
             (self.head_dim % 4 or self.head_dim < 20, f"head_dim is {self.head_dim}, expected a multiple of 4 from 20"),
             (self.width % self.head_dim or self.deep_width % self.head_dim, "widths are not multiples of head_dim"),
+            (self.soft_clip <= 0, f"soft_clip is {self.soft_clip}; released models have 4"),
             (len(self.layers) < 2, "a flow has at least one shallow and one deep block"),
             (self.kind == "video" and self.window < 1, "a video model needs a window"),
             (not set(self.tasks) <= set(TASKS), f"tasks are {self.tasks}, known are {TASKS}"),
@@ -296,6 +297,3 @@ STARFLOW_V_7B = FlowConfig(
 )
 PRESETS = {"starflow-3b": STARFLOW_3B, "starflow-v-7b": STARFLOW_V_7B}
 
-
-def with_rounding(config: FlowConfig, rounding: str) -> FlowConfig:
-    return replace(config, rounding=rounding)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +30,7 @@ FLOW_FILE, TEXT_FILE, VAE_FILE = "flow.safetensors", "text.safetensors", "vae.sa
 
 @dataclass(frozen=True)
 class Output:
-    """Pixels (B, 3, F, H, W) in [-1, 1] on the CPU, latents (B, C, T, h, w) in VAE space, and how.
+    """Pixels (B, F, 3, H, W) in [-1, 1] on the CPU, latents (B, C, T, h, w) in VAE space, and how.
 
     `overlap` counts the frames at the start that an extended source already has; `cut` is, for each
     prompt, what was too long for the text encoder.
@@ -108,17 +108,14 @@ class Pipeline:
         """Run a job to its pixels; options as in `start`."""
         generation, cut = self.start(captions, job, **options)
         latents = generation.run()
-        pixels = self.vae.decode(self._for_vae(latents))
-        pixels = pixels if pixels.ndim == 5 else pixels.unsqueeze(2)
+        pixels = torch.cat(list(self._decoded([latents], None)), 1)
         overlap = job.context.overlap(self.config.latent) if job.context else 0
-        return Output(pixels.float().cpu(), latents.cpu(), generation.statistics, overlap, cut)
+        return Output(pixels, latents.cpu(), generation.statistics, overlap, cut)
 
     @torch.no_grad()
     def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        """Final frames (B, 3, f, H, W) in [-1, 1] of a generation, while it goes on."""
-        pieces = (self._for_vae(piece.latents) for piece in generation.stream() if piece.final)
-        for frames in self.vae.decode_frames(pieces, tile=tile):
-            yield frames.float().cpu()
+        """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, while it goes on."""
+        yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), tile)
 
     def text_to_image(self, prompt, **settings) -> Output:
         """Images; settings as in `job`."""
@@ -174,8 +171,10 @@ class Pipeline:
     def _encode(self, pixels: Tensor) -> Tensor:
         return self.vae.encode(pixels.to(self.device)).float()
 
-    def _for_vae(self, latents: Tensor) -> Tensor:
-        return latents if self.vae.kind == "video" else latents.squeeze(2)
+    def _decoded(self, pieces: Iterable[Tensor], tile: int | None) -> Iterator[Tensor]:
+        latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
+        for frames in self.vae.decode_frames(latents, tile=tile):
+            yield frames.transpose(1, 2).float().cpu()
 
 
 def load_pipeline(

@@ -6,8 +6,9 @@ without a `Context`, run by a `Generation`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -72,15 +73,14 @@ def layout(config: FlowConfig, job: Job) -> Layout:
     config.check_size(job.height, job.width)
     if job.batch < 1:
         raise InputError(f"batch is {job.batch}, the least is 1")
-    if job.guidance < 0:
+    if not 0 <= job.guidance < math.inf:
         raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
     if config.kind == "image" and job.frames != 1:
         raise InputError(f"{config.name} makes images: frames is {job.frames}, expected 1")
     frames = config.latent.latent_frames(job.frames)
     context = job.context
     hidden, given = (context.hidden, context.frames) if context else (0, 0)
-    window = job.window or config.window or 1
-    keep = job.keep if job.keep is not None else round(16 * window / 21)
+    window, keep = window_and_keep(config, job)
     size = tuple(side // config.latent.spatial for side in (job.height, job.width))
     shape = (config.latent.channels, *size)
     total = hidden + frames
@@ -90,6 +90,14 @@ def layout(config: FlowConfig, job: Job) -> Layout:
         raise InputError(f"keep is {keep}; a window of {window} latent frames keeps 1 to {window - 1} when it slides")
     factors = later_factors(config, job.task, hidden, total)
     return Layout(frames, hidden, given, window, keep, shape, factors)
+
+
+def window_and_keep(config: FlowConfig, job: Job) -> tuple[int, int]:
+    """Latent frames that the deep block attends to, and those kept when the window slides."""
+    window = (config.window or 1) if job.window is None else job.window
+    if window < 1:
+        raise InputError(f"window is {window} latent frames, the least is 1; {config.name} was trained with {config.window}")
+    return window, replace(config, window=window).keep if job.keep is None else job.keep
 
 
 def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int) -> None:
@@ -127,10 +135,17 @@ class Piece:
 
 
 class Generation:
-    """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts."""
+    """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
+    (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given."""
 
     def __init__(
-        self, flow: Flow, job: Job, text: Tensor, uncond: Tensor | None = None, control: Control | None = None
+        self,
+        flow: Flow,
+        job: Job,
+        text: Tensor,
+        uncond: Tensor | None = None,
+        control: Control | None = None,
+        noise: Tensor | None = None,
     ):
         self.flow, self.job, self.control = flow, job, control or Control()
         self.layout = layout(flow.config, job)
@@ -140,7 +155,7 @@ class Generation:
         self.given = self._given()
         self.sampler = Sampler(
             flow,
-            self._noise(),
+            self._noise(noise),
             self.text,
             uncond,
             guidance=job.guidance,
@@ -211,9 +226,13 @@ class Generation:
         clean = to_flow_space(self.flow.config.latent, context.latents.to(device), factors)
         return clean.expand(self.job.batch, -1, -1, -1, -1)
 
-    def _noise(self) -> Tensor:
+    def _noise(self, sampled: Tensor | None) -> Tensor:
         """Noise by frame of the result; hidden frames are given and need none."""
-        sampled = noise.draw(self.job.seed, self.job.batch, self.layout.frames, self.layout.shape)
+        shape = (self.job.batch, self.layout.frames, *self.layout.shape)
+        if sampled is None:
+            sampled = noise.draw(self.job.seed, self.job.batch, self.layout.frames, self.layout.shape)
+        elif sampled.shape != shape:
+            raise InputError(f"noise of shape {tuple(sampled.shape)}, the job's latents are {shape}")
         hidden = sampled.new_zeros(self.job.batch, self.layout.hidden, *self.layout.shape)
         return torch.cat((hidden, sampled), 1).to(self.text.device)
 

@@ -103,7 +103,8 @@ def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: fl
     task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(8, 52, 18, 14, 8))[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
-    picks = rng.sample(range(len(bank.scenes)), 64 if task == "still" else min(48, max(16, 160 // frames)))
+    count = 64 if task == "still" else min(48, max(16, 160 // frames))
+    picks = rng.sample(range(len(bank.scenes)), min(count, len(bank.scenes)))
     build = {"still": _stills, "text": _texts, "extend": _extensions, "edit": _edits, "last_frame": _lasts}[task]
     latents, captions = build(bank, picks, frames, rng)
     hidden = {"edit": bank.edits.shape[2], "last_frame": 1}.get(task, 0)

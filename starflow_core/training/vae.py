@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..vae import VAE
 from . import clips
 from .loop import Loop
 from .muon import Muon
@@ -66,7 +67,8 @@ def loss(vae, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[
     deviation = mean.detach().std(dim=(0, 2, 3, 4), keepdim=True)
     strength = torch.rand(len(mean), 1, 1, 1, 1, generator=generator).to(mean) * 0.25
     noise = torch.randn(mean.shape, generator=generator).to(mean)
-    output = decode(vae, mean + strength * deviation * noise).float()
+    # The final clamp would stop the gradients of saturated pixels.
+    output = VAE(vae).decode(mean + strength * deviation * noise, clamp=False)
     saturation = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
     weight = 1 + 4 * (saturation > 0.3).float()  # the shape is a tenth of the picture
     error = (weight * (output - pixels).abs()).mean()
@@ -75,19 +77,6 @@ def loss(vae, pixels: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[
     psnr = 10 * torch.log10(4 / mse)
     figures = {"error": error.item(), "psnr": psnr.item(), "rms": size.item() ** 0.5}
     return error + 1e-4 * size, figures
-
-
-def decode(vae, latents: Tensor) -> Tensor:
-    """Decode without the final clamp, which would stop gradients of saturated pixels."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
-
-    hidden = vae.post_quant_conv(latents)
-    cache = [None] * sum(isinstance(m, WanCausalConv3d) for m in vae.decoder.modules())
-    frames = [
-        vae.decoder(hidden[:, :, i : i + 1], feat_cache=cache, feat_idx=[0], first_chunk=i == 0)
-        for i in range(hidden.shape[2])
-    ]
-    return unpatchify(torch.cat(frames, 2), vae.config.patch_size)
 
 
 def train(loop: Loop):

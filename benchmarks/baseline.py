@@ -1,0 +1,80 @@
+"""Plain block Jacobi as the reference inverts its flow: what the solver benchmark compares with.
+
+It evaluates the blocks through the same caches as the solvers of `starflow_core`, so that only the
+iterations differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from starflow_core.flow import BlockRun, DeepRun, Flow
+from starflow_core.solvers import Evaluate, Statistics
+
+GROWTH = 4  # of the deep block's chunks after a video's first frame
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Chunks of `chunk` tokens are iterated until their relative squared change is below `threshold`, or
+    `max_sweeps` times."""
+
+    chunk: int
+    threshold: float = 1e-3
+    max_sweeps: int = 32
+
+
+def sample_baseline(
+    flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: Baseline
+) -> tuple[Tensor, Statistics]:
+    """Latents in flow space from noise, both (B, T, C, H, W); text and uncond are (B, L, D)."""
+    grid, deep, statistics = flow.grid(noise), flow.deep, Statistics()
+    frame_tokens = grid.frame_tokens if flow.config.kind == "video" else None
+    z = deep.ordered(flow.tokens(noise))
+    run = DeepRun(flow, grid, text, uncond, guidance)
+    x, sweeps, evaluations = iterate_chunks(run, z.flatten(1, 2), settings, frame_tokens)
+    statistics.deep_sweeps, statistics.deep_evaluations = sweeps, evaluations
+    tokens = deep.ordered(x.unflatten(1, z.shape[1:3]))
+    rotary = flow.frame_rotary(grid, z.device)
+    for block in reversed(flow.shallow):
+        z = block.ordered(tokens).flatten(0, 1)
+        x, sweeps, evaluations = iterate_chunks(BlockRun(flow, block, rotary, len(z)), z, settings)
+        statistics.shallow_sweeps += sweeps
+        statistics.shallow_evaluations += evaluations * len(z)
+        tokens = block.ordered(x.unflatten(0, tokens.shape[:2]))
+    return flow.latents(tokens, grid), statistics
+
+
+def iterate_chunks(
+    evaluate: Evaluate, z: Tensor, settings: Baseline, frame_tokens: int | None = None
+) -> tuple[Tensor, int, int]:
+    """Invert a block for z (rows, L, c): its tokens, the sweeps, and the tokens evaluated in each row.
+
+    With `frame_tokens`, what comes after the first frame has larger chunks, which start from the tokens one frame
+    earlier; in the first sweep these also take the place of the known token on the left.
+    """
+    x = z.clone()
+    start = sweeps = evaluations = 0
+    while start < z.shape[1]:
+        size = settings.chunk * (GROWTH if frame_tokens and start >= frame_tokens else 1)
+        stop = min(start + size, z.shape[1])
+        left = x[:, start - 1 : start] if start else evaluate.start(x)
+        if frame_tokens and start > frame_tokens:
+            earlier = x[:, start - frame_tokens - 1 : stop - frame_tokens]
+            inputs, old = earlier[:, :-1], earlier[:, 1:]
+        else:
+            inputs, old = torch.cat((left, x[:, start : stop - 1]), 1), x[:, start:stop]
+        for _ in range(settings.max_sweeps):
+            a, b = evaluate(inputs, start)
+            new = a * z[:, start:stop] + b
+            change = (new - old).square().mean() / new.square().mean()
+            inputs, old = torch.cat((left, new[:, :-1]), 1), new
+            sweeps, evaluations = sweeps + 1, evaluations + stop - start
+            if change < settings.threshold:
+                break
+        x[:, start:stop] = old
+        start = stop
+    return x, sweeps, evaluations
