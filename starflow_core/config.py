@@ -40,9 +40,7 @@ class LatentFormat:
         if frames < 1 or (frames - 1) % self.temporal:
             low = max(1, (frames - 1) // self.temporal * self.temporal + 1)
             high = low + self.temporal
-            raise InputError(
-                f"{frames} frames: a clip has {self.temporal}n + 1 frames; nearest are {low} and {high}"
-            )
+            raise InputError(f"{frames} frames: a clip has {self.temporal}n + 1 frames; nearest are {low} and {high}")
         return (frames - 1) // self.temporal + 1
 
     def frames(self, latent_frames: int) -> int:
@@ -138,8 +136,8 @@ class FlowConfig:
 
     @property
     def keep(self) -> int:
-        """Latent frames kept when the window slides, as long as nobody says otherwise."""
-        return min(max(round(16 * self.window / 21), 1), max(self.window - 1, 1))
+        """Latent frames kept when the trained window slides."""
+        return kept_frames(self.window)
 
     def size(self, aspect: str | None = None, side: int | None = None) -> tuple[int, int]:
         """Height and width in pixels for a ratio "w:h" at the area of side x side."""
@@ -184,10 +182,13 @@ class FlowConfig:
 
     @classmethod
     def from_reference(cls, arguments: dict[str, Any], noise_std: float = 0.3, **overrides) -> FlowConfig:
-        """From the reference's constructor arguments; refuses options no released model uses."""
+        """From the reference's constructor arguments; refuses options no released model uses.
+
+        Angles are rounded as for the released weights, unless `rounding` says otherwise.
+        """
         get = arguments.get
         wanted = {"rope": 1, "sos": 1, "cond_top_only": 1, "use_softplus": 1, "use_final_norm": 1}
-        wanted |= {name: 0 for name in ("use_qk_norm", "use_swiglu", "use_post_norm", "hf_style_rope", "use_rms_norm")}
+        wanted |= dict.fromkeys(("use_qk_norm", "use_swiglu", "use_post_norm", "hf_style_rope", "use_rms_norm"), 0)
         video = get("temporal_causal", 0) > 0
         if video:
             wanted["shallow_block_local"] = 1
@@ -215,11 +216,16 @@ class FlowConfig:
             "patch_size": patch,
             "soft_clip": get("soft_clip", 0),
             "seq_order": get("seq_order", "L2R"),
-            "rounding": "exact",
             "window": (get("local_attn_window") or 21) if video else 0,
             "denoiser": denoiser,
         }
         return cls(**{**settings, **overrides})
+
+
+def kept_frames(window: int) -> int:
+    """Latent frames that stay in a window when it slides, as long as nobody says otherwise: the
+    reference's 16 of 21."""
+    return min(max(round(16 * window / 21), 1), max(window - 1, 1))
 
 
 def parse_aspect(text: str) -> Fraction:
@@ -296,4 +302,3 @@ STARFLOW_V_7B = FlowConfig(
     defaults=Defaults(guidance=3.5, size=640, aspect="16:9", frames=81, fps=16),
 )
 PRESETS = {"starflow-3b": STARFLOW_3B, "starflow-v-7b": STARFLOW_V_7B}
-

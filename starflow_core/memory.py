@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from .cache import Cache
-from .config import FlowConfig
+from .config import Denoiser, FlowConfig
 from .errors import OutOfMemoryForecast
 from .flow import SHALLOW_TOKENS
 from .tasks import Job, layout
@@ -49,10 +49,28 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
     deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
     # An MLP holds its input, four times its width twice (before and after GELU) and its output.
     activations = 10 * item * max(shallow * config.width, deep * config.deep_width)
-    if job.denoise and config.denoiser is None:
+    if job.denoise and config.denoiser:
+        activations += item * job.batch * frame_tokens * _denoiser_values(config.denoiser, min(plan.window, plan.total))
+    elif job.denoise:
         activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
     latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
     return Forecast(parameters(config) * item, cache, activations + latents)
+
+
+def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
+    """What it takes to encode the clip of such a job to noise."""
+    plan = layout(config, job)
+    tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
+    shallow = min(SHALLOW_TOKENS, job.batch * tokens) * config.width
+    deep = job.batch * (config.prompt.tokens + tokens) * config.deep_width
+    # Latents, and a log-determinant of their size for each block, all in float32.
+    latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
+    return Forecast(parameters(config) * dtype.itemsize, 0, 10 * dtype.itemsize * max(shallow, deep) + latents)
+
+
+def _denoiser_values(denoiser: Denoiser, frames: int) -> int:
+    """Keys and values in sight, in every layer, for one token's place in the frame."""
+    return 2 * denoiser.layers * denoiser.width * min(denoiser.window + 1, frames)
 
 
 def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
@@ -102,6 +120,12 @@ def require(need: int, device: torch.device, what: str) -> None:
             f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
             "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
         )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, on any device."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
 def size(count: int) -> str:

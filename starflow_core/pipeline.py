@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,14 +12,13 @@ from torch import Tensor
 from . import context as contexts
 from . import memory
 from .checkpoint import load_flow
-from .config import FlowConfig
-from .context import Context
-from .control import Control
+from .config import FlowConfig, LatentFormat
+from .control import Control, Progress
 from .errors import InputError
 from .flow import Flow
 from .media import fit
 from .solvers import Statistics
-from .tasks import Generation, Job
+from .tasks import Generation, Job, window_and_keep
 from .text import TextEncoder, check_fits, load_text_encoder, wrap
 from .vae import VAE, load_vae
 
@@ -63,16 +62,7 @@ class Pipeline:
 
     def job(self, **settings) -> Job:
         """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
-        defaults = self.config.defaults
-        aspect, side = settings.pop("aspect", None), settings.pop("size", None)
-        context = settings.get("context")
-        if "height" not in settings and context is not None:
-            cells = context.latents.shape[-2:]
-            settings["height"], settings["width"] = (n * self.config.latent.spatial for n in cells)
-        elif "height" not in settings:
-            settings["height"], settings["width"] = self.config.size(aspect, side)
-        chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
-        return Job(**chosen)
+        return default_job(self.config, **settings)
 
     def prompts(self, captions: list[str], job: Job, task: str | None = None) -> list[str]:
         """Captions in the wrapping the model was trained with."""
@@ -94,14 +84,15 @@ class Pipeline:
 
     def start(
         self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
-        keep_text_encoder: bool = False,
+        keep_text_encoder: bool = False, noise: Tensor | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
-        """Check a job, read its prompts; the generation is ready to run or to stream."""
+        """Check a job, read its prompts; the generation is ready to run or to stream. `noise` as in
+        `Generation`."""
         need = memory.forecast(self.config, job, self.dtype)
         memory.require(need.cache + need.activations, self.device, "this job")
         captions = [captions] if isinstance(captions, str) else captions
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        return Generation(self.flow, job, text, uncond, control), cut
+        return Generation(self.flow, job, text, uncond, control, noise), cut
 
     @torch.no_grad()
     def generate(self, captions: list[str] | str, job: Job, **options) -> Output:
@@ -142,33 +133,15 @@ class Pipeline:
         return self.generate(prompt, self.with_context("last_frame", last=last, image=image, **settings))
 
     @torch.no_grad()
-    def with_context(
-        self, task: str, *, image: Tensor | None = None, last: Tensor | None = None, clip: Tensor | None = None,
-        keep_latents: int | None = None, **settings,
-    ) -> Job:  # fmt: skip
-        """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
+    def with_context(self, task: str, **given) -> Job:
+        """A job with given frames, as `job_with_context`."""
+        return job_with_context(self.config, self.encode_pixels, task, **given)
 
-        `keep_latents` limits how many latent frames of an extended clip are given.
-        """
-        job = self.job(**settings)
-        self.config.check_size(job.height, job.width)
-        place = (job.height, job.width)
-        encode, latent = self._encode, self.config.latent
-        if task == "first_frame":
-            context = contexts.first_frame(encode, _batched(fit(image, *place), 4))
-        elif task == "last_frame":
-            first = None if image is None else _batched(fit(image, *place), 4)
-            context = contexts.last_frame(encode, _batched(fit(last, *place), 4), first)
-        else:
-            pixels = _batched(fit(clip, *place), 5).transpose(1, 2)
-            if task == "edit":
-                context = contexts.edit(encode, pixels, latent)
-                settings.setdefault("frames", latent.frames(context.hidden))
-            else:
-                context = contexts.extend(encode, pixels, latent, keep_latents or self.config.keep)
-        return self.job(**{**settings, "height": job.height, "width": job.width, "context": context})
-
-    def _encode(self, pixels: Tensor) -> Tensor:
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """VAE latents (B, C, T, h, w) of clips (B, 3, F, H, W); an image VAE takes F = 1."""
+        if self.vae.kind == "image":
+            return self.vae.encode(pixels.squeeze(2).to(self.device)).float().unsqueeze(2)
         return self.vae.encode(pixels.to(self.device)).float()
 
     def _decoded(self, pieces: Iterable[Tensor], tile: int | None) -> Iterator[Tensor]:
@@ -177,31 +150,108 @@ class Pipeline:
             yield frames.transpose(1, 2).float().cpu()
 
 
+def default_job(config: FlowConfig, **settings) -> Job:
+    """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
+    defaults = config.defaults
+    aspect, side = settings.pop("aspect", None), settings.pop("size", None)
+    context = settings.get("context")
+    if "height" not in settings and context is not None:
+        cells = context.latents.shape[-2:]
+        settings["height"], settings["width"] = (n * config.latent.spatial for n in cells)
+    elif "height" not in settings:
+        settings["height"], settings["width"] = config.size(aspect, side)
+    chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
+    return Job(**chosen)
+
+
+def job_with_context(
+    config: FlowConfig, encode: contexts.Encode, task: str, *, image: Tensor | None = None, last: Tensor | None = None,
+    clip: Tensor | None = None, keep_latents: int | None = None, **settings,
+) -> Job:  # fmt: skip
+    """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
+
+    `keep_latents` limits how many latent frames of an extended clip are given. With `shapes_only`
+    for `encode` the job can be checked and its memory forecast before anything is loaded.
+    """
+    job = default_job(config, **settings)
+    config.check_size(job.height, job.width)
+    place, latent = (job.height, job.width), config.latent
+    if task == "text":
+        return job
+    if task == "first_frame":
+        context = contexts.first_frame(encode, _batched(fit(image, *place), 4))
+    elif task == "last_frame":
+        first = None if image is None else _batched(fit(image, *place), 4)
+        context = contexts.last_frame(encode, _batched(fit(last, *place), 4), first)
+    else:
+        pixels = _batched(fit(clip, *place), 5).transpose(1, 2)
+        if task == "edit":
+            context = contexts.edit(encode, pixels, latent)
+            settings.setdefault("frames", latent.frames(context.hidden))
+        else:
+            context = contexts.extend(encode, pixels, latent, keep_latents or window_and_keep(config, job)[1])
+    return default_job(config, **{**settings, "height": job.height, "width": job.width, "context": context})
+
+
+def shapes_only(latent: LatentFormat) -> contexts.Encode:
+    """An encoder that gives latents of the right shape and no values."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        batch, _, frames, height, width = pixels.shape
+        cells = (height // latent.spatial, width // latent.spatial)
+        return torch.empty(batch, latent.channels, latent.latent_frames(frames), *cells, device="meta")
+
+    return encode
+
+
 def load_pipeline(
     model: str | Path | None = None,
     text_encoder: str | Path | None = None,
     vae: str | Path | None = None,
     device: str | None = None,
     dtype: torch.dtype | None = None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Pipeline:
     """Load a model with what belongs to it; without arguments the bundled demo.
 
     `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
-    CPU. Raises InputError for a device that isn't there and for missing parts.
+    CPU. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for
+    missing parts.
     """
     place = pick_device(device)
-    dtype = dtype or (torch.float32 if place.type == "cpu" else torch.bfloat16)
-    if model is not None and (text_encoder is None or vae is None):
-        missing = " and ".join(
-            name for name, value in (("a text encoder (flan-t5-xl)", text_encoder), ("a VAE", vae)) if value is None
-        )
-        raise InputError(f"{model} needs {missing}; only the bundled demo brings its own")
-    flow = load_flow(model or BUNDLED / FLOW_FILE, dtype=dtype, device=place)
+    dtype = dtype or default_dtype(place)
+    model, text_encoder, vae = find_parts(model, text_encoder, vae)
+    # The flow comes last: where something is wrong with the smaller files, it is known at once.
+    decoder = load_vae(vae, dtype=dtype, device=place)
+    flow = load_flow(model, dtype=dtype, device=place, progress=progress)
+    return Pipeline(flow, decoder, lambda: load_text_encoder(text_encoder, dtype=dtype, device=place), place, dtype)
 
-    def load_text() -> TextEncoder:
-        return load_text_encoder(text_encoder or BUNDLED / TEXT_FILE, dtype=dtype, device=place)
 
-    return Pipeline(flow, load_vae(vae or BUNDLED / VAE_FILE, dtype=dtype, device=place), load_text, place, dtype)
+def find_parts(
+    model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None
+) -> tuple[Path, Path, Path]:
+    """Where the flow, its text encoder and its VAE are; the bundled demo's without arguments.
+
+    Raises InputError for one that isn't given or isn't there.
+    """
+    parts = {
+        "checkpoint": (model, FLOW_FILE),
+        "text encoder (flan-t5-xl)": (text_encoder, TEXT_FILE),
+        "VAE": (vae, VAE_FILE),
+    }
+    missing = [name for name, (given, _) in parts.items() if given is None]
+    if model is not None and missing:
+        raise InputError(f"{model} needs a {' and a '.join(missing)}; only the bundled demo brings its own")
+    found = tuple(BUNDLED / file if given is None else Path(given) for given, file in parts.values())
+    for name, path in zip(parts, found, strict=True):
+        if not path.exists():
+            raise InputError(f"no {name} at {path}; check the path")
+    return found
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """The type that the network runs in where nobody says otherwise."""
+    return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 
 def pick_device(name: str | None = None) -> torch.device:

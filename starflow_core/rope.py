@@ -27,7 +27,9 @@ class Rotary:
         return turned.flatten(-2).to(x.dtype)
 
 
-def token_rotary(frames: int, height: int, width: int, *, length: float, head_dim: int, rounding: str, device) -> Rotary:
+def token_rotary(
+    frames: int, height: int, width: int, *, length: float, head_dim: int, rounding: str, device
+) -> Rotary:
     """Angles of a grid of tokens, frame by frame in row-major order.
 
     `length` is the reference length that the grid is scaled to, `rounding` one of

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .config import kept_frames
 from .control import Control, Progress
 from .errors import InputError, NonFiniteError
-from .flow import BlockRun, DeepRun, Flow, Grid, require_finite
+from .flow import BlockRun, DeepRun, Flow, require_finite
 from .solvers import PRESETS, Sequence, SolverSettings, Statistics, absorb, solve_frames, solve_span, solve_tokens
 
 
@@ -50,8 +51,9 @@ class Sampler:
         self.context, self.settings, self.control = context, settings, control or Control()
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
-        self.window = min(window or config.window or 1, self.frames)
-        self.keep = keep if keep is not None else round(16 * (window or config.window or 1) / 21)
+        window = window or config.window or 1
+        self.window = min(window, self.frames)
+        self.keep = kept_frames(window) if keep is None else keep
         self.statistics = Statistics()
         self._check()
 

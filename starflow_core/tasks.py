@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from . import noise
-from .config import FlowConfig
+from .config import FlowConfig, kept_frames
 from .context import Context, later_factors, to_flow_space, to_vae_space
 from .control import Control, Progress
 from .denoise import DenoiseStream, score_denoise
@@ -96,8 +96,8 @@ def window_and_keep(config: FlowConfig, job: Job) -> tuple[int, int]:
     """Latent frames that the deep block attends to, and those kept when the window slides."""
     window = (config.window or 1) if job.window is None else job.window
     if window < 1:
-        raise InputError(f"window is {window} latent frames, the least is 1; {config.name} was trained with {config.window}")
-    return window, replace(config, window=window).keep if job.keep is None else job.keep
+        raise InputError(f"window is {window} latent frames, the least is 1")
+    return window, kept_frames(window) if job.keep is None else job.keep
 
 
 def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int) -> None:

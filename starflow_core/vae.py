@@ -25,7 +25,6 @@ from .errors import CheckpointError, InputError, NonFiniteError
 METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safetensors file's metadata
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 EXPECTED = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
-
 LEAST_TILE = 4  # in latent cells, half of it shared with the next one
 
 Stream = Callable[[Tensor], Tensor]  # takes the chunks (B, C, t, h, w) of one clip in order
@@ -87,21 +86,21 @@ class VAE:
         `latents` is a whole tensor or pieces of it in order, of one or more latent frames each. In
         a clip f is 1 for the first latent frame and `temporal` for later ones; a picture is f = 1.
         Memory doesn't grow with length. `tile` bounds activations to tiles of that many latent
-        cells a side, whose seams are blended; what the causal layers remember is kept per tile.
+        cells a side, whose seams are blended. What the causal layers remember is kept for every
+        tile, overlaps included, so that tiles of a clip below about 32 cells save little more.
         Without `clamp` values may leave [-1, 1], and gradients pass. Raises InputError for wrong
         shapes, NonFiniteError naming the latent frame.
         """
         stream = _Tiled(self._decoder, tile, 1, self.spatial)
-        index, like = 0, None
+        index, seen = 0, None
         for piece in [latents] if isinstance(latents, Tensor) else latents:
             piece = self._with_frames(piece, self.channels, "latents")
-            like = piece if like is None else like
-            if like.shape[:2] + like.shape[3:] != piece.shape[:2] + piece.shape[3:]:
-                raise InputError(
-                    f"latents of {tuple(piece.shape)} after {tuple(like.shape)}: only the length may differ"
-                )
+            batch_and_size = (piece.shape[0], *piece.shape[3:])
+            if seen not in (None, batch_and_size):
+                raise InputError(f"latents of (B, H, W) {batch_and_size} after {seen}: only the length may differ")
+            seen = batch_and_size
             for frame in piece.split(1, 2):
-                _check_finite(frame, index, "latent frame", "they were already so before decoding")
+                _check_finite(frame, index, "latent frame", "check the file they are from, or sample in float32")
                 pixels = stream(self._to_module(frame)).float()
                 if not torch.isfinite(pixels).all():
                     raise NonFiniteError(f"latent frame {index} decodes to NaN or infinity; decode in float32")
@@ -147,11 +146,11 @@ class VAE:
 
     def _with_frames(self, x: Tensor, channels: int, name: str) -> Tensor:
         """`x` as (B, C, T, H, W) once its shape and type are those of `name`."""
-        axes = "(B, {}, T, H, W)" if self.kind == "video" else "(B, {}, H, W)"
-        if x.ndim != axes.count(",") + 1 or x.shape[1] != channels or 0 in x.shape:
-            raise InputError(f"{name} of shape {tuple(x.shape)}; this {self.kind} VAE takes {axes.format(channels)}")
+        axes, layout = (5, "(B, {}, T, H, W)") if self.kind == "video" else (4, "(B, {}, H, W)")
+        if x.ndim != axes or x.shape[1] != channels or 0 in x.shape:
+            raise InputError(f"{name} of shape {tuple(x.shape)}; this {self.kind} VAE takes {layout.format(channels)}")
         if not x.is_floating_point():
-            raise InputError(f"{name} are {x.dtype}; expected floating point" + ", in [-1, 1]" * (name == "pixels"))
+            raise InputError(f"{name} are {x.dtype}; expected floating point (pixels in [-1, 1])")
         return x if self.kind == "video" else x.unsqueeze(2)
 
     def _without_frames(self, x: Tensor) -> Tensor:

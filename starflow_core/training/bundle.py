@@ -31,7 +31,9 @@ def write(folder: Path, module, model: Model, banks: list[Bank]) -> None:
     save_flow(model.flow, folder / FLOW_FILE, "bf16", LICENSE)
     text = {n: t for n, t in model.text.state_dict().items() if n != "encoder.embed_tokens.weight"}
     rows = text["shared.weight"].shape[0]
-    save_tensors(text, folder / TEXT_FILE, "bf16", LICENSE | {T5_CONFIG_KEY: json.dumps({"vocab_size": rows, **TEXT_CONFIG})})
+    save_tensors(
+        text, folder / TEXT_FILE, "bf16", LICENSE | {T5_CONFIG_KEY: json.dumps({"vocab_size": rows, **TEXT_CONFIG})}
+    )
     shape = {**vae.CONFIG, "latents_mean": module.config.latents_mean, "latents_std": module.config.latents_std}
     save_tensors(module.state_dict(), folder / VAE_FILE, "bf16", LICENSE | {METADATA_KEY: json.dumps(shape)})
     build_tokenizer(folder)

@@ -55,9 +55,7 @@ def random_scene(rng: random.Random, height: int, width: int, moving: bool = Tru
     radius = rng.uniform(15, 20)
     reach = radius + MARGIN
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
-    scene = Scene(
-        rng.choice(KINDS), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), None, x, y, radius
-    )
+    scene = Scene(rng.choice(KINDS), rng.choice(list(COLOURS)), rng.choice(list(BACKGROUNDS)), None, x, y, radius)
     if not moving:
         return scene
     direction = rng.choice(list(DIRECTIONS))
@@ -77,7 +75,11 @@ def caption(scene: Scene, rng: random.Random) -> str:
     """A sentence that says what the scene shows; the background is left out now and then."""
     shape = f"{scene.colour} {scene.kind}"
     article = "an" if scene.colour == "orange" else "a"
-    motion = "" if scene.direction is None else rng.choice((" moving {}", " moves {}", " that moves {}")).format(scene.direction)
+    motion = (
+        ""
+        if scene.direction is None
+        else rng.choice((" moving {}", " moves {}", " that moves {}")).format(scene.direction)
+    )
     place = rng.choice((" on a {} background", " over a {} background", "")).format(scene.background)
     return f"{article} {shape}{motion}{place}"
 

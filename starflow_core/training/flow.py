@@ -19,7 +19,7 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 2400, 700
+FLOW_STEPS, DENOISER_STEPS = 1200, 250
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -103,7 +103,7 @@ def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: fl
     task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(8, 52, 18, 14, 8))[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
-    count = 64 if task == "still" else min(48, max(16, 160 // frames))
+    count = 48 if task == "still" else min(36, max(12, 120 // frames))
     picks = rng.sample(range(len(bank.scenes)), min(count, len(bank.scenes)))
     build = {"still": _stills, "text": _texts, "extend": _extensions, "edit": _edits, "last_frame": _lasts}[task]
     latents, captions = build(bank, picks, frames, rng)
@@ -209,4 +209,3 @@ def _denoiser_output(flow: Flow, net, latents: Tensor, text: Tensor) -> Tensor:
 def _noisy(latents: Tensor, sigma: float, generator: torch.Generator, device) -> Tensor:
     noise = torch.randn(latents.shape, generator=generator)
     return (latents + sigma * noise).to(device)
-

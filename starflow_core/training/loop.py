@@ -22,7 +22,7 @@ class Loop:
     """
 
     folder: Path
-    device: torch.device = torch.device("cpu")
+    device: torch.device
     dtype: torch.dtype = torch.bfloat16
     seed: int = 0
     scale: float = 1.0

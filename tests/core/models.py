@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from starflow_core.config import Denoiser, FlowConfig, LatentFormat, PromptFormat
+from starflow_core.config import ROUNDINGS, Denoiser, FlowConfig, LatentFormat, PromptFormat
 from starflow_core.flow import Flow
 
 
@@ -56,10 +56,12 @@ def random_case(seed: int):
     kind = rng.choice(("image", "video"))
     patch = rng.choice((1, 1, 2))
     layers = tuple(rng.randint(1, 2) for _ in range(rng.randint(2, 4)))
-    model = flow(seed, kind=kind, layers=layers, channels=rng.randint(1, 5), patch_size=patch,
-                 seq_order=rng.choice(("L2R", "R2L")), rounding=rng.choice(("exact", "angles", "positions")))  # fmt: skip
-    shape = (rng.randint(1, 3), rng.randint(1, 4) if kind == "video" else 1, model.config.latent.channels,
-             patch * rng.randint(1, 5), patch * rng.randint(1, 5))  # fmt: skip
+    options = {"channels": rng.randint(1, 5), "seq_order": rng.choice(("L2R", "R2L"))}
+    options["rounding"] = rng.choice(ROUNDINGS)
+    model = flow(seed, kind=kind, layers=layers, patch_size=patch, **options)
+    batch, frames = rng.randint(1, 3), rng.randint(1, 4) if kind == "video" else 1
+    height, width = patch * rng.randint(1, 5), patch * rng.randint(1, 5)
+    shape = (batch, frames, model.config.latent.channels, height, width)
     return model, randn(*shape, seed=seed)
 
 

@@ -8,7 +8,13 @@ import pytest
 import torch
 
 from starflow_core.config import (
-    ASPECTS, PRESETS, STARFLOW_3B, STARFLOW_V_7B, FlowConfig, LatentFormat, parse_aspect,
+    ASPECTS,
+    PRESETS,
+    STARFLOW_3B,
+    STARFLOW_V_7B,
+    FlowConfig,
+    LatentFormat,
+    parse_aspect,
 )  # fmt: skip
 from starflow_core.errors import CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.flow import Flow
@@ -40,7 +46,8 @@ def test_parameters_follow_from_the_shapes(seed):
 
 
 @pytest.mark.parametrize(("config", "aspect", "side", "expected"), [
-    (STARFLOW_V_7B, "16:9", 640, (480, 848)), (STARFLOW_3B, "16:9", 256, (192, 344)), (STARFLOW_3B, "1:1", 256, (256, 256)),
+    (STARFLOW_V_7B, "16:9", 640, (480, 848)), (STARFLOW_3B, "16:9", 256, (192, 344)),
+    (STARFLOW_3B, "1:1", 256, (256, 256)),
     (STARFLOW_V_7B, "9:16", 640, (848, 480)), (STARFLOW_V_7B, None, None, (480, 848)),
 ])  # fmt: skip
 def test_sizes(config, aspect, side, expected):
@@ -118,6 +125,6 @@ def test_forecast_of_the_released_video_model():
 def test_too_little_memory_is_said_before(monkeypatch):
     monkeypatch.setattr("starflow_core.memory.free", lambda device: 2 * 10**9)
     require(10**9, torch.device("cpu"), "this job")
-    with pytest.raises(OutOfMemoryForecast, match="this job needs about 5.0 GB, but 2.0 GB are free on cpu"):
+    with pytest.raises(OutOfMemoryForecast, match=r"this job needs about 5\.0 GB, but 2\.0 GB are free on cpu"):
         require(5 * 10**9, torch.device("cpu"), "this job")
     assert size(1_500_000) == "1.5 MB"

@@ -32,7 +32,9 @@ def dense(flow, latents, text):
     return flow.latents(out, grid)
 
 
-@pytest.mark.parametrize(("ahead", "window", "frames"), [(1, 3, 5), (1, 1, 4), (2, 3, 5), (0, 2, 4), (1, 10, 3), (1, 3, 1)])
+@pytest.mark.parametrize(
+    ("ahead", "window", "frames"), [(1, 3, 5), (1, 1, 4), (2, 3, 5), (0, 2, 4), (1, 10, 3), (1, 3, 1)]
+)
 def test_the_pipeline_equals_the_definition(ahead, window, frames):
     flow = models.flow(denoiser=Denoiser(48, 3, window, ahead))
     x, text = models.randn(2, frames, 4, 2, 3), models.text(flow, 2)

@@ -81,7 +81,9 @@ def test_scan_equals_the_loop():
 def test_same_place_is_the_last_known_period():
     slots = torch.arange(20, 30)
     for period in (3, 7, 20, 25):
-        expected = [max((s - k * period for k in range(1, 20) if s - k * period < 20), default=None) for s in range(20, 30)]
+        expected = [
+            max((s - k * period for k in range(1, 20) if s - k * period < 20), default=None) for s in range(20, 30)
+        ]
         assert _same_place(slots, 20, period).tolist() == expected
 
 

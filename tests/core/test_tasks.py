@@ -145,9 +145,7 @@ def test_image_model():
 def test_noise_scheme():
     """Recorded: a seed must mean the same for ever."""
     drawn = noise.draw(7, 2, 2, (2, 1, 2))
-    torch.testing.assert_close(
-        drawn[0].flatten(), torch.tensor(RECORDED), atol=1e-6, rtol=0
-    )
+    torch.testing.assert_close(drawn[0].flatten(), torch.tensor(RECORDED), atol=1e-6, rtol=0)
     assert torch.equal(noise.draw(8, 1, 3, (2, 1, 2))[0, :2], drawn[1])
     assert not torch.allclose(noise.draw_context(7, 1, 2, (2, 1, 2)), drawn[:1])
     assert torch.isfinite(noise.draw(2**64 - 1, 2, 1, (1, 1, 1))).all()

@@ -1,0 +1,346 @@
+"""How fast the flow is inverted, at what error: autoregressive, plain block Jacobi, and ours.
+
+    python -m benchmarks.solver [--model demo|mid|all] [--seeds 5] [--guidance G] [--ratio R] [--json PATH] [--quick]
+
+An error is the relative squared error of the final latents (flow space, before denoising) against the autoregressive
+answer. All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an
+error: both Jacobi solvers run over a range of thresholds, and what each needs for one and the same error is
+interpolated between these (log against log). The baseline has one threshold for all blocks, as the reference has;
+ours keeps the ratio of its two tolerances. The solvers take turns, so that whatever else the machine does slows all
+of them; CPU seconds, summed over threads, are less sensitive to it. Peak memory (Linux only) is that of anonymous
+pages, sampled while a process of its own makes one sample.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import random
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime, timezone
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.baseline import Baseline, sample_baseline
+from benchmarks.convert_memory import MB, AnonymousPeak
+from starflow_core import noise as noises
+from starflow_core.config import FlowConfig, LatentFormat, PromptFormat
+from starflow_core.flow import Flow
+from starflow_core.pipeline import load_pipeline
+from starflow_core.sampling import sample
+from starflow_core.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from starflow_core.training import clips
+
+THRESHOLDS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
+QUICK_THRESHOLDS = (3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
+ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
+CHUNKS = {"image": 16, "video": 32}  # of the baseline: the reference's
+WORK = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations")
+COSTS = ("seconds", "cpu_seconds", *WORK)
+GOALS = {"image": (1.4, 1.4, 1.5, 1.5, 4.0, None), "video": (1.4, 1.4, 1.5, 1.35, 4.0, None)}  # by COSTS
+LEAST_ERROR = 1e-14  # below what float32 resolves; an error of zero has no logarithm
+GAIN = 0.5  # of the output layers of the random model
+
+Settings = SolverSettings | Baseline
+
+
+@dataclass(frozen=True)
+class Case:
+    """A flow, and one sample per seed: noise (S, T, C, H, W), text (S, L, D); uncond is (1, L, D)."""
+
+    model: str
+    kind: str
+    flow: Flow
+    noise: Tensor
+    text: Tensor
+    uncond: Tensor | None
+    guidance: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one solver needs for one sample at one tolerance, and the error that remains."""
+
+    solver: str
+    tolerance: float
+    error: float
+    seconds: float
+    cpu_seconds: float
+    deep_sweeps: float
+    deep_evaluations: float
+    shallow_sweeps: float
+    shallow_evaluations: float
+
+
+def baselines(kind: str, thresholds: Sequence[float] = THRESHOLDS) -> list[Baseline]:
+    return [Baseline(CHUNKS[kind], threshold) for threshold in thresholds]
+
+
+def tolerances(
+    thresholds: Sequence[float] = THRESHOLDS, ratio: float | None = None, settings: SolverSettings = PRESETS["balanced"]
+) -> list[SolverSettings]:
+    """`settings` at other tolerances; `ratio` is shallow_tolerance / tolerance (None: that of `settings`)."""
+    ratio = ratio or settings.shallow_tolerance / settings.tolerance
+    return [replace(settings, tolerance=t, shallow_tolerance=t * ratio) for t in thresholds]
+
+
+def run_case(
+    flow: Flow,
+    noise: Tensor,
+    text: Tensor,
+    uncond: Tensor | None,
+    guidance: float,
+    settings_list: Sequence[Settings],
+    exact: Tensor | None = None,
+) -> list[Row]:
+    """One row for each of the settings.
+
+    noise (S, T, C, H, W) and text (S, L, D) have one sample per seed, uncond is (1, L, D). `exact` is what
+    `autoregressive` gives, where it is at hand.
+    """
+    if exact is None:
+        exact, _ = autoregressive(flow, noise, text, uncond, guidance)
+    figures = [[] for _ in settings_list]
+    for i in range(len(noise)):
+        for settings, found in zip(settings_list, figures, strict=True):
+            latents, costs = timed(flow, noise[i : i + 1], text[i : i + 1], uncond, guidance, settings)
+            found.append((relative_error(latents, exact[i : i + 1]), *costs))
+    return [_row(settings, found) for settings, found in zip(settings_list, figures, strict=True)]
+
+
+def autoregressive(
+    flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float
+) -> tuple[Tensor, Row]:
+    """The exact latents (S, T, C, H, W), and what they cost; arguments as in `run_case`."""
+    samples = [
+        timed(flow, noise[i : i + 1], text[i : i + 1], uncond, guidance, AUTOREGRESSIVE) for i in range(len(noise))
+    ]
+    exact = torch.cat([latents for latents, _ in samples])
+    return exact, _row(AUTOREGRESSIVE, [(LEAST_ERROR, *costs) for _, costs in samples])
+
+
+@torch.no_grad()
+def timed(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: Settings):
+    """Latents by any of the solvers, and its `COSTS`."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    if isinstance(settings, Baseline):
+        latents, statistics = sample_baseline(flow, noise, text, uncond, guidance, settings)
+    else:
+        out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
+        latents, statistics = out.latents, out.statistics
+    seconds = (time.perf_counter() - wall, time.process_time() - cpu)
+    return latents, (*seconds, *(getattr(statistics, name) for name in WORK))
+
+
+def relative_error(latents: Tensor, exact: Tensor) -> float:
+    return max(float((latents - exact).square().sum() / exact.square().sum()), LEAST_ERROR)
+
+
+def _row(settings: Settings, figures: list[tuple]) -> Row:
+    means = [math.exp(sum(map(math.log, values)) / len(values)) for values in zip(*figures, strict=True)]
+    if isinstance(settings, Baseline):
+        return Row("baseline", settings.threshold, *means)
+    if settings.method == "autoregressive":
+        return Row("autoregressive", 0.0, *means)
+    return Row("ours", settings.tolerance, *means)
+
+
+def at_error(rows: Sequence[Row], cost: str, error: float) -> float | None:
+    """What a solver needs so that its error stays below `error`, from its rows over a range of tolerances; None
+    outside the range."""
+    rows = sorted(rows, key=lambda row: -row.tolerance)
+    above = [i for i, row in enumerate(rows) if row.error > error]
+    if not above or above[-1] + 1 == len(rows):
+        return None
+    loose, tight = rows[above[-1]], rows[above[-1] + 1]
+    share = math.log(loose.error / error) / math.log(loose.error / tight.error)
+    return getattr(loose, cost) ** (1 - share) * getattr(tight, cost) ** share
+
+
+def ratios(theirs: Sequence[Row], ours: Sequence[Row], error: float) -> dict[str, float | None]:
+    """For each of the `COSTS`, theirs over ours at equal error."""
+    found = {}
+    for cost in COSTS:
+        needed = at_error(theirs, cost, error), at_error(ours, cost, error)
+        found[cost] = None if None in needed else needed[0] / needed[1]
+    return found
+
+
+def demo_case(kind: str, seeds: int, guidance: float) -> Case:
+    """The bundled model and captions of its grammar: 33 frames of 96 x 96, or a still."""
+    pipeline = load_pipeline(device="cpu")
+    job = pipeline.job(height=96, width=96, frames=33 if kind == "video" else 1, guidance=guidance)
+    draw = random.Random(0)
+    captions = [clips.caption(clips.random_scene(draw, 96, 96, kind == "video"), draw) for _ in range(seeds)]
+    text, uncond, _ = pipeline.encode_text(captions, "", job)
+    latent = pipeline.config.latent
+    cells = (job.height // latent.spatial, job.width // latent.spatial)
+    noise = noises.draw(0, seeds, latent.latent_frames(job.frames), (latent.channels, *cells))
+    return Case("demo", kind, pipeline.flow, noise, text, uncond, guidance)
+
+
+def mid_case(kind: str, seeds: int, guidance: float) -> Case:
+    """A random flow over 5 frames (an image: 1) of 12 x 12 tokens."""
+    flow = random_flow(kind)
+    config, draw = flow.config, torch.Generator().manual_seed(1)
+    text = torch.randn(seeds + 1, config.prompt.tokens, config.text_dim, generator=draw)
+    noise = noises.draw(0, seeds, max(config.window, 1), (config.latent.channels, 12, 12))
+    return Case("mid", kind, flow, noise, text[1:], text[:1], guidance)
+
+
+CASES = {"demo": demo_case, "mid": mid_case}
+
+
+def random_flow(kind: str, gain: float = GAIN) -> Flow:
+    """Linear layers of unit gain, no biases; the output layers have `gain`, so that scale and shift depend on the
+    past moderately, as they do in a trained flow, and Jacobi contracts."""
+    config = FlowConfig(
+        name="mid-size random model",
+        kind=kind,
+        latent=LatentFormat(16, 16, 4) if kind == "video" else LatentFormat(16, 8),
+        prompt=PromptFormat(16),
+        layers=(2, 2, 8),
+        width=256,
+        deep_width=384,
+        text_dim=64,
+        rope_length=12,
+        noise_std=0.3,
+        rounding="exact",
+        window=5 if kind == "video" else 0,
+    )
+    flow, draw = Flow(config), torch.Generator().manual_seed(0)
+    for name, weight in flow.named_parameters():
+        if weight.ndim == 2:
+            scale = (gain if "proj_out" in name else 1.0) / math.sqrt(weight.shape[1])
+            weight.data = scale * torch.randn(weight.shape, generator=draw)
+        elif name.endswith("bias"):
+            weight.data.zero_()
+    return flow.eval().requires_grad_(False)
+
+
+def measure(case: Case, thresholds: Sequence[float], ratio: float | None) -> dict:
+    """All solvers on one case, ready for JSON."""
+    inputs = (case.flow, case.noise, case.text, case.uncond, case.guidance)
+    exact, reference = autoregressive(*inputs)
+    theirs, ours = baselines(case.kind, thresholds), tolerances(thresholds, ratio)
+    turns = [settings for pair in zip(theirs, ours, strict=True) for settings in pair]
+    rows = run_case(*inputs, [*turns, *PRESETS.values()], exact)
+    theirs, ours, presets = rows[: len(turns) : 2], rows[1 : len(turns) : 2], rows[len(turns) :]
+    return {
+        "model": case.model,
+        "kind": case.kind,
+        "tokens": [case.noise.shape[1], *case.noise.shape[3:]],
+        "autoregressive": asdict(reference),
+        "baseline": [asdict(row) for row in theirs],
+        "ours": [asdict(row) for row in ours],
+        "presets": {name: asdict(row) for name, row in zip(PRESETS, presets, strict=True)},
+        "at_equal_error": {str(error): ratios(theirs, ours, error) for error in ERRORS},
+        "goals": dict(zip(COSTS, GOALS[case.kind], strict=True)),
+    }
+
+
+def peak_memory(model: str, kind: str, guidance: float) -> dict[str, int]:
+    """Peak of anonymous memory above the loaded model, in bytes, for one sample by each solver."""
+    # With mapped allocations, freed memory goes back at once and can't hide what is needed later.
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-m", "benchmarks.solver", "--model", model, "--guidance", str(guidance), "--peak", kind]
+    return {
+        solver: int(subprocess.check_output([*command, solver], env=environment, cwd=Path(__file__).parents[1]))
+        for solver in ("autoregressive", "baseline", "ours")
+    }
+
+
+def sample_for_peak(model: str, kind: str, solver: str, guidance: float) -> int:
+    settings = {"autoregressive": AUTOREGRESSIVE, "baseline": baselines(kind, [1e-3])[0], "ours": PRESETS["balanced"]}
+    case = CASES[model](kind, 1, guidance)
+    monitor = AnonymousPeak()
+    monitor.start()
+    timed(case.flow, case.noise, case.text, case.uncond, guidance, settings[solver])
+    return monitor.stop()
+
+
+def table(result: dict) -> str:
+    frames, height, width = result["tokens"]
+    lines = [
+        f"{result['model']} {result['kind']}: tokens {frames} x {height} x {width}",
+        f"  {'solver':14} {'tolerance':>9} {'error':>9} {'seconds':>8} {'cpu s':>8} "
+        f"{'deep sweeps':>12} {'evaluations':>12} {'shallow sweeps':>15} {'evaluations':>12}",
+        _line("autoregressive", result["autoregressive"]),
+        *(_line("baseline", row) for row in result["baseline"]),
+        *(_line("ours", row) for row in result["ours"]),
+        *(_line(f"ours, {name}", row) for name, row in result["presets"].items()),
+    ]
+    if "peak_bytes" in result:
+        peaks = ", ".join(f"{solver} {peak / MB:.1f}" for solver, peak in result["peak_bytes"].items())
+        lines.append(f"  peak memory in MB: {peaks}")
+    lines.append(f"  baseline / ours{'':13}" + "".join(f"{cost:>20}" for cost in COSTS))
+    for error, found in result["at_equal_error"].items():
+        lines.append(f"  at error {error:19}" + "".join(f"{_times(found[cost]):>20}" for cost in COSTS))
+    lines.append(f"  {'goal':28}" + "".join(f"{_times(result['goals'][cost]):>20}" for cost in COSTS))
+    return "\n".join(lines)
+
+
+def _line(name: str, row: dict) -> str:
+    return (
+        f"  {name:14} {row['tolerance']:9.0e} {row['error']:9.1e} {row['seconds']:8.2f} {row['cpu_seconds']:8.2f} "
+        f"{row['deep_sweeps']:12.1f} {row['deep_evaluations']:12.0f} "
+        f"{row['shallow_sweeps']:15.1f} {row['shallow_evaluations']:12.0f}"
+    )
+
+
+def _times(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def machine() -> dict[str, str | int]:
+    return {
+        "device": f"cpu, {platform.machine()}",
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=(*CASES, "all"), default="all")
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--ratio", type=float, help="shallow over deep tolerance of ours (default: balanced's)")
+    parser.add_argument("--json", type=Path, help="write all figures to this file")
+    parser.add_argument("--quick", action="store_true", help="two seeds, fewer thresholds, no memory")
+    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.peak:
+        print(sample_for_peak(arguments.model, *arguments.peak, arguments.guidance))
+        return
+    seeds, thresholds = (2, QUICK_THRESHOLDS) if arguments.quick else (arguments.seeds, THRESHOLDS)
+    results = []
+    for model in CASES if arguments.model == "all" else (arguments.model,):
+        for kind in CHUNKS:
+            result = measure(CASES[model](kind, seeds, arguments.guidance), thresholds, arguments.ratio)
+            if sys.platform == "linux" and not arguments.quick:
+                result["peak_bytes"] = peak_memory(model, kind, arguments.guidance)
+            results.append(result)
+            print(table(result), end="\n\n", flush=True)
+    if arguments.json:
+        settings = {"seeds": seeds, "guidance": arguments.guidance, "ratio": arguments.ratio, "chunks": CHUNKS}
+        settings["presets"] = {name: asdict(preset) for name, preset in PRESETS.items()}
+        report = {**machine(), "settings": settings, "cases": results}
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+"""The commands and their options. Imports nothing heavy, so that help is quick."""
+
+from __future__ import annotations
+
+import argparse
+from fractions import Fraction
+
+DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best there is)"
+
+
+def parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    root = argparse.ArgumentParser(
+        prog="python -m starflow_core",
+        description="STARFlow and STARFlow-V: text to image and video with normalising flows.",
+    )
+    commands = root.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, build, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=f"{text[0].upper()}{text[1:]}.", allow_abbrev=False)
+        command.set_defaults(module=module)
+        build(command)
+    return root
+
+
+def _generate(command: argparse.ArgumentParser) -> None:
+    command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to show; several make one result each")
+    command.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line, instead of PROMPT")
+    command.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from")
+
+    given = command.add_argument_group("given frames", "Without --aspect the trained ratio nearest to them is used.")
+    given.add_argument("--image", metavar="FILE", help="first frame")
+    given.add_argument("--last-image", metavar="FILE", help="last frame")
+    given.add_argument("--video", metavar="FILE", help="clip to go on from or to change; its rate is kept")
+    given.add_argument("--task", choices=("extend", "edit"), help="what to do with --video")
+    given.add_argument("--join", action="store_true", help="extend: write the source, then the new frames")
+
+    job = command.add_argument_group("what to make", "The model's own defaults; `inspect` shows them.")
+    job.add_argument("--frames", type=int, metavar="N", help="1 is an image; extend counts the frames it begins with")
+    _add_size(job)
+    job.add_argument("--fps", type=_rate, metavar="RATE", help="frames a second, such as 16, 23.976 or 30000/1001")
+    job.add_argument("--guidance", type=float, metavar="W", help="0 is off, as CFG 1 is for a diffusion model")
+    job.add_argument("--seed", type=int, default=0, help="result i has seed + i (default: 0)")
+    job.add_argument(
+        "--batch",
+        type=_positive,
+        metavar="N",
+        help="how many are made at once; one prompt gives N results, several are taken N at a time (default: 1)",
+    )
+    job.add_argument("--window", type=int, metavar="N", help="latent frames attended to; beyond, the window slides")
+    job.add_argument("--keep", type=int, metavar="N", help="latent frames kept when it slides, or given by extend")
+    job.add_argument(
+        "--denoise", action=argparse.BooleanOptionalAction, default=True, help="take the noise out (default)"
+    )
+
+    _add_solver(command, "balanced")
+    _add_model(command)
+    _add_video_output(command)
+
+
+def _encode(command: argparse.ArgumentParser) -> None:
+    command.description += (
+        " No noise is added, though the flow was trained on noisy latents. "
+        "Prints log-likelihood and bits per dimension of the latents."
+    )
+    _add_input(command)
+    _add_model(command)
+    command.add_argument("-o", "--output", metavar="FILE", help="a .safetensors (default: outputs/INPUT.safetensors)")
+
+
+def _decode(command: argparse.ArgumentParser) -> None:
+    command.description += " Uses the prompt, rate and size in the file, no guidance, no denoising."
+    command.add_argument("input", metavar="NOISE", help="what encode wrote")
+    _add_solver(command, "exact")
+    _add_model(command)
+    _add_video_output(command)
+
+
+def _score(command: argparse.ArgumentParser) -> None:
+    command.description += " Of the latents, to which no noise is added, though the flow was trained on noisy ones."
+    _add_input(command)
+    _add_model(command)
+    _add_json(command)
+
+
+def _convert(command: argparse.ArgumentParser) -> None:
+    command.add_argument("source", metavar="SOURCE", help=".pth, .safetensors, an index of shards, or a folder")
+    command.add_argument("target", metavar="TARGET", help="the .safetensors file to write")
+    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="(default: bf16)")
+    command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
+
+
+def _inspect(command: argparse.ArgumentParser) -> None:
+    command.description += " Reads no weights. A picture or clip made here tells how it was made."
+    command.add_argument(
+        "model", nargs="?", metavar="FILE", help="checkpoint, picture or clip (default: the bundled demo)"
+    )
+    job = command.add_argument_group("memory of a job")
+    job.add_argument("--frames", type=int, metavar="N")
+    _add_size(job)
+    job.add_argument("--batch", type=int, default=1, metavar="N")
+    job.add_argument("--guidance", type=float, metavar="W")
+    job.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="only this type (default: bf16 and fp32)")
+    job.add_argument("--device", metavar="NAME", help=f"whose free memory to tell: {DEVICE_HELP}")
+    _add_json(command)
+
+
+COMMANDS = {
+    "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
+    "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
+    "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
+    "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
+    "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
+    "inspect": ("files", _inspect, "show what is in a checkpoint, and how much memory a job takes"),
+}
+
+
+def _add_size(group) -> None:
+    group.add_argument("--aspect", metavar="W:H", help="such as 16:9")
+    group.add_argument("--size", type=_positive, metavar="PIXELS", help="side of the square of equal area")
+    group.add_argument("--height", type=int, metavar="PIXELS", help="with --width, instead of --aspect and --size")
+    group.add_argument("--width", type=int, metavar="PIXELS")
+
+
+def _add_input(command: argparse.ArgumentParser) -> None:
+    command.add_argument("input", metavar="INPUT", help="picture or clip; it is scaled to cover the size, and cropped")
+    command.add_argument("--prompt", default="", metavar="TEXT", help="what it shows (default: nothing said)")
+    command.add_argument("--frames", type=_positive, metavar="N", help="only the first N frames")
+    command.add_argument("--fps", type=_rate, metavar="RATE", help="(default: the clip's)")
+    _add_size(command)
+
+
+def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
+    group = command.add_argument_group("solver", "A preset sets all numbers; each may be given on its own.")
+    group.add_argument("--solver", choices=("jacobi", "autoregressive"), default="jacobi", help="(default: jacobi)")
+    group.add_argument("--preset", choices=("fast", "balanced", "exact"), help=f"(default: {preset})")
+    group.add_argument("--first-span", type=int, metavar="N", help="tokens solved at once in the first frame")
+    group.add_argument("--span", type=int, metavar="N", help="tokens solved at once after it")
+    group.add_argument("--tolerance", type=float, metavar="X", help="relative squared change at which a token settles")
+    group.add_argument("--shallow-tolerance", type=float, metavar="X", help="the same for frames in shallow blocks")
+    group.add_argument("--max-sweeps", type=int, metavar="N", help="after which a token is settled in any case")
+    command.set_defaults(default_preset=preset)
+
+
+def _add_model(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("model", "Without --model the bundled demo.")
+    group.add_argument(
+        "--model", metavar="PATH", help="checkpoint: .safetensors, .pth, an index of shards, or a folder"
+    )
+    group.add_argument(
+        "--text-encoder", metavar="PATH", help="flan-t5-xl: a folder, or a file with tokenizer.json beside it"
+    )
+    group.add_argument("--vae", metavar="PATH", help="the model's VAE: a file or a diffusers folder")
+    group.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
+    group.add_argument(
+        "--dtype",
+        choices=("auto", "bf16", "fp16", "fp32"),
+        default="auto",
+        help="of the networks (auto: fp32 on the CPU, else bf16)",
+    )
+
+
+def _add_video_output(command: argparse.ArgumentParser) -> None:
+    group = command.add_argument_group("output")
+    group.add_argument(
+        "-o", "--output", metavar="PATH",
+        help=".mp4, .webm, .gif, .webp, .png, .jpg, or a folder/ of pictures (default: in outputs/). "
+        "Of several results the first is NAME-0",
+    )  # fmt: skip
+    group.add_argument("--quality", type=int, default=90, metavar="N", help="0 to 100 (default: 90)")
+    group.add_argument(
+        "--tile", type=int, metavar="N", help="decode in tiles of N latent cells a side, for less memory"
+    )
+
+
+def _add_json(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--json", action="store_true", help="print JSON")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+    return value
+
+
+def _rate(text: str) -> Fraction:
+    try:
+        rate = Fraction(text)
+    except (ValueError, ZeroDivisionError):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 16, 23.976 or 30000/1001") from None
+    if rate <= 0:
+        raise argparse.ArgumentTypeError(f"{text}: a rate is above 0")
+    return rate

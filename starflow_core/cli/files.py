@@ -1,0 +1,114 @@
+"""`convert` and `inspect`: checkpoints, and what is written in finished files."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections import Counter
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint as checkpoints
+from .. import memory, pipeline
+from ..checkpoint import DTYPES, Checkpoint
+from ..config import FlowConfig
+from ..media import read_metadata
+from ..pipeline import default_job, pick_device
+from .progress import Meter
+from .settings import chosen, size
+
+WEIGHTS = (".safetensors", ".json", *checkpoints.PICKLES)
+
+
+def convert(args: Namespace) -> None:
+    """A checkpoint to one safetensors file."""
+    with Meter() as meter:
+        checkpoints.convert(args.source, args.target, args.dtype, overwrite=args.overwrite, progress=meter.bytes)
+    print(args.target)
+
+
+def inspect(args: Namespace) -> None:
+    """What a checkpoint is and takes, or how a picture or clip was made."""
+    path = Path(args.model) if args.model else pipeline.BUNDLED / pipeline.FLOW_FILE
+    if _is_media(path):
+        values = read_metadata(args.model)
+        text = "\n".join(f"{key:14} {value}" for key, value in values.items()) or f"no metadata in {path}"
+    else:
+        values = _describe(args, path)
+        text = _text(values)
+    print(json.dumps(values, ensure_ascii=False) if args.json else text)
+
+
+def _is_media(path: Path) -> bool:
+    """Whether this is a picture, a clip, or a folder of pictures made here."""
+    if path.is_dir():
+        return (path / "metadata.json").is_file()
+    return bool(path.suffix) and path.suffix.lower() not in WEIGHTS
+
+
+def _describe(args: Namespace, path: Path) -> dict[str, Any]:
+    checkpoint = Checkpoint.open(path)
+    config = checkpoints.find_config(checkpoint)
+    shapes = checkpoints.check_keys(checkpoint, config)
+    stored = Counter()
+    for name, shape in shapes.items():
+        stored[str(checkpoint.dtypes[name]).removeprefix("torch.")] += prod(shape)
+    job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size(args, config))
+    forecasts = {
+        name: memory.forecast(config, job, dtype)
+        for name, dtype in DTYPES.items()
+        if name == args.dtype or (args.dtype is None and name != "fp16")
+    }
+    device = pick_device(args.device)
+    return {
+        "name": config.name,
+        "kind": config.kind,
+        "file": str(path),
+        "parameters": sum(stored.values()),
+        "dtypes": dict(stored),
+        "blocks": _blocks(config),
+        "tasks": list(config.tasks),
+        "window": config.window,
+        "defaults": vars(config.defaults),
+        "metadata": {k: v for k, v in checkpoint.metadata.items() if k not in (checkpoints.CONFIG_KEY, "format")},
+        "job": {name: getattr(job, name) for name in ("frames", "height", "width", "batch", "guidance")},
+        "memory": {name: {**vars(f), "total": f.total} for name, f in forecasts.items()},
+        "device": str(device),
+        "free": memory.free(device),
+    }
+
+
+def _blocks(config: FlowConfig) -> list[dict[str, Any]]:
+    blocks = [{"block": "shallow", "layers": layers, "width": config.width} for layers in config.layers[:-1]]
+    blocks.append({"block": "deep", "layers": config.layers[-1], "width": config.deep_width})
+    if config.denoiser:
+        blocks.append({"block": "denoiser", "layers": config.denoiser.layers, "width": config.denoiser.width})
+    return blocks
+
+
+def _text(found: dict[str, Any]) -> str:
+    """The description for a person."""
+    defaults, job = found["defaults"], found["job"]
+    rate = f" at {defaults['fps']} fps" if defaults["fps"] else ""
+    free = "unknown" if found["free"] is None else memory.size(found["free"])
+    lines = {
+        "file": found["file"],
+        "kind": found["kind"],
+        "parameters": f"{found['parameters'] / 1e6:,.1f} million, {', '.join(found['dtypes'])}",
+        "blocks": "; ".join(f"{b['block']} {b['layers']} x {b['width']}" for b in found["blocks"]),
+        "tasks": ", ".join(found["tasks"]),
+        "window": f"{found['window']} latent frames" if found["window"] else "",
+        "defaults": f"{defaults['frames']} frames{rate}, {defaults['aspect']} at {defaults['size']}, "
+        f"guidance {defaults['guidance']:g}",
+        **found["metadata"],
+    }
+    text = [found["name"], *(f"  {key:18} {value}" for key, value in lines.items() if value)]
+    text.append(
+        f"Memory of {job['batch']} x {job['frames']} frames of {job['height']} x {job['width']}, "
+        f"guidance {job['guidance']:g} (text encoder and VAE not counted)"
+    )
+    for name, need in found["memory"].items():
+        parts = ", ".join(f"{part} {memory.size(need[part])}" for part in ("weights", "cache", "activations"))
+        text.append(f"  {name:18} {memory.size(need['total'])} ({parts})")
+    return "\n".join([*text, f"  {'free on ' + found['device']:18} {free}"])

@@ -1,0 +1,82 @@
+"""`generate`: from prompts and given frames to files, frame by frame."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from contextlib import ExitStack
+from dataclasses import replace
+
+from torch import Tensor
+
+from ..control import Control
+from ..media import VideoWriter
+from ..pipeline import Pipeline
+from ..solvers import Statistics
+from ..tasks import Generation, Job
+from .plan import Plan
+from .progress import Meter, Sampling
+from .settings import warn_of_cut
+
+
+def generate(args: Namespace) -> None:
+    """Check everything, load the model, and make the files."""
+    began = time.monotonic()
+    plan, statistics = Plan.make(args), []
+    with Meter() as meter:
+        pipeline = plan.model.load(meter)
+        job = pipeline.with_context(**plan.settings)
+        for first in range(0, len(plan.captions), job.batch):
+            chunk = slice(first, first + job.batch)
+            captions = plan.captions[chunk]
+            part = replace(job, seed=job.seed + first, batch=len(captions))
+            sampling = meter.sampling(job.frames)
+            more = chunk.stop < len(plan.captions)
+            run = start(pipeline, captions, part, args.negative, sampling, keep_text_encoder=more)
+            write(pipeline, run, plan.writers[chunk], sampling, plan.source, args.tile)
+            statistics.append(run.statistics)
+    report(plan.paths, began, statistics)
+
+
+def start(
+    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: Sampling, keep_text_encoder: bool
+) -> Generation:
+    """A generation that is ready to run; warns of what its prompts were too long for."""
+    control = Control(sampling)
+    run, cut = pipeline.start(captions, job, negative=negative, control=control, keep_text_encoder=keep_text_encoder)
+    for caption, rest in dict(zip(captions, cut, strict=True)).items():
+        warn_of_cut(caption, rest, pipeline.config)
+    return run
+
+
+def write(
+    pipeline: Pipeline,
+    run: Generation,
+    writers: list[VideoWriter],
+    sampling: Sampling,
+    source: Tensor | None = None,
+    tile: int | None = None,
+) -> None:
+    """Frames to their files as they come; after a `source` clip those that only repeat it are left out."""
+    repeated = 0 if source is None else run.job.context.overlap(pipeline.config.latent)
+    with ExitStack() as files:
+        for writer in writers:
+            files.enter_context(writer)
+            if source is not None:
+                writer.add(source)
+        for frames in pipeline.frames(run, tile):
+            fresh, repeated = frames[:, repeated:], max(repeated - frames.shape[1], 0)
+            for writer, clip in zip(writers, fresh, strict=True):
+                writer.add(clip)
+            sampling.wrote(frames.shape[1])
+
+
+def report(outputs: list[str], began: float, statistics: list[Statistics]) -> None:
+    """Where the files are, and what they took."""
+    for path in outputs:
+        print(path)
+    deep, shallow, evaluations = (
+        sum(getattr(s, name) for s in statistics) for name in ("deep_sweeps", "shallow_sweeps", "deep_evaluations")
+    )
+    seconds = time.monotonic() - began
+    print(f"{seconds:.1f} s, {deep} deep sweeps ({evaluations} token evaluations), {shallow} shallow sweeps")

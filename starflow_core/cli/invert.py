@@ -1,0 +1,99 @@
+"""`encode`, `decode` and `score`: a picture or clip to noise and back, and how likely it is."""
+
+from __future__ import annotations
+
+import json
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import __version__, memory
+from ..control import Control
+from ..errors import InputError
+from ..inversion import Inversion, check_writable, decode_from_noise, encode_to_noise, inversion_job
+from ..media import VideoWriter, fit, read_video
+from ..media import check_writable as check_video_writable
+from .generate import report, write
+from .progress import Meter
+from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, warn, warn_of_cut
+
+
+def encode(args: Namespace) -> None:
+    """A picture or clip to noise."""
+    output = args.output or str(OUTPUTS / f"{Path(args.input).stem}.safetensors")
+    check_writable(output)
+    inversion = _encoded(args)
+    inversion.save(output)
+    print(output)
+    _print_likelihood(inversion)
+
+
+def score(args: Namespace) -> None:
+    """How likely a picture or clip is."""
+    inversion = _encoded(args)
+    if not args.json:
+        return _print_likelihood(inversion)
+    names = ("log_likelihood", "bits_per_dim", "model", "prompt")
+    values = {name: getattr(inversion, name) for name in names}
+    print(json.dumps({**values, "dimensions": inversion.noise.numel()}))
+
+
+def decode(args: Namespace) -> None:
+    """Noise back to its picture or clip."""
+    began = time.monotonic()
+    check_tile(args.tile)
+    inversion = Inversion.load(args.input)
+    model = Model.find(args)
+    config = model.config
+    if inversion.model != config.name:
+        warn(f"{args.input} is noise of {inversion.model}; {config.name} will make something else of it")
+    job = inversion.job(config, solver(args))
+    output = args.output or default_output(Path(args.input).stem, job.frames)
+    check_video_writable(output, job.frames)
+    values = {
+        "prompt": inversion.prompt,
+        "task": "decode",
+        "fps": inversion.fps,
+        "solver": asdict(job.solver),
+        "model": config.name,
+        "version": __version__,
+    }
+    writer = VideoWriter(output, job.fps, values, args.quality)
+    model.require(memory.forecast(config, job, model.dtype), "decoding this")
+    with Meter() as meter:
+        pipeline = model.load(meter)
+        sampling = meter.sampling(job.frames)
+        run = decode_from_noise(pipeline, inversion, job.solver, Control(sampling))
+        write(pipeline, run, [writer], sampling, tile=args.tile)
+    report([output], began, [run.statistics])
+
+
+def _encoded(args: Namespace) -> Inversion:
+    """The noise of the input, fitted to the size that was asked for."""
+    model = Model.find(args)
+    config = model.config
+    latent = config.latent
+    longest = latent.frames(max(config.window, 1)) + latent.temporal  # more is refused, and need not be read
+    clip = read_video(args.input, args.frames or longest)
+    found = len(clip.pixels)
+    if args.frames and found < args.frames:
+        raise InputError(f"{args.input} has {found} frames; ask for no more than these with --frames")
+    frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
+    place = size(args, config, clip.pixels)
+    rate = args.fps or clip.fps
+    job = inversion_job(config, **place, frames=frames, fps=float(rate) if rate else None)
+    if frames < found:
+        warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
+    pixels = fit(clip.pixels[:frames], **place)
+    model.require(memory.forecast_encode(config, job, model.dtype), "encoding this")
+    with Meter() as meter:
+        pipeline = model.load(meter)
+    inversion, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps)
+    warn_of_cut(args.prompt, cut, config)
+    return inversion
+
+
+def _print_likelihood(inversion: Inversion) -> None:
+    print(f"log-likelihood {inversion.log_likelihood:.2f} nats")
+    print(f"bits per dimension {inversion.bits_per_dim:.4f}")

@@ -1,0 +1,179 @@
+"""What `generate` is asked for, checked in full before anything is loaded."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from .. import __version__, memory, noise
+from ..config import TASK_PREFIX
+from ..errors import InputError
+from ..media import Clip, VideoWriter, check_writable, fit, read_image, read_video
+from ..pipeline import job_with_context, shapes_only
+from ..tasks import Job, layout
+from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that can begin: `settings` for `Pipeline.with_context`, and for each result its caption,
+    path and writer. With `source` (F, 3, H, W) the results are joined to it."""
+
+    model: Model
+    settings: dict[str, Any]
+    captions: list[str]
+    paths: list[str]
+    writers: list[VideoWriter]
+    source: Tensor | None
+
+    @classmethod
+    def make(cls, args: Namespace) -> Plan:
+        """Raises a StarflowError for whatever cannot work; warns of what may not."""
+        captions = read_prompts(args)
+        captions = captions * (args.batch or 1) if len(captions) == 1 else captions
+        check_tile(args.tile)
+        given = read_given(args)
+        model = Model.find(args)
+        settings = {**given.settings, **job_settings(args, model, given, len(captions))}
+        job = job_with_context(model.config, shapes_only(model.config.latent), **settings)
+        model.require(memory.forecast(model.config, job, model.dtype), "this job")
+        source = fit(given.clip.pixels, job.height, job.width) if args.join else None
+        paths = name_outputs(args, model, job, captions, source)
+        writers = [
+            VideoWriter(path, job.fps, metadata(args, model, given, job, captions[i], i), args.quality)
+            for i, path in enumerate(paths)
+        ]
+        if job.task not in model.config.tasks:
+            warn_of_task(model, job.task)
+        return cls(model, settings, captions, paths, writers, source)
+
+
+@dataclass(frozen=True)
+class Given:
+    """Frames that a job begins with, as the pipeline takes them, and the files they are from."""
+
+    task: str = "text"
+    image: Tensor | None = None
+    last: Tensor | None = None
+    clip: Clip | None = None
+    files: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pixels(self) -> Tensor | None:
+        """What gives the ratio."""
+        for pixels in (self.image, self.last):
+            if pixels is not None:
+                return pixels
+        return self.clip.pixels if self.clip else None
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        rate = {"fps": float(self.clip.fps)} if self.clip and self.clip.fps else {}
+        clip = self.clip.pixels if self.clip else None
+        return {"task": self.task, "image": self.image, "last": self.last, "clip": clip, **rate}
+
+
+def read_prompts(args: Namespace) -> list[str]:
+    """The prompts, none of them empty."""
+    if args.prompt_file is None:
+        if not args.prompt:
+            raise InputError("no prompt; give one, or --prompt-file")
+        for number, prompt in enumerate(args.prompt, 1):
+            if not prompt.strip():
+                raise InputError(f"prompt {number} is empty; say what to show")
+        return args.prompt
+    if args.prompt:
+        raise InputError("prompts come from the command line or from --prompt-file; give one of them")
+    try:
+        lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise InputError(f"{args.prompt_file} cannot be read ({error.strerror}); check the path") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{args.prompt_file} is no text in UTF-8; save it as such") from None
+    if not lines:
+        raise InputError(f"{args.prompt_file} is empty; write one prompt a line")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            raise InputError(f"{args.prompt_file}: line {number} is empty; write a prompt there, or remove it")
+    return lines
+
+
+def read_given(args: Namespace) -> Given:
+    """The frames that --image, --last-image and --video name, once they go together."""
+    if args.video is None and args.task:
+        raise InputError(f"--task {args.task} needs a clip; give it with --video")
+    if args.join and args.task != "extend":
+        raise InputError("--join puts a source before its continuation; use it with --video and --task extend")
+    if args.video is not None:
+        if args.image or args.last_image:
+            raise InputError("--video cannot be combined with --image or --last-image; give one of them")
+        if not args.task:
+            raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
+        return Given(args.task, clip=read_video(args.video), files={"video": Path(args.video).name})
+    named = {"image": args.image, "last_image": args.last_image}
+    files = {name: Path(path).name for name, path in named.items() if path is not None}
+    image, last = (None if path is None else read_image(path) for path in named.values())
+    task = "last_frame" if last is not None else "first_frame" if image is not None else "text"
+    return Given(task, image, last, files=files)
+
+
+def job_settings(args: Namespace, model: Model, given: Given, results: int) -> dict[str, Any]:
+    """What was asked for, in the core's names."""
+    settings = chosen(args, "frames", "guidance", "window", "keep")
+    if args.fps is not None:
+        settings["fps"] = float(args.fps)
+    if args.keep is not None and given.task == "extend":
+        settings["keep_latents"] = args.keep
+    batch = min(args.batch or 1, results)
+    fixed = {"seed": args.seed, "batch": batch, "denoise": args.denoise, "solver": solver(args)}
+    return {**settings, **fixed, **size(args, model.config, given.pixels)}
+
+
+def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:
+    """What has to be known to make a result again."""
+    plan = layout(model.config, job)
+    names = ("task", "height", "width", "frames", "fps", "guidance", "denoise")
+    return {
+        "prompt": prompt,
+        "negative": args.negative,
+        "seed": job.seed + index,
+        **{name: getattr(job, name) for name in names},
+        "window": plan.window,
+        "keep": plan.keep,
+        "solver": asdict(job.solver),
+        **given.files,
+        **({"joined": True} if args.join else {}),
+        "model": model.config.name,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "noise_version": noise.VERSION,
+        "version": __version__,
+    }
+
+
+def name_outputs(args: Namespace, model: Model, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
+    """A path for each result, all of which can be written."""
+    frames = job.frames
+    if source is not None:
+        frames += len(source) - job.context.overlap(model.config.latent)
+    if args.output is None:
+        paths = [default_output(f"{slug(c)}-{job.seed + i}", frames) for i, c in enumerate(captions)]
+    elif len(captions) == 1:
+        paths = [args.output]
+    else:
+        paths = [numbered(args.output, i) for i in range(len(captions))]
+    for path in paths:
+        check_writable(path, frames)
+    return paths
+
+
+def warn_of_task(model: Model, task: str) -> None:
+    prefix = TASK_PREFIX.get(task, "").strip()
+    name = f"{task} {prefix}" if prefix else task
+    warn(
+        f"{model.config.name} was not trained for the task {name}, only for {', '.join(model.config.tasks)}; "
+        "the result may ignore what was given"
+    )

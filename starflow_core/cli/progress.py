@@ -1,0 +1,77 @@
+"""Progress on stderr: one bar at a time, with what the solver does and the time that is left."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tqdm import tqdm
+
+from ..control import Progress
+
+
+class Meter:
+    """Shows where a run stands; leaves nothing on the screen. Silent where stderr is no terminal."""
+
+    def __init__(self):
+        self._bar: tqdm | None = None
+        self._key = None
+
+    def __enter__(self) -> Meter:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.close()
+
+    def bytes(self, progress: Progress) -> None:
+        """A file that is read or written."""
+        self._show(progress.phase, progress.step, progress.total, unit="B", unit_scale=True)
+
+    def sampling(self, frames: int) -> Sampling:
+        """For one job that makes so many frames."""
+        return Sampling(self._show, frames)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = self._key = None
+
+    def _show(self, key: str, done: int, total: int, phase: str = "", note: str = "", **style) -> None:
+        if (key, total) != self._key:
+            self.close()
+            self._bar, self._key = (
+                tqdm(total=total, disable=None, leave=False, dynamic_ncols=True, **style),
+                (key, total),
+            )
+        self._bar.set_description_str(phase or key, refresh=False)
+        self._bar.set_postfix_str(note, refresh=False)
+        self._bar.update(done - self._bar.n)
+
+
+class Sampling:
+    """A bar over the deep block's tokens, then one over the frames that are still to come: what else
+    is done meanwhile (shallow blocks, denoiser, VAE) is named, but has no bar of its own."""
+
+    def __init__(self, show: Callable, frames: int):
+        self._show, self._frames = show, frames
+        self._deep = Progress("deep", 0, 1, tokens=1)
+        self.written = self.sweeps = 0
+
+    def __call__(self, progress: Progress) -> None:
+        """What the core reports."""
+        if progress.phase == "deep":
+            self._deep = progress
+            self.sweeps += 1
+        self._draw(progress.phase, progress.residual)
+
+    def wrote(self, frames: int) -> None:
+        """So many more frames have left the VAE."""
+        self.written += frames
+        self._draw("decode", 0.0)
+
+    def _draw(self, phase: str, residual: float) -> None:
+        state = [f"residual {residual:.0e}"] if residual else []
+        if self._deep.settled < self._deep.tokens or not self.sweeps:
+            state += [f"{self.sweeps} sweeps", f"{self.written}/{self._frames} frames"]
+            self._show("tokens", self._deep.settled, self._deep.tokens, f"{phase:>7}", ", ".join(state), unit="token")
+        else:
+            self._show("frames", self.written, self._frames, f"{phase:>7}", ", ".join(state), unit="frame")

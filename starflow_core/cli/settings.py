@@ -1,0 +1,120 @@
+"""From options to the core's settings, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from argparse import Namespace
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import memory
+from ..checkpoint import DTYPES, Checkpoint, find_config
+from ..config import FlowConfig
+from ..errors import InputError
+from ..media import STILLS
+from ..pipeline import Pipeline, default_dtype, find_parts, load_pipeline, pick_device
+from ..solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from ..vae import LEAST_TILE
+from .progress import Meter
+
+NUMBERS = tuple(f.name for f in fields(SolverSettings) if f.name != "method")
+OUTPUTS = Path("outputs")
+
+
+@dataclass(frozen=True)
+class Model:
+    """What a run will use: the configuration is known, the weights are not loaded yet."""
+
+    config: FlowConfig
+    device: torch.device
+    dtype: torch.dtype
+    parts: tuple[Path, Path, Path]
+
+    @classmethod
+    def find(cls, args: Namespace) -> Model:
+        device = pick_device(args.device)
+        parts = find_parts(args.model, args.text_encoder, args.vae)
+        return cls(find_config(Checkpoint.open(parts[0])), device, DTYPES.get(args.dtype, default_dtype(device)), parts)
+
+    def require(self, need: memory.Forecast, what: str) -> None:
+        """Raise OutOfMemoryForecast unless weights and work will fit."""
+        memory.require(need.total, self.device, what)
+
+    def load(self, meter: Meter) -> Pipeline:
+        pipeline = load_pipeline(*self.parts, device=str(self.device), dtype=self.dtype, progress=meter.bytes)
+        meter.close()
+        return pipeline
+
+
+def solver(args: Namespace) -> SolverSettings:
+    """The preset with the numbers that were given."""
+    numbers = {name: getattr(args, name) for name in NUMBERS}
+    if args.solver == "jacobi":
+        return PRESETS[args.preset or args.default_preset].with_numbers(**numbers)
+    if args.preset or any(value is not None for value in numbers.values()):
+        raise InputError("the autoregressive solver has no settings; leave out --preset and its numbers")
+    return AUTOREGRESSIVE
+
+
+def size(args: Namespace, config: FlowConfig, given: Tensor | None = None) -> dict[str, int]:
+    """Height and width: as asked for, or in the trained ratio nearest to what is given (.., H, W)."""
+    if args.height is None and args.width is None:
+        aspect = args.aspect
+        if aspect is None and given is not None:
+            aspect = config.nearest_aspect(*given.shape[-2:])
+        height, width = config.size(aspect, args.size)
+    elif args.height is None or args.width is None:
+        raise InputError("--height and --width go together; give both, or --aspect and --size")
+    elif args.aspect or args.size:
+        raise InputError("--height and --width leave nothing to --aspect and --size; give one pair")
+    else:
+        height, width = args.height, args.width
+    return {"height": height, "width": width}
+
+
+def check_tile(tile: int | None) -> None:
+    """Raise InputError for tiles that the VAE cannot blend."""
+    if tile is not None and tile < LEAST_TILE:
+        raise InputError(f"tile is {tile} latent cells, the least is {LEAST_TILE}")
+
+
+def chosen(args: Namespace, *names: str) -> dict:
+    """The options of these names that were given."""
+    return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+
+
+def default_output(name: str, frames: int) -> str:
+    return str(OUTPUTS / f"{name}{'.png' if frames == 1 else '.mp4'}")
+
+
+def slug(text: str, longest: int = 40) -> str:
+    """A file name that says what a prompt says."""
+    words = re.findall(r"[^\W_]+", text.lower())
+    while len(words) > 1 and len("-".join(words)) > longest:
+        words.pop()
+    return "-".join(words)[:longest] or "clip"
+
+
+def numbered(path: str, index: int) -> str:
+    """NAME-0.mp4 for NAME.mp4; for image sequences the folder gets the number."""
+    folder = path.endswith(("/", os.sep)) or not Path(path).suffix
+    if folder:
+        return f"{path.rstrip('/' + os.sep)}-{index}/"
+    file = Path(path)
+    if "%" in file.name and file.suffix.lower() in STILLS:
+        return str(file.parent.with_name(f"{file.parent.name}-{index}") / file.name)
+    return str(file.with_stem(f"{file.stem}-{index}"))
+
+
+def warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)
+
+
+def warn_of_cut(prompt: str, cut: str, config: FlowConfig) -> None:
+    if cut:
+        warn(f"{config.name} reads {config.prompt.tokens} tokens; of {prompt!r} this was left out: {cut!r}")

@@ -1,0 +1,125 @@
+"""Pictures and clips to noise and back: the flow's exact inverse, and its likelihood."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from . import memory
+from .checkpoint import Checkpoint, save_tensors
+from .config import FlowConfig
+from .context import to_flow_space
+from .control import Control
+from .errors import CheckpointError, InputError
+from .pipeline import Pipeline, default_job
+from .solvers import PRESETS, SolverSettings
+from .tasks import Generation, Job, layout
+
+SCHEMA = 1  # version of the noise file
+KEY = "starflow_noise"
+
+
+@dataclass(frozen=True)
+class Inversion:
+    """The noise (1, T, C, h, w) that a clip is made from, under a prompt, and how likely it is.
+
+    `log_likelihood` in nats and `bits_per_dim` are those of the clean latents; the model was trained
+    on latents with noise added. `model` is the name of the flow.
+    """
+
+    noise: Tensor
+    prompt: str
+    fps: float
+    model: str
+    log_likelihood: float
+    bits_per_dim: float
+
+    def job(self, config: FlowConfig, solver: SolverSettings = PRESETS["exact"]) -> Job:
+        """The job that makes the clip again."""
+        frames, _, height, width = self.noise.shape[1:]
+        height, width = height * config.latent.spatial, width * config.latent.spatial
+        return inversion_job(config, height, width, config.latent.frames(frames), self.fps, solver)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, missing folders included. Raises InputError where that fails."""
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        values = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "noise"}}
+        save_tensors({"noise": self.noise}, path, "fp32", {KEY: json.dumps(values)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Inversion:
+        """Read what `save` wrote. Raises CheckpointError for anything else."""
+        file = Checkpoint.open(path)
+        try:
+            values = json.loads(file.metadata[KEY])
+            if values.pop("schema") != SCHEMA:
+                raise CheckpointError(f"{path} was written by a newer version; update this one")
+            noise = file.tensor("noise")
+            if noise.ndim != 5:
+                raise ValueError(noise.shape)
+            return cls(noise, **values)
+        except (KeyError, ValueError, TypeError, AttributeError):
+            raise CheckpointError(f"{path} holds no noise; make it with encode") from None
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError unless `Inversion.save` can write there. Leaves nothing behind."""
+    path = Path(os.path.abspath(path))
+    if path.suffix.lower() != ".safetensors" or path.is_dir():
+        raise InputError(f"{path}: noise is written to a file that ends in .safetensors")
+    folder = next(parent for parent in path.parents if parent.exists())
+    try:
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder") from None
+
+
+def inversion_job(
+    config: FlowConfig, height: int, width: int, frames: int, fps: float | None = None,
+    solver: SolverSettings = PRESETS["exact"],
+) -> Job:  # fmt: skip
+    """The job that inverts a clip and makes it again: no guidance, no denoising, one window."""
+    rate = {} if fps is None else {"fps": fps}
+    job = default_job(
+        config, height=height, width=width, frames=frames, guidance=0.0, denoise=False, solver=solver, **rate
+    )
+    plan = layout(config, job)
+    if plan.total > plan.window:
+        raise InputError(
+            f"the clip is longer than the window of {plan.window} latent frames; "
+            f"shorten it to {config.latent.frames(plan.window)} frames or fewer"
+        )
+    return job
+
+
+@torch.no_grad()
+def encode_to_noise(
+    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None
+) -> tuple[Inversion, str]:
+    """The noise of a clip (F, 3, H, W) in [-1, 1], a picture if F = 1, and what of the prompt was cut off.
+
+    Raises InputError for impossible sizes and frame counts, and for clips longer than the window.
+    """
+    config = pipeline.config
+    job = inversion_job(config, *pixels.shape[-2:], len(pixels), fps)
+    need = memory.forecast_encode(config, job, pipeline.dtype)
+    memory.require(need.activations, pipeline.device, "encoding this")
+    text, _, cut = pipeline.encode_text([prompt], "", job)
+    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0))
+    encoding = pipeline.flow.encode(to_flow_space(config.latent, latents, layout(config, job).factors), text)
+    values = (float(encoding.log_likelihood), float(encoding.bits_per_dim))
+    return Inversion(encoding.noise.cpu(), prompt, job.fps, config.name, *values), cut[0]
+
+
+def decode_from_noise(
+    pipeline: Pipeline, inversion: Inversion, solver: SolverSettings = PRESETS["exact"], control: Control | None = None
+) -> Generation:
+    """A generation that makes the clip again; `Pipeline.frames` gives its pixels."""
+    job = inversion.job(pipeline.config, solver)
+    return pipeline.start(inversion.prompt, job, control=control, noise=inversion.noise)[0]
