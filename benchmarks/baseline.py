@@ -53,8 +53,8 @@ def iterate_chunks(
 ) -> tuple[Tensor, int, int]:
     """Invert a block for z (rows, L, c): its tokens, the sweeps, and the tokens evaluated in each row.
 
-    With `frame_tokens`, what comes after the first frame has larger chunks, which start from the tokens one frame
-    earlier; in the first sweep these also take the place of the known token on the left.
+    With `frame_tokens`, what comes after a video's first frame has larger chunks. They start from the tokens one frame
+    earlier as far as these are known, which also take the place of the known token on the left in the first sweep.
     """
     x = z.clone()
     start = sweeps = evaluations = 0
@@ -62,11 +62,11 @@ def iterate_chunks(
         size = settings.chunk * (GROWTH if frame_tokens and start >= frame_tokens else 1)
         stop = min(start + size, z.shape[1])
         left = x[:, start - 1 : start] if start else evaluate.start(x)
+        guess = torch.cat((left, x[:, start:stop]), 1)
         if frame_tokens and start > frame_tokens:
-            earlier = x[:, start - frame_tokens - 1 : stop - frame_tokens]
-            inputs, old = earlier[:, :-1], earlier[:, 1:]
-        else:
-            inputs, old = torch.cat((left, x[:, start : stop - 1]), 1), x[:, start:stop]
+            earlier = x[:, start - 1 - frame_tokens : min(start, stop - frame_tokens)]
+            guess[:, : earlier.shape[1]] = earlier
+        inputs, old = guess[:, :-1], guess[:, 1:]
         for _ in range(settings.max_sweeps):
             a, b = evaluate(inputs, start)
             new = a * z[:, start:stop] + b

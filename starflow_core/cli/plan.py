@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import __version__, memory, noise
 from ..config import TASK_PREFIX
 from ..errors import InputError
-from ..media import Clip, VideoWriter, check_writable, fit, read_image, read_video
+from ..media import VideoWriter, check_writable, fit, read_image, read_video
 from ..pipeline import job_with_context, shapes_only
 from ..tasks import Job, layout
 from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
@@ -41,7 +41,7 @@ class Plan:
         settings = {**given.settings, **job_settings(args, model, given, len(captions))}
         job = job_with_context(model.config, shapes_only(model.config.latent), **settings)
         model.require(memory.forecast(model.config, job, model.dtype), "this job")
-        source = fit(given.clip.pixels, job.height, job.width) if args.join else None
+        source = fit(given.pixels["clip"], job.height, job.width) if args.join else None
         paths = name_outputs(args, model, job, captions, source)
         writers = [
             VideoWriter(path, job.fps, metadata(args, model, given, job, captions[i], i), args.quality)
@@ -54,27 +54,18 @@ class Plan:
 
 @dataclass(frozen=True)
 class Given:
-    """Frames that a job begins with, as the pipeline takes them, and the files they are from."""
+    """What a job begins with: `pixels` by the names the pipeline has for them, the files they are
+    from, and a clip's rate, 0 where there is none."""
 
-    task: str = "text"
-    image: Tensor | None = None
-    last: Tensor | None = None
-    clip: Clip | None = None
-    files: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def pixels(self) -> Tensor | None:
-        """What gives the ratio."""
-        for pixels in (self.image, self.last):
-            if pixels is not None:
-                return pixels
-        return self.clip.pixels if self.clip else None
+    task: str
+    pixels: dict[str, Tensor]
+    files: dict[str, str]
+    fps: float = 0.0
 
     @property
     def settings(self) -> dict[str, Any]:
-        rate = {"fps": float(self.clip.fps)} if self.clip and self.clip.fps else {}
-        clip = self.clip.pixels if self.clip else None
-        return {"task": self.task, "image": self.image, "last": self.last, "clip": clip, **rate}
+        rate = {"fps": self.fps} if self.fps else {}
+        return {"task": self.task, **self.pixels, **rate}
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -113,12 +104,14 @@ def read_given(args: Namespace) -> Given:
             raise InputError("--video cannot be combined with --image or --last-image; give one of them")
         if not args.task:
             raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
-        return Given(args.task, clip=read_video(args.video), files={"video": Path(args.video).name})
-    named = {"image": args.image, "last_image": args.last_image}
-    files = {name: Path(path).name for name, path in named.items() if path is not None}
-    image, last = (None if path is None else read_image(path) for path in named.values())
-    task = "last_frame" if last is not None else "first_frame" if image is not None else "text"
-    return Given(task, image, last, files=files)
+        clip = read_video(args.video)
+        return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps))
+    pixels, files = {}, {}
+    for name, option, path in (("image", "image", args.image), ("last", "last_image", args.last_image)):
+        if path is not None:
+            pixels[name], files[option] = read_image(path), Path(path).name
+    task = "last_frame" if "last" in pixels else "first_frame" if pixels else "text"
+    return Given(task, pixels, files)
 
 
 def job_settings(args: Namespace, model: Model, given: Given, results: int) -> dict[str, Any]:
@@ -130,7 +123,7 @@ def job_settings(args: Namespace, model: Model, given: Given, results: int) -> d
         settings["keep_latents"] = args.keep
     batch = min(args.batch or 1, results)
     fixed = {"seed": args.seed, "batch": batch, "denoise": args.denoise, "solver": solver(args)}
-    return {**settings, **fixed, **size(args, model.config, given.pixels)}
+    return {**settings, **fixed, **size(args, model.config, *given.pixels.values())}
 
 
 def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:

@@ -61,12 +61,12 @@ def solver(args: Namespace) -> SolverSettings:
     return AUTOREGRESSIVE
 
 
-def size(args: Namespace, config: FlowConfig, given: Tensor | None = None) -> dict[str, int]:
+def size(args: Namespace, config: FlowConfig, *given: Tensor) -> dict[str, int]:
     """Height and width: as asked for, or in the trained ratio nearest to what is given (.., H, W)."""
     if args.height is None and args.width is None:
         aspect = args.aspect
-        if aspect is None and given is not None:
-            aspect = config.nearest_aspect(*given.shape[-2:])
+        if aspect is None and given:
+            aspect = config.nearest_aspect(*given[0].shape[-2:])
         height, width = config.size(aspect, args.size)
     elif args.height is None or args.width is None:
         raise InputError("--height and --width go together; give both, or --aspect and --size")

@@ -288,9 +288,9 @@ def test_what_is_kept_does_not_grow(video):
         gc.collect()
         return sum(o.nbytes for o in gc.get_objects() if type(o) is torch.Tensor)
 
-    frames = video.decode_frames(torch.randn(1, 48, 1, 2, 2) for _ in range(9))
-    sizes = {i: kept() for i, _ in enumerate(frames) if i in (3, 8)}
-    assert sizes[3] == sizes[8]
+    frames = video.decode_frames(torch.randn(1, 48, 1, 1, 1) for _ in range(7))
+    sizes = {i: kept() for i, _ in enumerate(frames) if i in (3, 6)}
+    assert sizes[3] == sizes[6]
 
 
 def test_gradients_pass_without_clamp(video, latents):
@@ -338,7 +338,7 @@ def test_overlaps_are_blended_linearly():
 
 def test_tiles_approach_the_whole(video):
     """The weights are random, so a tile's border reaches far; a trained decoder does far better."""
-    latents = torch.randn(1, 48, 2, 4, 16, generator=torch.Generator().manual_seed(3)) / 2
+    latents = torch.randn(1, 48, 1, 4, 16, generator=torch.Generator().manual_seed(3)) / 2
     whole = video.decode(latents, clamp=False)
     errors = [
         ((video.decode(latents, tile, clamp=False) - whole).square().mean() / whole.square().mean()).item()
@@ -349,7 +349,7 @@ def test_tiles_approach_the_whole(video):
 
 
 def test_tiled_encode_approaches_the_whole(video):
-    pixels = torch.randn(1, 3, 5, 64, 256, generator=torch.Generator().manual_seed(4)).clamp(-1, 1)
+    pixels = torch.randn(1, 3, 1, 64, 256, generator=torch.Generator().manual_seed(4)).clamp(-1, 1)
     whole = video.encode(pixels)
     errors = [((video.encode(pixels, tile) - whole).square().mean() / whole.square().mean()).item() for tile in (4, 14)]
     assert errors[0] > errors[1]
