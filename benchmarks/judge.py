@@ -52,6 +52,7 @@ class Sight:
 
     Per frame: `path` (F, 2) the centroid (x, y) in pixels and `colours` (F, 3) the shape's RGB in [0, 1], both NaN
     where nothing is seen; `areas` (F,) as a share of the frame; `whole` (F,) whether one plausible shape is seen.
+    The names are those of the clip as a whole; `consistent` is False where background, colour or area drift in it.
     """
 
     background: str | None
@@ -87,7 +88,7 @@ def look(pixels: Tensor) -> Sight:
         kind=_kind(_mean_mask(mask, path)),
         direction=_direction(path),
         connected=bool(whole.mean() >= WHOLE),
-        consistent=_consistent(colours, areas),
+        consistent=_consistent(ground, colours, areas),
         area=float(np.median(areas)),
         path=path,
         colours=colours,
@@ -287,17 +288,17 @@ def _direction(path: np.ndarray) -> str | None:
     return max(clips.DIRECTIONS, key=lambda name: way @ clips.DIRECTIONS[name])
 
 
-def _consistent(colours: np.ndarray, areas: np.ndarray) -> bool:
-    """Whether colour (F, 3) and area (F,) are those of the first quarter in the last one too, of the frames seen."""
-    seen = ~np.isnan(colours[:, 0])
-    if not seen.any():
+def _consistent(ground: np.ndarray, colours: np.ndarray, areas: np.ndarray) -> bool:
+    """Whether background (F, 3), colour (F, 3) and area (F,) are in the last quarter of the frames in which the shape
+    is seen what they are in the first."""
+    seen = np.flatnonzero(~np.isnan(colours[:, 0]))
+    if not len(seen):
         return False
-    colours, areas = colours[seen], areas[seen]
-    quarter = max(1, len(areas) // 4)
-    first, last = slice(None, quarter), slice(-quarter, None)
-    drift = np.linalg.norm(np.median(colours[last], axis=0) - np.median(colours[first], axis=0))
+    quarter = max(1, len(seen) // 4)
+    first, last = seen[:quarter], seen[-quarter:]
+    drifts = [np.linalg.norm(np.median(x[last], axis=0) - np.median(x[first], axis=0)) for x in (ground, colours)]
     before, after = np.median(areas[first]), np.median(areas[last])
-    return bool(drift <= MAX_COLOUR_DRIFT and abs(after - before) <= MAX_AREA_DRIFT * before)
+    return bool(max(drifts) <= MAX_COLOUR_DRIFT and abs(after - before) <= MAX_AREA_DRIFT * before)
 
 
 def degrade(pixels: Tensor, blur: float, noise: float, shift: float, seed: int) -> Tensor:

@@ -40,12 +40,13 @@ from starflow_core.sampling import sample
 from starflow_core.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
 from starflow_core.training import clips
 
-THRESHOLDS = (1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
-QUICK_THRESHOLDS = (3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
+THRESHOLDS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
+QUICK_THRESHOLDS = (3e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
 ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
 CHUNKS = {"image": 16, "video": 32}  # of the baseline: the reference's
 WORK = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations")
 COSTS = ("seconds", "cpu_seconds", *WORK)
+HEADINGS = ("seconds", "cpu s", "deep sweeps", "evaluations", "shallow sweeps", "evaluations")
 GOALS = {"image": (1.4, 1.4, 1.5, 1.5, 4.0, None), "video": (1.4, 1.4, 1.5, 1.35, 4.0, None)}  # by COSTS
 LEAST_ERROR = 1e-14  # below what float32 resolves; an error of zero has no logarithm
 GAIN = 0.5  # of the output layers of the random model
@@ -125,7 +126,8 @@ def autoregressive(
         timed(flow, noise[i : i + 1], text[i : i + 1], uncond, guidance, AUTOREGRESSIVE) for i in range(len(noise))
     ]
     exact = torch.cat([latents for latents, _ in samples])
-    return exact, _row(AUTOREGRESSIVE, [(LEAST_ERROR, *costs) for _, costs in samples])
+    row = _row(AUTOREGRESSIVE, [(LEAST_ERROR, *costs) for _, costs in samples])
+    return exact, replace(row, error=0.0)
 
 
 @torch.no_grad()
@@ -229,7 +231,7 @@ def random_flow(kind: str, gain: float = GAIN) -> Flow:
 
 def measure(case: Case, thresholds: Sequence[float], ratio: float | None) -> dict:
     """All solvers on one case, ready for JSON."""
-    inputs = (case.flow, case.noise, case.text, case.uncond, case.guidance)
+    inputs, grid = (case.flow, case.noise, case.text, case.uncond, case.guidance), case.flow.grid(case.noise)
     exact, reference = autoregressive(*inputs)
     theirs, ours = baselines(case.kind, thresholds), tolerances(thresholds, ratio)
     turns = [settings for pair in zip(theirs, ours, strict=True) for settings in pair]
@@ -238,7 +240,7 @@ def measure(case: Case, thresholds: Sequence[float], ratio: float | None) -> dic
     return {
         "model": case.model,
         "kind": case.kind,
-        "tokens": [case.noise.shape[1], *case.noise.shape[3:]],
+        "tokens": [grid.frames, grid.height, grid.width],
         "autoregressive": asdict(reference),
         "baseline": [asdict(row) for row in theirs],
         "ours": [asdict(row) for row in ours],
@@ -272,33 +274,32 @@ def table(result: dict) -> str:
     frames, height, width = result["tokens"]
     lines = [
         f"{result['model']} {result['kind']}: tokens {frames} x {height} x {width}",
-        f"  {'solver':14} {'tolerance':>9} {'error':>9} {'seconds':>8} {'cpu s':>8} "
-        f"{'deep sweeps':>12} {'evaluations':>12} {'shallow sweeps':>15} {'evaluations':>12}",
-        _line("autoregressive", result["autoregressive"]),
-        *(_line("baseline", row) for row in result["baseline"]),
-        *(_line("ours", row) for row in result["ours"]),
-        *(_line(f"ours, {name}", row) for name, row in result["presets"].items()),
+        _line("solver", "tolerance", "error", HEADINGS),
+        _row_line("autoregressive", result["autoregressive"]),
+        *(_row_line("baseline", row) for row in result["baseline"]),
+        *(_row_line("ours", row) for row in result["ours"]),
+        *(_row_line(f"ours, {name}", row) for name, row in result["presets"].items()),
+        *(_line("baseline/ours", "", error, _times(found)) for error, found in result["at_equal_error"].items()),
+        _line("goal", "", "", _times(result["goals"])),
     ]
     if "peak_bytes" in result:
         peaks = ", ".join(f"{solver} {peak / MB:.1f}" for solver, peak in result["peak_bytes"].items())
         lines.append(f"  peak memory in MB: {peaks}")
-    lines.append(f"  baseline / ours{'':13}" + "".join(f"{cost:>20}" for cost in COSTS))
-    for error, found in result["at_equal_error"].items():
-        lines.append(f"  at error {error:19}" + "".join(f"{_times(found[cost]):>20}" for cost in COSTS))
-    lines.append(f"  {'goal':28}" + "".join(f"{_times(result['goals'][cost]):>20}" for cost in COSTS))
     return "\n".join(lines)
 
 
-def _line(name: str, row: dict) -> str:
-    return (
-        f"  {name:14} {row['tolerance']:9.0e} {row['error']:9.1e} {row['seconds']:8.2f} {row['cpu_seconds']:8.2f} "
-        f"{row['deep_sweeps']:12.1f} {row['deep_evaluations']:12.0f} "
-        f"{row['shallow_sweeps']:15.1f} {row['shallow_evaluations']:12.0f}"
-    )
+def _line(name: str, tolerance: str, error: str, costs: Sequence[str]) -> str:
+    cells = (f"{cost:>{max(len(heading), 7)}}" for cost, heading in zip(costs, HEADINGS, strict=True))
+    return "  ".join((f"  {name:14} {tolerance:>9} {error:>8}", *cells))
 
 
-def _times(ratio: float | None) -> str:
-    return "-" if ratio is None else f"{ratio:.2f}"
+def _row_line(name: str, row: dict) -> str:
+    seconds, work = (f"{row[cost]:.2f}" for cost in COSTS[:2]), (f"{row[cost]:.1f}" for cost in COSTS[2:])
+    return _line(name, f"{row['tolerance']:.0e}", f"{row['error']:.1e}", (*seconds, *work))
+
+
+def _times(ratios: dict[str, float | None]) -> list[str]:
+    return ["-" if ratios[cost] is None else f"{ratios[cost]:.2f}x" for cost in COSTS]
 
 
 def machine() -> dict[str, str | int]:
@@ -311,6 +312,12 @@ def machine() -> dict[str, str | int]:
         "torch": torch.__version__,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
+
+
+def write_json(path: Path, report: dict) -> None:
+    part = path.with_name(path.name + ".part")
+    part.write_text(json.dumps(report, indent=2) + "\n")
+    os.replace(part, path)
 
 
 def main() -> None:
@@ -338,8 +345,7 @@ def main() -> None:
     if arguments.json:
         settings = {"seeds": seeds, "guidance": arguments.guidance, "ratio": arguments.ratio, "chunks": CHUNKS}
         settings["presets"] = {name: asdict(preset) for name, preset in PRESETS.items()}
-        report = {**machine(), "settings": settings, "cases": results}
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        write_json(arguments.json, {**machine(), "settings": settings, "cases": results})
 
 
 if __name__ == "__main__":

@@ -35,7 +35,12 @@ def _generate(command: argparse.ArgumentParser) -> None:
     given.add_argument("--join", action="store_true", help="extend: write the source, then the new frames")
 
     job = command.add_argument_group("what to make", "The model's own defaults; `inspect` shows them.")
-    job.add_argument("--frames", type=int, metavar="N", help="1 is an image; extend counts the frames it begins with")
+    job.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="1 is an image; extend counts the frames it begins with, edit reads no more of its source",
+    )
     _add_size(job)
     job.add_argument("--fps", type=_rate, metavar="RATE", help="frames a second, such as 16, 23.976 or 30000/1001")
     job.add_argument("--guidance", type=float, metavar="W", help="0 is off, as CFG 1 is for a diffusion model")

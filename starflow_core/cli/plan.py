@@ -104,7 +104,7 @@ def read_given(args: Namespace) -> Given:
             raise InputError("--video cannot be combined with --image or --last-image; give one of them")
         if not args.task:
             raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
-        clip = read_video(args.video)
+        clip = read_video(args.video, args.frames if args.task == "edit" else None)
         return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps))
     pixels, files = {}, {}
     for name, option, path in (("image", "image", args.image), ("last", "last_image", args.last_image)):

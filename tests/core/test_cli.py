@@ -113,10 +113,10 @@ def pixels(path) -> torch.Tensor:
 
 def test_help_is_quick():
     """No heavy import."""
-    code = "import sys; from starflow_core.cli import main\ntry: main(['generate', '--help'])\nfinally: print(*sys.modules)"
+    code = "import sys; from starflow_core.cli import main\ntry: main(['generate', '-h'])\nfinally: print(*sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert "--guidance" in out
-    assert not {"torch", "numpy", "transformers", "diffusers", "av", "PIL"} & set(out.split())
+    assert not {"torch", "numpy", "transformers", "diffusers", "av", "PIL"} & set(out.splitlines()[-1].split())
 
 
 def test_runs_as_a_module():
@@ -267,7 +267,7 @@ def test_seeds(run):
 
 
 @pytest.mark.parametrize(("text", "name"), [
-    ("A red circle, moving LEFT!", "a-red-circle-moving-left"), ("word " * 30, "word-word-word-word-word-word-word-word"),
+    ("A red circle, moving LEFT!", "a-red-circle-moving-left"), ("word " * 30, "-".join(["word"] * 8)),
     ("x" * 99, "x" * 40), ("../../etc", "etc"), ("?!", "clip"), ("été", "été"),
 ])  # fmt: skip
 def test_slug(text, name):

@@ -1,0 +1,26 @@
+# make demo: a first clip. make test: what CI runs. Both set up .venv on their first run.
+
+PYTHON ?= python3
+BIN := .venv/bin
+READY := .venv/.ready
+
+.PHONY: install demo test lint
+
+install: $(READY)
+
+# Anew whenever the requirements change; else there is nothing to do.
+$(READY): requirements.txt requirements-dev.txt
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --requirement requirements-dev.txt
+	touch $@
+
+demo: install
+	$(BIN)/python -m starflow_core generate "a red circle moving right on a black background" --output outputs/demo.mp4
+
+test: install lint
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
