@@ -231,16 +231,14 @@ def _read_container(path, frames: int | None) -> Clip:
 
 
 def _rgb(frame, reformatter) -> np.ndarray:
-    """A decoded frame as (H, W, 3) uint8, upright. Matrix and range are named, as older PyAV ignores the frame's."""
+    """A decoded frame as (H, W, 3) uint8, upright."""
     from av.video.reformatter import Colorspace
 
     full = frame.color_range == _FULL or frame.format.is_rgb
-    known = frame.colorspace in {matrix.value for matrix in Colorspace}
     rgb = reformatter.reformat(
         frame,
         format="rgb24",
-        src_colorspace=frame.colorspace if known else Colorspace.DEFAULT,
-        dst_colorspace=Colorspace.DEFAULT,
+        dst_colorspace=Colorspace.DEFAULT,  # means nothing to RGB, but has older PyAV use the frame's own matrix
         src_color_range=_FULL if full else _LIMITED,
         dst_color_range=_FULL,
     )
@@ -447,9 +445,9 @@ class VideoWriter:
         with VideoWriter("clip.mp4", fps=16, metadata={"seed": 1}) as writer:
             writer.add(frames)  # (F, 3, H, W) in [-1, 1], as often as there are any
 
-    The path says the format: .mp4 (h264; an odd height or width gets its last row or column twice), .webm (vp9),
-    .gif (256 colours a frame), .webp (animated), .png or .jpg (one picture), a folder or a name such as
-    frames/%05d.png (image sequence with a metadata.json). Videos are 4:2:0, BT.709, limited range.
+    The path says the format: .mp4 (h264), .webm (vp9), .gif (256 colours a frame), .webp (animated), .png or .jpg
+    (one picture), a folder or a name such as frames/%05d.png (image sequence with a metadata.json).
+    Videos are 4:2:0, BT.709, limited range; of an odd height or width the last row or column is doubled.
     A rate up to 50 in gif, up to 90 in webp; their frames last whole steps of 10 ms and 1 ms, which are spread so
     that the whole clip is right to half a step. A picture needs no rate; with rate 0 a .webp is one, too.
     `metadata` maps lower-case names to anything JSON can hold. `quality` is 0 to 100; png and gif ignore it.
@@ -638,13 +636,13 @@ def _container(job: _Job, height: int, width: int) -> Iterator[_Add]:
     from av.video.reformatter import Colorspace, VideoReformatter
 
     codec = _CODECS[job.target.suffix]
-    padding = ((0, height % 2), (0, width % 2), (0, 0)) if job.target.suffix == ".mp4" else ((0, 0),) * 3
+    padding = (0, height % 2), (0, width % 2), (0, 0)  # 4:2:0 has one chroma value for 2 x 2 pixels
     container = av.open(str(job.part), "w", format=job.target.suffix[1:], container_options=codec.container)
     try:
         container.metadata.update(_tags(job.metadata))
         crf = round(codec.worst + (codec.best - codec.worst) * job.quality / 100)
         stream = container.add_stream(codec.name, rate=job.rate, options={**codec.options, "crf": str(crf)})
-        stream.height, stream.width, stream.pix_fmt = height + padding[0][1], width + padding[1][1], "yuv420p"
+        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
         context = stream.codec_context
         context.colorspace = context.color_primaries = context.color_trc = _BT709
         context.color_range = _LIMITED
@@ -684,7 +682,8 @@ def _gif(job: _Job, height: int, width: int) -> Iterator[_Add]:
         durations = _durations(job.rate, 100)
 
         def add(frame: np.ndarray) -> None:
-            picture = Image.fromarray(frame).quantize(256)
+            picture = Image.fromarray(frame)
+            picture = picture.quantize(palette=picture.quantize(256))  # with a palette given, it dithers
             file.writelines(GifImagePlugin.getdata(picture, duration=10 * next(durations), include_color_table=True))
 
         yield add

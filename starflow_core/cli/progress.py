@@ -38,10 +38,8 @@ class Meter:
     def _show(self, key: str, done: int, total: int, phase: str = "", note: str = "", **style) -> None:
         if (key, total) != self._key:
             self.close()
-            self._bar, self._key = (
-                tqdm(total=total, disable=None, leave=False, dynamic_ncols=True, **style),
-                (key, total),
-            )
+            self._key = (key, total)
+            self._bar = tqdm(total=total, initial=done, disable=None, leave=False, dynamic_ncols=True, **style)
         self._bar.set_description_str(phase or key, refresh=False)
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

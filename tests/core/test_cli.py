@@ -169,6 +169,7 @@ TASKS = {
     "extend": (["--video", "clip.mp4", "--task", "extend"], "extend", 9),
     "joined": (["--video", "clip.mp4", "--task", "extend", "--join"], "extend", 13),
     "edit": (["--video", "clip.mp4", "--task", "edit", "--window", 6], "edit", 9),
+    "edit of a part": (["--video", "long.mp4", "--task", "edit", "--frames", 5], "edit", 5),
     "picture sequence": (["-o", "frames/"], "text", 9),
 }
 
@@ -239,8 +240,8 @@ def test_prompt_file(run, tmp_path):
 def test_metadata_tells_how_to_make_it_again(run, given):
     first = ("--image", given / "picture.png", "--negative", "blue", "--guidance", 1.5, "--window", 4, "--keep", 3)
     numbers = ("--preset", "fast", "--span", 7, "--no-denoise", "--fps", "23.976", "--frames", 13)
-    run("generate", PROMPT, "--seed", 11, *first, *numbers, "-o", "a.mp4")
-    found = read_metadata("a.mp4")
+    run("generate", PROMPT, "--seed", 11, *first, *numbers, "-o", "a/")
+    found = read_metadata("a/")
     solver = found.pop("solver")
     assert solver == {
         "first_span": 32, "span": 7, "tolerance": 0.01, "shallow_tolerance": 0.001, "max_sweeps": 64, "method": "jacobi"
@@ -255,8 +256,8 @@ def test_metadata_tells_how_to_make_it_again(run, given):
         f"--{name}={found[name]}" for name in ("negative", "seed", "height", "width", "frames", "fps", "guidance")
     ]
     again += [f"--{name}={found[name]}" for name in ("window", "keep")]
-    run("generate", found["prompt"], *again, "--no-denoise", "--image", given / found["image"], "-o", "b.mp4")
-    assert torch.equal(pixels("a.mp4"), pixels("b.mp4"))
+    run("generate", found["prompt"], *again, "--no-denoise", "--image", given / found["image"], "-o", "b/")
+    assert torch.equal(pixels("a/"), pixels("b/"))
 
 
 def test_seeds(run):
@@ -340,7 +341,7 @@ def test_what_the_text_encoder_cut_off(run):
     ("--task edit", "--task edit needs a clip; give it with --video"),
     ("--join", "--join puts a source before its continuation"),
     ("--video {given}/clip.mp4 --task edit --image {given}/picture.png", "cannot be combined"),
-    ("--video {given}/clip.mp4 --task edit", "source may have at most 5 frames"),
+    ("--video {given}/clip.mp4 --task edit", "within 5 latent frames; the longest result is 5 frames"),
     ("--video {given}/long.mp4 --task extend --keep 9 --frames 41", r"keep is 9; .* keeps 1 to 4"),
     ("--video {given}/long.mp4 --task extend --keep 5 --window 4 --frames 17", "5 latent frames, the window 4"),
     ("--video {given}/long.mp4 --task extend --frames 13", "context alone gives 13; ask for more frames"),
@@ -429,7 +430,9 @@ def test_nan_in_latents(run, given, monkeypatch):
     latents = torch.zeros(1, 4, 1, 2, 2)
     latents[0, 2, 0, 1, 0] = float("nan")
     monkeypatch.setattr(VAE, "encode", lambda *_: latents)
-    message = r"^error: NaN or infinity in block 0: batch element 0, latent frame 0, token \d \(row \d, column \d\)"
+    message = (
+        r"^error: NaN or infinity in the given latents: batch element 0, latent frame 0, token 2 \(row 1, column 0\)"
+    )
     run("generate", PROMPT, "--image", given / "picture.png", code=2, err=message)
     assert not Path("outputs").exists()
 
