@@ -1,10 +1,10 @@
 """STARFlow and STARFlow-V: text to image and video with normalising flows.
 
-    from starflow_core import load_pipeline, write_video
+from starflow_core import load_pipeline, write_video
 
-    pipeline = load_pipeline()  # the bundled demo; or load_pipeline(model, text_encoder, vae)
-    output = pipeline.text_to_video("a red circle moving left", seed=1)
-    write_video("circle.mp4", output.pixels[0], fps=16)
+pipeline = load_pipeline()  # the bundled demo; or load_pipeline(model, text_encoder, vae)
+output = pipeline.text_to_video("a red circle moving left", seed=1)
+write_video("circle.mp4", output.pixels[0], fps=16)
 """
 
 from importlib import import_module

@@ -144,7 +144,7 @@ def _reading(path, kind: str) -> Iterator[None]:
     except (StarflowError, MemoryError):
         raise
     except FileNotFoundError:
-        raise InputError(f"{path}: no such file; check the path") from None
+        raise InputError(f"{path}: no such file or folder; check the path") from None
     except IsADirectoryError:
         raise InputError(f"{path} is a folder; give a file") from None
     except Exception as error:  # decoders raise nearly anything on damaged data
@@ -324,9 +324,8 @@ def _sequence_record(folder: Path) -> dict[str, Any]:
 def _sequence_names(path) -> list[str]:
     """The pictures of a sequence in the order of their numbers."""
     target = _target(path)
-    if not target.path.is_dir():
-        raise InputError(f"{path}: no such file or folder; check the path")
-    names = [name for name in os.listdir(target.path) if Path(name).suffix.lower() in PICTURES]
+    with _reading(path, "folder"):
+        names = [name for name in os.listdir(target.path) if Path(name).suffix.lower() in PICTURES]
     if _NUMBER.search(Path(path).name):
         before, after = (re.escape(part) for part in _NUMBER.split(target.pattern)[::2])
         names = [name for name in names if re.fullmatch(rf"{before}\d+{after}", name)]
@@ -423,18 +422,20 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
     target = _target(path)
     if target.suffix not in (*_CODECS, ".gif", ".webp", *STILLS):
         raise InputError(f"{path}: unknown format {target.suffix!r}; known are {FORMATS}")
-    if target.pattern:
-        _check_replaceable(target.path)
-    elif target.suffix in STILLS and frames not in (None, 1):
+    if not target.pattern and target.suffix in STILLS and frames not in (None, 1):
         raise InputError(
             f"{path}: {target.suffix} holds one picture, not {frames}; write .mp4 or a name such as %05d.png"
         )
     _check_encoder(path, target.suffix)
     try:
+        if target.pattern:
+            _check_replaceable(target.path)
         with suppress(FileNotFoundError):
             os.lstat(_part_of(target.path))  # refuses names that are too long
         folder = next(parent for parent in target.path.parents if os.path.exists(parent))
         tempfile.TemporaryFile(dir=folder).close()
+    except InputError:
+        raise
     except (OSError, ValueError) as error:
         raise InputError(f"{path} cannot be written ({_reason(error)}); choose another folder or name") from None
 
@@ -612,10 +613,11 @@ def _check_replaceable(folder: Path) -> None:
         raise InputError(f"{folder} is a file; an image sequence needs a folder")
     if os.path.ismount(folder):
         raise InputError(f"{folder} is a mount point, which cannot be replaced; write into a folder inside it")
-    written_here = {"metadata.json", *map(str, _sequence_record(folder).get("files", []))}
+    record = _sequence_record(folder)
+    written_here = {"metadata.json", *map(str, record["files"])} if record else set()
     foreign = sorted(set(os.listdir(folder)) - written_here)
-    if foreign or (os.listdir(folder) and not _sequence_record(folder)):
-        raise InputError(f"{folder} holds other files ({(foreign or ['metadata.json'])[0]}); choose an empty folder")
+    if foreign:
+        raise InputError(f"{folder} holds other files ({foreign[0]}); choose an empty folder")
 
 
 # Encoders: each is entered with the first frame's size, gives the function that takes frames, and completes its

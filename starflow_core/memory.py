@@ -44,7 +44,7 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
     slots = config.prompt.tokens + min(plan.window, plan.total) * frame_tokens
     cache = Cache.bytes(config.layers[-1], rows, config.deep_width, slots, item)
     shallow = min(SHALLOW_TOKENS, job.batch * plan.total * frame_tokens)
-    span = min(max(job.solver.span, job.solver.first_span), slots)
+    span = min(max(job.solver.span, job.solver.first_span, job.solver.image_span), slots)
     absorbed = plan.given if plan.total <= plan.window else max(plan.keep, plan.given)
     deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
     # An MLP holds its input, four times its width twice (before and after GELU) and its output.

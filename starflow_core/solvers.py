@@ -23,29 +23,36 @@ SLOPE_LIMIT = 0.9  # keeps the accelerated step from amplifying along the scan
 class SolverSettings:
     """How the blocks are inverted.
 
-    `first_span` and `span` are the tokens that are solved at once, in the first frame and after it:
-    larger spans take fewer sweeps and more token evaluations. A token settles when its squared
-    change, relative to the mean square of its span, is below `tolerance`, or after `max_sweeps`.
-    Shallow blocks iterate whole frames until the frame's relative squared change is below
-    `shallow_tolerance`. `method` "autoregressive" ignores all of these.
+    `image_span`, `first_span` and `span` are the tokens that are solved at once: in an image, in the
+    first frame of a clip, and after it. Larger spans take fewer sweeps and more token evaluations. A
+    token settles when its squared change, relative to the mean square of its span, is below
+    `tolerance`, or after `max_sweeps`. Shallow blocks iterate whole frames until the frame's relative
+    squared change is below `shallow_tolerance`. `method` "autoregressive" ignores all of these.
     """
 
+    image_span: int = 20
     first_span: int = 32
     span: int = 128
     tolerance: float = 1e-3
-    shallow_tolerance: float = 1e-4
+    shallow_tolerance: float = 3e-5
     max_sweeps: int = 64
     method: str = "jacobi"
 
     def __post_init__(self):
         if self.method not in ("jacobi", "autoregressive"):
             raise InputError(f"solver method {self.method!r}: expected jacobi or autoregressive")
-        for name in ("first_span", "span", "max_sweeps"):
+        for name in ("image_span", "first_span", "span", "max_sweeps"):
             if getattr(self, name) < 1:
                 raise InputError(f"solver setting {name} is {getattr(self, name)}, the least is 1")
         for name in ("tolerance", "shallow_tolerance"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"solver setting {name} is {getattr(self, name)}, expected 0 <= {name} < 1")
+
+    def span_at(self, token: int, frame_tokens: int, length: int) -> int:
+        """Tokens to solve at once from `token` on, in a window of `length` tokens."""
+        if length == frame_tokens:
+            return self.image_span
+        return self.first_span if token < frame_tokens else self.span
 
     def with_numbers(self, **numbers) -> SolverSettings:
         """The same settings with those numbers changed that are not None."""
@@ -53,8 +60,8 @@ class SolverSettings:
 
 
 PRESETS = {
-    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=1e-3),
-    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=1e-4),
+    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=3e-4),
+    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=3e-5),
     "exact": SolverSettings(tolerance=1e-12, shallow_tolerance=1e-12, max_sweeps=4096),
 }
 AUTOREGRESSIVE = SolverSettings(method="autoregressive")
@@ -138,7 +145,7 @@ def solve_span(
     settled = entered = sequence.known
     span = Span()
     while settled < length:
-        size = settings.first_span if settled < sequence.frame_tokens else settings.span
+        size = settings.span_at(settled, sequence.frame_tokens, length)
         stop = max(min(settled + size, length), entered)
         if stop > entered:
             _enter(sequence, entered, stop)

@@ -115,12 +115,12 @@ def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int)
         longest = latent.frames(context.shown)
         raise InputError(f"frames is {job.frames}, but the context alone gives {longest}; ask for more frames")
     if context.hidden and total > window:
-        longest = window - context.hidden
-        remedy = (
-            f"the longest result is {latent.frames(longest)} frames"
-            if longest > 0
-            else f"the source may have at most {latent.frames(window // 2)} frames"
-        )
+        if window < 2:
+            remedy = "give a window of at least 2"
+        elif context.hidden > window // 2:
+            remedy = f"the source may have at most {latent.frames(window // 2)} frames"
+        else:
+            remedy = f"the longest result is {latent.frames(window - context.hidden)} frames"
         raise InputError(f"{context.task} needs source and result within {window} latent frames; {remedy}")
 
 

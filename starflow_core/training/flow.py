@@ -19,7 +19,7 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 1200, 250
+FLOW_STEPS, DENOISER_STEPS = 2600, 500
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -59,7 +59,7 @@ def demo_config(vae) -> FlowConfig:
         denoiser=Denoiser(width=128, layers=3, window=4),
         tasks=("text", "first_frame", "extend", "edit", "last_frame"),
         aspects=("1:1", "16:9", "9:16"),
-        defaults=Defaults(guidance=0.0, size=96, aspect="1:1", frames=33, fps=FPS),
+        defaults=Defaults(guidance=1.0, size=96, aspect="1:1", frames=33, fps=FPS),
     )
 
 
@@ -100,7 +100,7 @@ def initialised(flow: Flow) -> Flow:
 def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: float) -> Batch:
     """A batch of one task and one aspect ratio. `progress` 0..1: clips grow over the first third."""
     bank = rng.choices(banks, weights=[len(b.scenes) for b in banks])[0]
-    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(8, 52, 18, 14, 8))[0]
+    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(10, 42, 14, 20, 14))[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
     count = 48 if task == "still" else min(36, max(12, 120 // frames))

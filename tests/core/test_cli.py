@@ -26,11 +26,11 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch denoise device dtype first-span fps frames guidance height image join keep last-image "
+    "generate": "aspect batch denoise device dtype first-span fps frames guidance height image image-span join keep last-image "
     "max-sweeps model negative no-denoise output preset prompt-file quality seed shallow-tolerance size solver span "
     "task text-encoder tile tolerance vae video width window",
     "encode": "aspect device dtype fps frames height model output prompt size text-encoder vae width",
-    "decode": "device dtype first-span max-sweeps model output preset quality shallow-tolerance solver span "
+    "decode": "device dtype first-span image-span max-sweeps model output preset quality shallow-tolerance solver span "
     "text-encoder tile tolerance vae",
     "score": "aspect device dtype fps frames height json model prompt size text-encoder vae width",
     "convert": "dtype overwrite",
@@ -140,6 +140,8 @@ def test_choices_are_the_cores():
     for preset, numbers in solvers.PRESETS.items():
         assert settings.solver(arguments.parser().parse_args(["generate", "x", "--preset", preset])) == numbers
     given = [
+        "--image-span",
+        "2",
         "--first-span",
         "3",
         "--span",
@@ -152,7 +154,7 @@ def test_choices_are_the_cores():
         "5",
     ]
     found = settings.solver(arguments.parser().parse_args(["generate", "--preset", "fast", *given, "x"]))
-    assert found == solvers.SolverSettings(3, 4, 0.1, 0.2, 5)
+    assert found == solvers.SolverSettings(2, 3, 4, 0.1, 0.2, 5)
 
 
 # Tasks
@@ -244,7 +246,8 @@ def test_metadata_tells_how_to_make_it_again(run, given):
     found = read_metadata("a/")
     solver = found.pop("solver")
     assert solver == {
-        "first_span": 32, "span": 7, "tolerance": 0.01, "shallow_tolerance": 0.001, "max_sweeps": 64, "method": "jacobi"
+        "image_span": 20, "first_span": 32, "span": 7, "tolerance": 0.01, "shallow_tolerance": 3e-4,
+        "max_sweeps": 64, "method": "jacobi",
     }  # fmt: skip
     assert found == {
         "prompt": PROMPT, "negative": "blue", "seed": 11, "task": "first_frame", "height": 32, "width": 32,
@@ -341,7 +344,7 @@ def test_what_the_text_encoder_cut_off(run):
     ("--task edit", "--task edit needs a clip; give it with --video"),
     ("--join", "--join puts a source before its continuation"),
     ("--video {given}/clip.mp4 --task edit --image {given}/picture.png", "cannot be combined"),
-    ("--video {given}/clip.mp4 --task edit", "within 5 latent frames; the longest result is 5 frames"),
+    ("--video {given}/clip.mp4 --task edit", "within 5 latent frames; the source may have at most 5 frames"),
     ("--video {given}/long.mp4 --task extend --keep 9 --frames 41", r"keep is 9; .* keeps 1 to 4"),
     ("--video {given}/long.mp4 --task extend --keep 5 --window 4 --frames 17", "5 latent frames, the window 4"),
     ("--video {given}/long.mp4 --task extend --frames 13", "context alone gives 13; ask for more frames"),

@@ -435,7 +435,7 @@ def test_rotated_video_is_turned_upright(tmp_path):
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.gif", "a.webp", "a.mp4", "a.webm"])
 def test_unreadable_files(tmp_path, read, name, capfd):
     path = tmp_path / name
-    with pytest.raises(InputError, match=r"no such file.*check the path"):
+    with pytest.raises(InputError, match="no such file or folder; check the path"):
         read(path)
     for content in (b"", b"just a text", np.random.default_rng(0).bytes(5000)):
         path.write_bytes(content)
@@ -564,5 +564,4 @@ def test_fit_of_a_clip_is_that_of_its_frames():
 
 
 def test_fit_averages_when_it_shrinks():
-    stripes = torch.tensor([-1.0, 1.0]).repeat(64).expand(3, 128, 128)
-    assert fit(stripes, 16, 16)[..., 2:-2].abs().max() < 0.1
+    assert fit(noise(1, 128, 128, cell=1), 16, 16).std() < 0.15  # 0.58 before, 0.29 without antialiasing

@@ -22,7 +22,7 @@ def test_jacobi_equals_autoregressive(seed):
     text, uncond = models.text(flow, len(z)), models.text(flow, 1, seed=7)
     exact = sample(flow, z, text, uncond, guidance=2.0, settings=AUTOREGRESSIVE).latents
     for first_span, span in ((1, 1), (3, 5), (1000, 1000)):
-        settings = replace(EXACT, first_span=first_span, span=span)
+        settings = replace(EXACT, image_span=first_span, first_span=first_span, span=span)
         solved = sample(flow, z, text, uncond, guidance=2.0, settings=settings).latents
         assert models.relative_error(solved, exact) < 1e-6
 
