@@ -26,7 +26,8 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch denoise device dtype first-span fps frames guidance height image image-span join keep last-image "
+    "generate": "aspect batch denoise device dtype first-span fps frames guidance height image image-span join keep "
+    "last-image "
     "max-sweeps model negative no-denoise output preset prompt-file quality seed shallow-tolerance size solver span "
     "task text-encoder tile tolerance vae video width window",
     "encode": "aspect device dtype fps frames height model output prompt size text-encoder vae width",
