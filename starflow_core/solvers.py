@@ -62,7 +62,7 @@ class SolverSettings:
 PRESETS = {
     "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=3e-4),
     "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=3e-5),
-    "exact": SolverSettings(tolerance=1e-12, shallow_tolerance=1e-12, max_sweeps=4096),
+    "exact": SolverSettings(tolerance=1e-10, shallow_tolerance=1e-10, max_sweeps=4096),
 }
 AUTOREGRESSIVE = SolverSettings(method="autoregressive")
 
