@@ -104,7 +104,9 @@ def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: fl
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
     count = 48 if task == "still" else min(36, max(12, 120 // frames))
-    picks = rng.sample(range(len(bank.scenes)), min(count, len(bank.scenes)))
+    # A motion that has halted belongs into a continuation; elsewhere it would belie the caption.
+    pool = [i for i, scene in enumerate(bank.scenes) if task == "extend" or not scene.start]
+    picks = rng.sample(pool, min(count, len(pool)))
     build = {"still": _stills, "text": _texts, "extend": _extensions, "edit": _edits, "last_frame": _lasts}[task]
     latents, captions = build(bank, picks, frames, rng)
     hidden = {"edit": bank.edits.shape[2], "last_frame": 1}.get(task, 0)
