@@ -173,7 +173,8 @@ class Generation:
     def run(self) -> Tensor:
         """All latents at once: (B, C, T, h, w) in VAE space."""
         sampled = self.sampler.sample().latents
-        return self._shown(self._denoised(sampled), 0)
+        hidden = self.layout.hidden
+        return self._convert(self._denoised(sampled)[:, hidden:], hidden)
 
     def stream(self) -> Iterator[Piece]:
         """Pieces as they are made. Final ones come in order and together are what `run` gives; where
@@ -206,9 +207,6 @@ class Generation:
         if frames.shape[1]:
             first = max(first, hidden)
             yield Piece(first - hidden, self._convert(frames, first), final)
-
-    def _shown(self, latents: Tensor, first: int) -> Tensor:
-        return self._convert(latents[:, self.layout.hidden :], self.layout.hidden)
 
     def _convert(self, frames: Tensor, first: int) -> Tensor:
         """Flow-space frames of the deep sequence to VAE space, given ones replaced by the clean."""
