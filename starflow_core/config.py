@@ -134,10 +134,22 @@ class FlowConfig:
         """Pixels a token covers, in each direction."""
         return self.latent.spatial * self.patch_size
 
-    @property
-    def keep(self) -> int:
-        """Latent frames kept when the trained window slides."""
-        return kept_frames(self.window)
+    def sliding_window(self, frames: int, window: int | None = None, keep: int | None = None) -> tuple[int, int]:
+        """Latent frames that the deep block attends to at once, and those that stay when it slides.
+
+        None is the model's own number (the reference keeps 16 of 21). Raises InputError for numbers
+        that cannot make `frames` latent frames.
+        """
+        window = (self.window or 1) if window is None else window
+        if window < 1:
+            raise InputError(f"window is {window} latent frames, the least is 1")
+        if keep is None:
+            keep = min(max(round(16 * window / 21), 1), max(window - 1, 1))
+        if frames > window and not 1 <= keep < window:
+            raise InputError(
+                f"keep is {keep}; a window of {window} latent frames keeps 1 to {window - 1} when it slides"
+            )
+        return window, keep
 
     def size(self, aspect: str | None = None, side: int | None = None) -> tuple[int, int]:
         """Height and width in pixels for a ratio "w:h" at the area of side x side."""
@@ -220,12 +232,6 @@ class FlowConfig:
             "denoiser": denoiser,
         }
         return cls(**{**settings, **overrides})
-
-
-def kept_frames(window: int) -> int:
-    """Latent frames that stay in a window when it slides, as long as nobody says otherwise: the
-    reference's 16 of 21."""
-    return min(max(round(16 * window / 21), 1), max(window - 1, 1))
 
 
 def parse_aspect(text: str) -> Fraction:

@@ -18,7 +18,7 @@ from .errors import InputError
 from .flow import Flow
 from .media import fit
 from .solvers import Statistics
-from .tasks import Generation, Job, window_and_keep
+from .tasks import Generation, Job
 from .text import TextEncoder, check_fits, load_text_encoder, wrap
 from .vae import VAE, load_vae
 
@@ -189,7 +189,9 @@ def job_with_context(
             context = contexts.edit(encode, pixels, latent)
             settings.setdefault("frames", latent.frames(context.hidden))
         else:
-            context = contexts.extend(encode, pixels, latent, keep_latents or window_and_keep(config, job)[1])
+            if keep_latents is None:
+                _, keep_latents = config.sliding_window(latent.latent_frames(job.frames), job.window, job.keep)
+            context = contexts.extend(encode, pixels, latent, keep_latents)
     return default_job(config, **{**settings, "height": job.height, "width": job.width, "context": context})
 
 

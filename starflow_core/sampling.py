@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .config import kept_frames
 from .control import Control, Progress
 from .errors import InputError, NonFiniteError
 from .flow import BlockRun, DeepRun, Flow, require_finite
@@ -46,14 +45,12 @@ class Sampler:
         settings: SolverSettings = PRESETS["balanced"],
         control: Control | None = None,
     ):
-        config = flow.config
         self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
         self.context, self.settings, self.control = context, settings, control or Control()
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
-        window = window or config.window or 1
+        window, self.keep = flow.config.sliding_window(self.frames, window, keep)
         self.window = min(window, self.frames)
-        self.keep = kept_frames(window) if keep is None else keep
         self.statistics = Statistics()
         self._check()
 
@@ -63,11 +60,8 @@ class Sampler:
             raise InputError(f"a context of {given} latent frames is longer than the window of {self.window}")
         if given >= self.frames:
             raise InputError(f"a context of {given} latent frames leaves nothing to sample in {self.frames}")
-        if self.frames > self.window:
-            if self.flow.config.kind == "image":
-                raise InputError("an image model samples one frame")
-            if not 1 <= self.keep < self.window:
-                raise InputError(f"keep is {self.keep}; expected 1 to {self.window - 1} for a window of {self.window}")
+        if self.frames > 1 and self.flow.config.kind == "image":
+            raise InputError("an image model samples one frame")
         if self.guidance and self.uncond is None:
             raise InputError("guidance needs the unconditional text; give it, or guidance 0")
         if not torch.isfinite(self.noise).all():

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import noise
-from .config import FlowConfig, kept_frames
+from .config import FlowConfig
 from .context import Context, later_factors, to_flow_space, to_vae_space
 from .control import Control, Progress
 from .denoise import DenoiseStream, score_denoise
@@ -80,24 +80,14 @@ def layout(config: FlowConfig, job: Job) -> Layout:
     frames = config.latent.latent_frames(job.frames)
     context = job.context
     hidden, given = (context.hidden, context.frames) if context else (0, 0)
-    window, keep = window_and_keep(config, job)
+    total = hidden + frames
+    window, keep = config.sliding_window(total, job.window, job.keep)
     size = tuple(side // config.latent.spatial for side in (job.height, job.width))
     shape = (config.latent.channels, *size)
-    total = hidden + frames
     if context:
         _check_context(config, job, shape, window, total)
-    if total > window and not 1 <= keep < window:
-        raise InputError(f"keep is {keep}; a window of {window} latent frames keeps 1 to {window - 1} when it slides")
     factors = later_factors(config, job.task, hidden, total)
     return Layout(frames, hidden, given, window, keep, shape, factors)
-
-
-def window_and_keep(config: FlowConfig, job: Job) -> tuple[int, int]:
-    """Latent frames that the deep block attends to, and those kept when the window slides."""
-    window = (config.window or 1) if job.window is None else job.window
-    if window < 1:
-        raise InputError(f"window is {window} latent frames, the least is 1")
-    return window, kept_frames(window) if job.keep is None else job.keep
 
 
 def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int) -> None:

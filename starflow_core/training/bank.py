@@ -17,7 +17,7 @@ ASPECTS = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}
 FRAMES = 41  # 11 latent frames: a whole training window, also without the first
 EDIT_FRAMES = 17  # 5 latent frames, so that source and target fit the window together
 LAST_FRAME = 32  # the frame that stands for the end of a 33-frame clip
-SHARES = {"1:1": 2000, "16:9": 300, "9:16": 300}
+SHARES = {"1:1": 2600, "16:9": 350, "9:16": 350}
 BATCH = 8
 
 

@@ -19,7 +19,7 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 2600, 500
+FLOW_STEPS, DENOISER_STEPS = 3600, 500
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -100,10 +100,10 @@ def initialised(flow: Flow) -> Flow:
 def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: float) -> Batch:
     """A batch of one task and one aspect ratio. `progress` 0..1: clips grow over the first third."""
     bank = rng.choices(banks, weights=[len(b.scenes) for b in banks])[0]
-    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(10, 42, 14, 20, 14))[0]
+    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(12, 34, 12, 24, 18))[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
-    count = 48 if task == "still" else min(36, max(12, 120 // frames))
+    count = 64 if task == "still" else min(36, max(12, 120 // frames))
     # A motion that has halted belongs into a continuation; elsewhere it would belie the caption.
     pool = [i for i, scene in enumerate(bank.scenes) if task == "extend" or not scene.start]
     picks = rng.sample(pool, min(count, len(pool)))
