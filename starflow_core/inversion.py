@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import memory
-from .checkpoint import Checkpoint, save_tensors
 from .config import FlowConfig
 from .context import to_flow_space
 from .control import Control
@@ -20,6 +19,7 @@ from .errors import CheckpointError, InputError
 from .pipeline import Pipeline, default_job
 from .solvers import PRESETS, SolverSettings
 from .tasks import Generation, Job, layout
+from .tensorfiles import TensorFile, save_tensors
 
 SCHEMA = 1  # version of the noise file
 KEY = "starflow_noise"
@@ -55,7 +55,7 @@ class Inversion:
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
         """Read what `save` wrote. Raises CheckpointError for anything else."""
-        file = Checkpoint.open(path)
+        file = TensorFile.open(path)
         try:
             values = json.loads(file.metadata[KEY])
             if values.pop("schema") != SCHEMA:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .checkpoint import DTYPES, Checkpoint
 from .config import TASK_PREFIX, TASKS, FlowConfig
 from .errors import CheckpointError, InputError, NonFiniteError
+from .tensorfiles import DTYPES, TensorFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -128,7 +128,7 @@ def load_text_encoder(
     path = Path(path)
     if path.is_dir() and (path / "text_encoder").is_dir():
         path = path / "text_encoder"
-    checkpoint = Checkpoint.open(path)
+    checkpoint = TensorFile.open(path)
     names = _encoder_names(checkpoint)
     config = _find_config(path, checkpoint, names)
     folder = _find_tokenizer(path if path.is_dir() else path.parent, tokenizer)
@@ -201,7 +201,7 @@ def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
     )
 
 
-def _encoder_names(checkpoint: Checkpoint) -> dict[str, str]:
+def _encoder_names(checkpoint: TensorFile) -> dict[str, str]:
     """The file's names by T5EncoderModel's, once they look like a T5's and are of a readable type."""
     names = {
         EMBEDDING if name == EMBEDDING_ALIAS else name: name
@@ -220,7 +220,7 @@ def _encoder_names(checkpoint: Checkpoint) -> dict[str, str]:
     return names
 
 
-def _find_config(path: Path, checkpoint: Checkpoint, names: dict[str, str]) -> T5Config:
+def _find_config(path: Path, checkpoint: TensorFile, names: dict[str, str]) -> T5Config:
     """The configuration from the file's metadata, the folder's config.json, or the shapes."""
     from transformers import T5Config
 
@@ -268,7 +268,7 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
 
 
 def _load_model(
-    checkpoint: Checkpoint, names: dict[str, str], config: T5Config, dtype: torch.dtype | None, device
+    checkpoint: TensorFile, names: dict[str, str], config: T5Config, dtype: torch.dtype | None, device
 ) -> nn.Module:
     from transformers import T5EncoderModel
 
@@ -293,7 +293,7 @@ def _weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
 
 
-def _check_names(checkpoint: Checkpoint, names: dict[str, str], expected: dict[str, tuple[int, ...]]) -> None:
+def _check_names(checkpoint: TensorFile, names: dict[str, str], expected: dict[str, tuple[int, ...]]) -> None:
     problems = {
         "missing": [name for name in expected if name not in names],
         "unexpected": [name for name in names if name not in expected],

@@ -10,7 +10,6 @@ import json
 import math
 import pickle
 import re
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
@@ -21,10 +20,11 @@ from torch import Tensor, nn
 
 from .config import LatentFormat
 from .errors import CheckpointError, InputError, NonFiniteError
+from .tensorfiles import PICKLES, unpickle
 
 METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safetensors file's metadata
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 EXPECTED = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
+STEP_COPIES = {"video": 28, "image": 16}  # measured: activations of the widest layer that are held at once
 LEAST_TILE = 4  # in latent cells, half of it shared with the next one
 
 Stream = Callable[[Tensor], Tensor]  # takes the chunks (B, C, t, h, w) of one clip in order
@@ -106,6 +106,18 @@ class VAE:
                     raise NonFiniteError(f"latent frame {index} decodes to NaN or infinity; decode in float32")
                 yield pixels.clamp(-1, 1) if clamp else pixels
                 index += 1
+
+    def step_bytes(self, height: int, width: int) -> int:
+        """About what encoding or decoding one latent frame (or tile) of height x width latent cells
+        takes beside the weights, the memory of the causal layers included."""
+        config = self.module.config
+        if self.kind == "video":
+            patch = config.patch_size or 1
+            width_inside = max(config.base_dim, config.decoder_base_dim or config.base_dim)
+        else:
+            patch, width_inside = 1, config.block_out_channels[0]
+        values = height * width * (self.spatial // patch) ** 2 * self.temporal * width_inside
+        return STEP_COPIES[self.kind] * values * next(self.module.parameters()).element_size()
 
     def _encoder(self) -> Stream:
         """A fresh stream from pixel chunks to the latent's mean."""
@@ -286,7 +298,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
 
 def _read_pickle(path: Path) -> dict[str, Tensor]:
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        content = unpickle(path)
     except pickle.UnpicklingError:
         raise CheckpointError(
             f"{path.name} holds more than tensors, or is damaged; it was not run. Use a safetensors file"

@@ -11,14 +11,14 @@ from typing import Any
 
 from .. import checkpoint as checkpoints
 from .. import memory, pipeline
-from ..checkpoint import DTYPES, Checkpoint
 from ..config import FlowConfig
 from ..media import read_metadata
 from ..pipeline import default_job, pick_device
+from ..tensorfiles import DTYPES, PICKLES, TensorFile
 from .progress import Meter
 from .settings import chosen, size
 
-WEIGHTS = (".safetensors", ".json", *checkpoints.PICKLES)
+WEIGHTS = (".safetensors", ".json", *PICKLES)
 
 
 def convert(args: Namespace) -> None:
@@ -48,7 +48,7 @@ def _is_media(path: Path) -> bool:
 
 
 def _describe(args: Namespace, path: Path) -> dict[str, Any]:
-    checkpoint = Checkpoint.open(path)
+    checkpoint = TensorFile.open(path)
     config = checkpoints.find_config(checkpoint)
     shapes = checkpoints.check_keys(checkpoint, config)
     stored = Counter()

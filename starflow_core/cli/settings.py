@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 
 from .. import memory
-from ..checkpoint import DTYPES, Checkpoint, find_config
+from ..checkpoint import find_config
 from ..config import FlowConfig
 from ..errors import InputError
 from ..media import STILLS
 from ..pipeline import Pipeline, default_dtype, find_parts, load_pipeline, pick_device
 from ..solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from ..tensorfiles import DTYPES, TensorFile
 from ..vae import LEAST_TILE
 from .progress import Meter
 
@@ -39,7 +40,7 @@ class Model:
     def find(cls, args: Namespace) -> Model:
         device = pick_device(args.device)
         parts = find_parts(args.model, args.text_encoder, args.vae)
-        return cls(find_config(Checkpoint.open(parts[0])), device, DTYPES.get(args.dtype, default_dtype(device)), parts)
+        return cls(find_config(TensorFile.open(parts[0])), device, DTYPES.get(args.dtype, default_dtype(device)), parts)
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""

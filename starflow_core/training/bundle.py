@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..checkpoint import save_flow, save_tensors
+from ..checkpoint import save_flow
 from ..config import FlowConfig
 from ..context import later_factors, to_flow_space
 from ..pipeline import FLOW_FILE, TEXT_FILE, VAE_FILE
+from ..tensorfiles import save_tensors
 from ..text import T5_CONFIG_KEY
 from ..vae import METADATA_KEY
 from . import clips, vae

@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import pickle
 import signal
 import types
 from dataclasses import replace
@@ -17,12 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from starflow_core import checkpoint as module
+from starflow_core import tensorfiles
 from starflow_core.checkpoint import (
     APPLE_LICENSE,
-    Checkpoint,
-    Stored,
     check_keys,
+    config_file,
     convert,
     expected_shapes,
     find_config,
@@ -30,25 +27,13 @@ from starflow_core.checkpoint import (
     quick_look,
     save_flow,
 )
-from starflow_core.config import PRESETS, Denoiser, FlowConfig, LatentFormat, PromptFormat
+from starflow_core.config import PRESETS, FlowConfig
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.flow import Flow
+from starflow_core.tensorfiles import Stored, TensorFile
 
-CONFIG = FlowConfig(
-    name="tiny",
-    kind="video",
-    latent=LatentFormat(3, 16, 4, later_factor=0.6),
-    prompt=PromptFormat(tokens=4, fps=True),
-    layers=(1, 1, 2),
-    width=20,
-    deep_width=40,
-    text_dim=6,
-    rope_length=5,
-    noise_std=0.5,
-    head_dim=20,
-    window=3,
-    denoiser=Denoiser(width=20, layers=2, window=2),
-)
+from .weights import CONFIG, METADATA, random_weights, write_pickle, write_safetensors, write_shards
+
 REFERENCE = {
     "in_channels": 3, "img_size": 8, "pt_seq_len": 5, "patch_size": 1, "channels": 20, "top_block_channels": 40,
     "layers_per_block": [1, 1, 2], "head_dim": 20, "rope": 1, "sos": 1, "txt_size": 4, "txt_dim": 6,
@@ -61,42 +46,12 @@ BUFFERS = {
     "feat_rope.freqs_sin": torch.ones(29, 10),
     "blocks.0.attn_mask": torch.ones(4, 4),
 }
-METADATA = {"starflow_config": json.dumps(CONFIG.to_dict())}
 
 
-def random_weights(config: FlowConfig = CONFIG, seed: int = 0) -> dict[str, torch.Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in expected_shapes(config).items()}
-
-
-def write_safetensors(path: Path, weights=None, metadata=METADATA) -> Path:
-    save_file(random_weights() if weights is None else weights, path, metadata)
-    return path
-
-
-def write_pickle(path: Path, content=None) -> Path:
-    torch.save(random_weights() if content is None else content, path)
-    return path
-
-
-def write_shards(folder: Path) -> Path:
-    """Two shards and their index."""
-    weights = random_weights()
-    names = list(weights)
-    weight_map = {}
-    for number, part in enumerate((names[:20], names[20:]), 1):
-        file = f"model-{number:05}-of-00002.safetensors"
-        save_file({name: weights[name] for name in part}, folder / file, METADATA)
-        weight_map |= dict.fromkeys(part, file)
-    index = folder / "model.safetensors.index.json"
-    index.write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-    return index
-
-
-def unread(shapes: dict[str, tuple[int, ...]], name: str = "model.pth") -> Checkpoint:
+def unread(shapes: dict[str, tuple[int, ...]], name: str = "model.pth") -> TensorFile:
     """A checkpoint of these shapes whose tensors are never read."""
     path = Path("nowhere") / name
-    return Checkpoint(path, [path], {key: Stored(path, 0, torch.float32, shape) for key, shape in shapes.items()}, {})
+    return TensorFile(path, [path], {key: Stored(path, 0, torch.float32, shape) for key, shape in shapes.items()}, {})
 
 
 def assert_loads(source, weights=None, **options) -> Flow:
@@ -106,227 +61,11 @@ def assert_loads(source, weights=None, **options) -> Flow:
     return flow
 
 
-# Opening
-
-
-def test_opening_reads_no_tensor(tmp_path):
-    path = write_safetensors(tmp_path / "a.safetensors")
-    checkpoint = Checkpoint.open(path)
-    assert checkpoint.path == path
-    assert checkpoint.metadata == METADATA
-    assert checkpoint.shapes == expected_shapes(CONFIG)
-    assert set(checkpoint.dtypes.values()) == {torch.float32}
-    path.write_bytes(b"")
-    with pytest.raises(CheckpointError, match="changed while it was read"):
-        checkpoint.tensor("blocks.0.sos_embed")
-
-
-def test_tensor_is_exact_and_independent_of_the_file(tmp_path):
-    weights = random_weights()
-    for path in (write_safetensors(tmp_path / "a.safetensors"), write_pickle(tmp_path / "a.pth")):
-        checkpoint = Checkpoint.open(path)
-        read = {name: checkpoint.tensor(name) for name in checkpoint.shapes}
-        with open(path, "r+b") as file:  # in place, as a careless download would
-            file.write(b"\xff" * path.stat().st_size)
-        assert all(torch.equal(read[name], weights[name]) for name in weights)
-
-
-def test_unaligned_header(tmp_path):
-    """Older writers did not pad the header."""
-    value = torch.arange(3, dtype=torch.float32)
-    header = b'{"x":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
-    assert (8 + len(header)) % 4
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + value.numpy().tobytes())
-    assert torch.equal(Checkpoint.open(path).tensor("x"), value)
-
-
-def test_shards_by_index_and_by_folder(tmp_path):
-    index = write_shards(tmp_path)
-    assert_loads(index)
-    assert_loads(tmp_path)
-    assert [file.name[:11] for file in Checkpoint.open(index).files] == ["model-00001", "model-00002"]
-
-
-def test_folder_with_one_file(tmp_path):
-    path = write_safetensors(tmp_path / "a.safetensors")
-    assert Checkpoint.open(tmp_path).path == path
-
-
-@pytest.mark.parametrize("wrap", [lambda w: w, lambda w: {"model": w, "step": 3}, lambda w: {"state_dict": w}])
-def test_pickle_wrappings(tmp_path, wrap):
-    path = write_pickle(tmp_path / "a.pth", wrap(random_weights()))
-    assert_loads(path, config=CONFIG)
-
-
-def test_parallel_prefix(tmp_path):
-    weights = {f"module.{name}": value for name, value in random_weights().items()}
-    assert_loads(write_pickle(tmp_path / "a.pth", weights), config=CONFIG)
-
-
-def test_missing_file_and_folders_without_choice(tmp_path):
-    with pytest.raises(CheckpointError, match=r"no checkpoint at .*nowhere\.safetensors"):
-        Checkpoint.open(tmp_path / "nowhere.safetensors")
-    with pytest.raises(CheckpointError, match="holds no safetensors file"):
-        Checkpoint.open(tmp_path)
-    write_safetensors(tmp_path / "a.safetensors")
-    write_safetensors(tmp_path / "b.safetensors")
-    with pytest.raises(CheckpointError, match=r"several checkpoints \(a.safetensors, b.safetensors\)"):
-        Checkpoint.open(tmp_path)
-
-
-def test_unknown_kind_of_file(tmp_path):
-    path = tmp_path / "a.gguf"
-    path.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"a\.gguf is no \.safetensors"):
-        Checkpoint.open(path)
-
-
-@pytest.mark.parametrize("fraction", [0, 0.0001, 0.01, 0.3, 0.9])
-def test_truncated_safetensors(tmp_path, fraction):
-    path = write_safetensors(tmp_path / "a.safetensors")
-    data = path.read_bytes()
-    cut = int(len(data) * fraction)
-    path.write_bytes(data[:cut])
-    with pytest.raises(CheckpointError, match=rf"a\.safetensors is truncated.*found {cut}\b"):
-        Checkpoint.open(path)
-
-
-def test_truncated_data_says_expected_and_found(tmp_path):
-    path = write_safetensors(tmp_path / "a.safetensors")
-    data = path.read_bytes()
-    path.write_bytes(data[:-1])
-    with pytest.raises(CheckpointError, match=f"truncated: expected {len(data)} bytes, found {len(data) - 1}"):
-        Checkpoint.open(path)
-    path.write_bytes(data + b"x")
-    with pytest.raises(CheckpointError, match=f"corrupt: expected {len(data)} bytes, found {len(data) + 1}"):
-        Checkpoint.open(path)
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"not json",
-        b"[]",
-        b'{"x": 1}',
-        b'{"x": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}}',
-        b'{"x": {"dtype": "F32", "shape": ["1"], "data_offsets": [0, 4]}}',
-        b'{"x": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}',
-        b'{"x": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}}',
-        b"[" * 50_000,
-    ],
-)
-def test_corrupt_header(tmp_path, header):
-    path = tmp_path / "a.safetensors"
-    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(4))
-    with pytest.raises(CheckpointError, match=r"header of .* is corrupt"):
-        Checkpoint.open(path)
-
-
-@pytest.mark.parametrize("name", ["a.safetensors", "a.pth"])
-@pytest.mark.parametrize(
-    ("content", "found"),
-    [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0", "Git LFS pointer"),
-        (b"<!DOCTYPE html>", "web page"),
-    ],
-)
-def test_failed_downloads_are_recognised(tmp_path, name, content, found):
-    path = tmp_path / name
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=found):
-        Checkpoint.open(path)
-
-
-@pytest.mark.parametrize("fraction", [0, 0.0001, 0.02, 0.5, 0.999])
-def test_truncated_pickle(tmp_path, fraction):
-    path = write_pickle(tmp_path / "a.pth")
-    data = path.read_bytes()
-    cut = int(len(data) * fraction)
-    path.write_bytes(data[:cut])
-    with pytest.raises(CheckpointError, match=rf"a\.pth.* (found )?\(?{cut} bytes"):
-        Checkpoint.open(path)
-
-
-def test_corrupt_pickle(tmp_path):
-    path = write_pickle(tmp_path / "a.pth")
-    data = bytearray(path.read_bytes())
-    start = data.index(b"data.pkl")
-    data[start + 40 : start + 400] = bytes(360)
-    path.write_bytes(data)
-    with pytest.raises(CheckpointError, match=r"a\.pth (was refused|is corrupt)"):
-        Checkpoint.open(path)
-
-
-def test_pickle_without_tensors(tmp_path):
-    with pytest.raises(CheckpointError, match="a dictionary of epoch, lr"):
-        Checkpoint.open(write_pickle(tmp_path / "a.pth", {"epoch": 1, "lr": 2.0}))
-    with pytest.raises(CheckpointError, match="but a list"):
-        Checkpoint.open(write_pickle(tmp_path / "b.pth", [1, 2]))
-
-
-class Payload:
-    def __init__(self, marker: Path):
-        self.command = f"echo ran > {marker}"
-
-    def __reduce__(self):
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("form", ["archive", "legacy", "plain"])
-def test_pickle_that_would_run_code_is_refused(tmp_path, form):
-    marker, path = tmp_path / "marker", tmp_path / "a.pth"
-    content = {**random_weights(), "payload": Payload(marker)}
-    if form == "plain":
-        path.write_bytes(pickle.dumps(Payload(marker)))
-    else:
-        torch.save(content, path, _use_new_zipfile_serialization=form == "archive")
-    for use in (Checkpoint.open, load_flow, lambda p: convert(p, tmp_path / "b.safetensors")):
-        with pytest.raises(CheckpointError, match="If you trust its source") as refusal:
-            use(path)
-    if form == "archive":
-        assert "system" in str(refusal.value)
-    assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
-    # The payload does work: whoever unpickled it would have left the marker.
-    pickle.loads(path.read_bytes()) if form == "plain" else torch.load(path, weights_only=False)
-    assert marker.exists()
-
-
-def test_missing_shard(tmp_path):
-    index = write_shards(tmp_path)
-    (tmp_path / "model-00002-of-00002.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"lacks model-00002-of-00002\.safetensors"):
-        Checkpoint.open(index)
-
-
-def test_single_shard_names_the_index(tmp_path):
-    write_shards(tmp_path)
-    with pytest.raises(CheckpointError, match=r"one of 2 shards; open their \.safetensors\.index\.json"):
-        Checkpoint.open(tmp_path / "model-00001-of-00002.safetensors")
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        ("{", "no index of shards"),
-        ('{"weight_map": 3}', "no index of shards"),
-        ('{"weight_map": {"x": "../a.safetensors"}}', r"outside its folder, \.\./a"),
-        ('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}', "lists tensors that aren't there: x in"),
-    ],
-)
-def test_broken_index(tmp_path, index, message):
-    path = write_shards(tmp_path)
-    path.write_text(index)
-    with pytest.raises(CheckpointError, match=message):
-        Checkpoint.open(path)
-
-
 # Recognising
 
 
 def test_config_from_metadata(tmp_path):
-    assert find_config(Checkpoint.open(write_safetensors(tmp_path / "a.safetensors"))) == CONFIG
+    assert find_config(TensorFile.open(write_safetensors(tmp_path / "a.safetensors"))) == CONFIG
 
 
 @pytest.mark.parametrize("name", ["a.json", "config.json"])
@@ -337,20 +76,20 @@ def test_config_beside(tmp_path, name, values):
         save_file(random_weights(replace(CONFIG, denoiser=None)), tmp_path / "a.safetensors")
         path = tmp_path / "a.safetensors"
     (tmp_path / name).write_text(json.dumps(values))
-    config = find_config(Checkpoint.open(path))
+    config = find_config(TensorFile.open(path))
     assert (config.layers, config.width, config.deep_width) == ((1, 1, 2), 20, 40)
     assert_loads(path, random_weights(config))
 
 
 def test_config_beside_shards(tmp_path):
     index = write_shards(tmp_path)
-    assert Checkpoint.open(index).config_file == tmp_path / "model.json"
+    assert config_file(TensorFile.open(index)) == tmp_path / "model.json"
 
 
 def test_reference_arguments_in_the_metadata(tmp_path):
     config = FlowConfig.from_reference(REFERENCE)
     path = write_safetensors(tmp_path / "a.safetensors", random_weights(config), {"config": json.dumps(REFERENCE)})
-    assert find_config(Checkpoint.open(path)) == config
+    assert find_config(TensorFile.open(path)) == config
 
 
 def test_reference_arguments_get_the_released_latents(tmp_path):
@@ -360,7 +99,7 @@ def test_reference_arguments_get_the_released_latents(tmp_path):
     path = tmp_path / "a.safetensors"
     for extra, noise in (({}, 0.5), ({"noise_std": 0.2}, 0.2)):
         write_safetensors(path, random_weights(config), {"config": json.dumps({**values, **extra})})
-        found = find_config(Checkpoint.open(path))
+        found = find_config(TensorFile.open(path))
         assert found.latent == PRESETS["starflow-v-7b"].latent
         assert found.noise_std == noise
 
@@ -369,7 +108,7 @@ def test_json_about_something_else_is_passed_over(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", metadata={"config": '{"sd_version": "SDXL"}'})
     (tmp_path / "a.json").write_text('{"model": "preview notes"}')
     (tmp_path / "config.json").write_text(json.dumps(CONFIG.to_dict()))
-    assert find_config(Checkpoint.open(path)) == CONFIG
+    assert find_config(TensorFile.open(path)) == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -386,7 +125,7 @@ def test_unusable_config_beside(tmp_path, text, message):
     path = write_safetensors(tmp_path / "a.safetensors", metadata=None)
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(CheckpointError, match=message):
-        find_config(Checkpoint.open(path))
+        find_config(TensorFile.open(path))
 
 
 @pytest.mark.parametrize("name", list(PRESETS))
@@ -427,7 +166,7 @@ def test_3b_without_some_tensors_names_them():
 def test_unknown_shapes_ask_for_a_config_by_name(tmp_path):
     path = write_pickle(tmp_path / "mine.pth")
     with pytest.raises(CheckpointError, match=r"layers per block 1, 1, 2; shallow width 20; .* as mine\.json"):
-        find_config(Checkpoint.open(path))
+        find_config(TensorFile.open(path))
 
 
 def test_contradicting_config(tmp_path):
@@ -435,18 +174,18 @@ def test_contradicting_config(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", metadata={"starflow_config": json.dumps(wrong.to_dict())})
     message = "contradicts .*layers per block 1, 1, 2 instead of 1, 1, 3; text width 6 instead of 8"
     with pytest.raises(CheckpointError, match=message):
-        find_config(Checkpoint.open(path))
+        find_config(TensorFile.open(path))
     with pytest.raises(CheckpointError, match=message):
         load_flow(path, config=wrong)
 
 
 def test_buffers_must_agree_with_the_config(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", random_weights() | BUFFERS)
-    assert find_config(Checkpoint.open(path)) == CONFIG
+    assert find_config(TensorFile.open(path)) == CONFIG
     longer = {"feat_rope.freqs_cos": torch.ones(64 + 4, 10)}
     path = write_safetensors(tmp_path / "b.safetensors", random_weights() | BUFFERS | longer)
     with pytest.raises(CheckpointError, match=r"rows of freqs_cos .* 68 instead of 29"):
-        find_config(Checkpoint.open(path))
+        find_config(TensorFile.open(path))
 
 
 @pytest.mark.parametrize(
@@ -496,7 +235,7 @@ def test_check_keys_names_the_first_few(tmp_path):
     weights["blocks.1.final_norm.weight"] = torch.ones(20, dtype=torch.int8)
     path = write_safetensors(tmp_path / "a.safetensors", weights)
     with pytest.raises(CheckpointError) as error:
-        check_keys(Checkpoint.open(path), CONFIG)
+        check_keys(TensorFile.open(path), CONFIG)
     message = str(error.value)
     missing = list(random_weights())[:7]
     assert f"7 missing ({', '.join(missing[:5])}, ..)" in message
@@ -508,7 +247,7 @@ def test_check_keys_names_the_first_few(tmp_path):
 
 def test_ignored_buffers(tmp_path):
     path = write_safetensors(tmp_path / "a.safetensors", random_weights() | BUFFERS)
-    assert check_keys(Checkpoint.open(path), CONFIG) == expected_shapes(CONFIG)
+    assert check_keys(TensorFile.open(path), CONFIG) == expected_shapes(CONFIG)
     assert_loads(path)
     convert(path, tmp_path / "b.safetensors", "fp32")
     assert load_file(tmp_path / "b.safetensors").keys() == random_weights().keys()
@@ -650,7 +389,7 @@ def test_metadata_of_a_conversion(tmp_path):
 
 def test_metadata_of_shards_has_a_hash_each(tmp_path):
     convert(write_shards(tmp_path), tmp_path / "b.safetensors")
-    metadata = Checkpoint.open(tmp_path / "b.safetensors").metadata
+    metadata = TensorFile.open(tmp_path / "b.safetensors").metadata
     assert metadata["source_name"] == "model.safetensors.index.json"
     assert json.loads(metadata["source_sha256"]) == {
         file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in tmp_path.glob("model-*.safetensors")
@@ -663,12 +402,12 @@ def test_metadata_of_the_source_is_kept(tmp_path):
     for own in ({"license": "Apache-2.0", "title": "mine"}, {}):
         write_safetensors(source, metadata=METADATA | own)
         convert(source, tmp_path / "b.safetensors", overwrite=True)
-        metadata = Checkpoint.open(tmp_path / "b.safetensors").metadata
+        metadata = TensorFile.open(tmp_path / "b.safetensors").metadata
         assert metadata.get("license") == own.get("license")
         assert metadata.get("title") == own.get("title")
     convert(write_pickle(tmp_path / "c.pth"), tmp_path / "d.safetensors", config=CONFIG)
     convert(tmp_path / "d.safetensors", tmp_path / "e.safetensors", "fp16")
-    assert Checkpoint.open(tmp_path / "e.safetensors").metadata["license"] == APPLE_LICENSE
+    assert TensorFile.open(tmp_path / "e.safetensors").metadata["license"] == APPLE_LICENSE
 
 
 def test_fp16_overflow_is_refused(tmp_path):
@@ -783,7 +522,7 @@ def test_write_that_fails_half_way(tmp_path):
 
 def test_too_little_space_is_known_before(tmp_path, monkeypatch):
     source = write_safetensors(tmp_path / "a.safetensors")
-    monkeypatch.setattr(module.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
+    monkeypatch.setattr(tensorfiles.shutil, "disk_usage", lambda folder: types.SimpleNamespace(free=1000))
     seen = []
     with pytest.raises(InputError, match=r"needs 0\.00 GB, 0\.00 GB are free; make room"):
         convert(source, tmp_path / "b.safetensors", progress=seen.append)
@@ -795,7 +534,7 @@ def test_save_flow(tmp_path):
     flow, path = load_flow(write_safetensors(tmp_path / "a.safetensors")), tmp_path / "b.safetensors"
     path.write_text("an earlier state")
     save_flow(flow, path, "bf16", {"license": "Apache-2.0"})
-    checkpoint = Checkpoint.open(path)
+    checkpoint = TensorFile.open(path)
     assert checkpoint.metadata["license"] == "Apache-2.0"
     assert find_config(checkpoint) == CONFIG
     assert_loads(path, {name: value.bfloat16() for name, value in random_weights().items()})

@@ -15,12 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starflow_core import media, memory, pipeline, solvers
-from starflow_core.checkpoint import CONFIG_KEY, Checkpoint, load_flow
+from starflow_core import memory, pipeline, solvers
+from starflow_core.checkpoint import CONFIG_KEY, load_flow
 from starflow_core.cli import arguments, generate, main, settings
 from starflow_core.cli.progress import Sampling
 from starflow_core.control import Progress
-from starflow_core.media import fit, read_metadata, read_video, write_video
+from starflow_core.media import fit, read_metadata, read_video, write_video, writing
+from starflow_core.tensorfiles import TensorFile
 from starflow_core.vae import VAE, load_vae
 from tests.core import models, tiny
 
@@ -416,7 +417,7 @@ def test_full_disk(run, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(media, "_publish", full)
+    monkeypatch.setattr(writing, "_publish", full)
     run("generate", PROMPT, "-o", "a.mp4", code=2, err="^error: a.mp4: the disk is full")
     assert list(tmp_path.iterdir()) == []
 
@@ -425,7 +426,7 @@ def test_nan_in_weights(run, tmp_path, demo):
     folder = tiny.write_model(tmp_path / "model")
     weights = load_file(folder / pipeline.FLOW_FILE)
     weights["blocks.1.proj_in.weight"][3, 1] = float("nan")
-    save_file(weights, folder / pipeline.FLOW_FILE, Checkpoint.open(demo / pipeline.FLOW_FILE).metadata)
+    save_file(weights, folder / pipeline.FLOW_FILE, TensorFile.open(demo / pipeline.FLOW_FILE).metadata)
     run("generate", PROMPT, *parts(folder), code=2, err=r"^error: blocks\.1\.proj_in\.weight .* has NaN or infinity")
 
 
@@ -571,7 +572,7 @@ def test_what_cannot_be_inverted(refused, given, demo, words, message):
 def test_nan_in_noise(run, given):
     run("encode", given / "picture.png", "-o", "n.safetensors")
     noise = load_file("n.safetensors")["noise"]
-    metadata = Checkpoint.open("n.safetensors").metadata
+    metadata = TensorFile.open("n.safetensors").metadata
     noise[0, 0, 0, 0, 0] = float("nan")
     save_file({"noise": noise}, "n.safetensors", metadata)
     run("decode", "n.safetensors", code=2, err="^error: NaN or infinity in the given noise")
@@ -596,7 +597,7 @@ def test_convert(run, demo):
 
 
 def test_inspect_reads_the_header_alone(run, monkeypatch):
-    monkeypatch.setattr(Checkpoint, "tensor", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr(TensorFile, "tensor", lambda *_: pytest.fail("weights were read"))
     text = "\n".join(run("inspect"))
     assert "tiny video" in text.splitlines()[0]
     for part in (

@@ -1,0 +1,23 @@
+"""Pictures and clips: reading, fitting to a size, writing frame by frame, metadata in the file.
+
+Pixels are float32 in [-1, 1], a picture (3, H, W), a clip (F, 3, H, W). A path says what its file is: see
+`VideoWriter`.
+"""
+
+from .paths import STILLS
+from .pictures import read_image
+from .pixels import Clip, fit
+from .reading import read_metadata, read_video
+from .writing import VideoWriter, check_writable, write_video
+
+__all__ = [
+    "STILLS",
+    "Clip",
+    "VideoWriter",
+    "check_writable",
+    "fit",
+    "read_image",
+    "read_metadata",
+    "read_video",
+    "write_video",
+]

@@ -1,0 +1,80 @@
+"""Metadata as files hold it: JSON in a tag for each key, or all of it in one text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from ..errors import InputError
+
+_KEY = re.compile(r"[a-z][a-z0-9_]{0,60}")  # what every format gives back as it was; Matroska has one case only
+# Set, left out or renamed by ffmpeg itself.
+_CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder", "encoding_tool", "creation_time"}
+_CONTAINER_KEYS |= {"duration", "stereo_mode", "part_number"}
+_IMAGE_DESCRIPTION = 0x010E  # EXIF
+
+
+def check_metadata(metadata: dict[str, Any]) -> None:
+    """Raise InputError for a key or value that some format could not give back."""
+    for key, value in metadata.items():
+        if not _is_key(key):
+            raise InputError(f"metadata key {key!r}: expected a lower-case name, not one that file formats use")
+        try:
+            _tag(value).encode()
+        except (TypeError, ValueError) as error:
+            raise InputError(f"metadata {key!r} cannot be stored as JSON ({error})") from None
+
+
+def encode_tags(metadata: dict[str, Any]) -> dict[str, str]:
+    """A tag for each key, for formats that take Unicode."""
+    return {key: _tag(value) for key, value in metadata.items()}
+
+
+def decode_tags(tags: Mapping[str, str]) -> dict[str, Any]:
+    """The tags that are metadata, among others that a file may have."""
+    values = {}
+    for key, text in tags.items():
+        if _is_key(key):
+            with suppress(ValueError, RecursionError):
+                values[key] = json.loads(text)
+    return values
+
+
+def encode_text(metadata: dict[str, Any]) -> str:
+    """One text, for fields that are 7-bit by their format."""
+    return json.dumps(metadata, allow_nan=False)
+
+
+def decode_text(text: Any) -> dict[str, Any]:
+    """The inverse of `encode_text`; {} for anything else."""
+    with suppress(ValueError, TypeError, RecursionError):
+        values = json.loads(text)
+        return values if isinstance(values, dict) else {}
+    return {}
+
+
+def encode_exif(metadata: dict[str, Any]) -> bytes:
+    """An EXIF block that holds the metadata as its image's description; empty if there is none."""
+    from PIL import Image
+
+    if not metadata:
+        return b""
+    exif = Image.Exif()
+    exif[_IMAGE_DESCRIPTION] = encode_text(metadata)
+    return exif.tobytes()
+
+
+def decode_exif(exif: Mapping[int, Any]) -> dict[str, Any]:
+    """The inverse of `encode_exif`, of what Pillow makes of the block."""
+    return decode_text(exif.get(_IMAGE_DESCRIPTION))
+
+
+def _is_key(key: str) -> bool:
+    return _KEY.fullmatch(key) is not None and key not in _CONTAINER_KEYS
+
+
+def _tag(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False)

@@ -1,0 +1,44 @@
+"""Pixels as the models see them, and as files hold them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Frames (F, 3, H, W), float32 in [-1, 1], and their rate; `fps` is 0 where the source has none."""
+
+    pixels: Tensor
+    fps: Fraction
+
+
+def fit(pixels: Tensor, height: int, width: int) -> Tensor:
+    """Scale (..., 3, H, W) to cover height x width (bilinear, antialiased) and crop the centre."""
+    old_height, old_width = pixels.shape[-2:]
+    scale = max(height / old_height, width / old_width)
+    size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
+    if size != (old_height, old_width):
+        frames = pixels.reshape(-1, *pixels.shape[-3:])
+        frames = F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
+        pixels = frames.reshape(*pixels.shape[:-2], *size)
+    top, left = (size[0] - height) // 2, (size[1] - width) // 2
+    return pixels[..., top : top + height, left : left + width]
+
+
+def from_bytes(array: np.ndarray) -> Tensor:
+    """(..., H, W, 3) uint8 to (..., 3, H, W) in [-1, 1]."""
+    pixels = torch.from_numpy(array).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
+    return pixels.div_(127.5).sub_(1)
+
+
+def to_bytes(pixels: Tensor) -> np.ndarray:
+    """(..., 3, H, W) in [-1, 1], or clipped to it, to (..., H, W, 3) uint8."""
+    levels = pixels.add(1).mul_(127.5).round_().clamp_(0, 255).to(torch.uint8)
+    return levels.movedim(-3, -1).contiguous().cpu().numpy()

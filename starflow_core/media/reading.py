@@ -1,0 +1,39 @@
+"""Reading whatever a path stands for."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ..errors import InputError
+from .animations import read_animation
+from .containers import container_metadata, read_container
+from .paths import PICTURES, target_of
+from .pictures import picture_metadata
+from .pixels import Clip
+from .sequences import read_sequence, sequence_metadata
+
+
+def read_video(path: str | os.PathLike, frames: int | None = None) -> Clip:
+    """The first `frames` frames (all, if None) of a video, an animation, or a folder of equally large pictures.
+
+    Frames come as they are stored, at the mean rate where a file's rate varies. Rotation in the file is applied.
+    Raises InputError for what is missing, damaged, shorter than its header says, or holds no pictures.
+    """
+    if frames is not None and frames < 1:
+        raise InputError(f"{frames} frames of {path}: expected at least 1")
+    target = target_of(path)
+    if target.pattern:
+        return read_sequence(path, target, frames)
+    return read_animation(path, frames) if target.suffix in PICTURES else read_container(path, frames)
+
+
+def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+    """The metadata that `VideoWriter` stored, or another program as JSON under such keys; {} where there is none.
+
+    Raises InputError for a file that is missing or damaged.
+    """
+    target = target_of(path)
+    if target.pattern:
+        return sequence_metadata(path, target)
+    return picture_metadata(path) if target.suffix in PICTURES else container_metadata(path)
