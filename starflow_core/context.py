@@ -49,6 +49,8 @@ def last_frame(encode: Encode, last: Tensor, first: Tensor | None = None) -> Con
     """A clip that ends with image `last` and, if given, begins with `first`, (B, 3, H, W) each."""
     latents = encode(last.unsqueeze(2))
     if first is not None:
+        if len(first) not in (1, len(last)):
+            raise InputError(f"{len(first)} first images for {len(last)} last ones; give one, or one each")
         latents = torch.cat((latents, encode(first.unsqueeze(2)).expand_as(latents)), 2)
     return Context("last_frame", latents, hidden=1)
 

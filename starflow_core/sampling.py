@@ -108,7 +108,7 @@ class Sampler:
     def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[tuple[int, Tensor]]:
         """Solve the frames after the first `known` of z (B, W, N, c); known ones are tokens."""
         per_frame = self.grid.frame_tokens
-        sequence = Sequence(z.flatten(1, 2), per_frame, self.grid.width, known * per_frame)
+        sequence = Sequence(z.flatten(1, 2), per_frame, self.grid.width, known * per_frame, first * per_frame)
         absorb(run, sequence)
         done = known
         for settled, residual in self._solver(run, sequence):

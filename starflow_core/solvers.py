@@ -72,8 +72,8 @@ class Statistics:
     """What the solvers did. Token evaluations count a batch element's tokens once per sweep,
     whatever the guidance; a shallow block's frames count separately.
 
-    `deep_changes` has, for each sweep of the deep block, the first token's index and the relative
-    squared change of each token of the span (largest over the batch).
+    `deep_changes` has, for each sweep of the deep block, the first token's index in the whole clip and
+    the relative squared change of each token of the span (largest over the batch).
     """
 
     deep_sweeps: int = 0
@@ -94,12 +94,14 @@ class Evaluate(Protocol):
 @dataclass
 class Sequence:
     """A window of tokens in a block's order: noise z, tokens x, and the latest scale a and shift b
-    of each, all (rows, L, c). The first `known` tokens are given. `width` is a row of the grid."""
+    of each, all (rows, L, c). The first `known` tokens are given. `width` is a row of the grid,
+    `first` counts the tokens before the window."""
 
     z: Tensor
     frame_tokens: int
     width: int
     known: int = 0
+    first: int = 0
     x: Tensor = None
     a: Tensor = None
     b: Tensor = None
@@ -160,7 +162,7 @@ def solve_span(
             _raise_non_finite(change, settled)
         statistics.deep_sweeps += 1
         statistics.deep_evaluations += stop - settled
-        statistics.deep_changes.append((settled, change.cpu()))
+        statistics.deep_changes.append((sequence.first + settled, change.cpu()))
         following = span.advance(x[:, now], output)
         x[:, settled : settled + leading] = output[:, :leading]
         x[:, settled + leading : stop] = following[:, leading:]

@@ -70,6 +70,16 @@ def test_statistics_add_up():
     assert len(set(starts)) == len(starts)
 
 
+def test_statistics_name_tokens_of_the_whole_clip():
+    """Also where the window slides: a token is never counted as one of the first window's again."""
+    flow = models.flow()
+    z, text = models.randn(1, 6, 4, 4, 4), models.text(flow)
+    changes = sample(flow, z, text, window=3, keep=2).statistics.deep_changes
+    starts = [first for first, _ in changes]
+    assert starts == sorted(set(starts))
+    assert {first + i for first, change in changes for i in range(len(change))} == set(range(6 * 16))
+
+
 def test_scan_equals_the_loop():
     slope, step = models.randn(2, 13, 1).clamp(-0.9, 0.9), models.randn(2, 13, 3, seed=1)
     expected = step.clone()
