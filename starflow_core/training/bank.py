@@ -16,7 +16,7 @@ from .loop import Loop
 ASPECTS = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}
 FRAMES = 41  # 11 latent frames: a whole training window, also without the first
 EDIT_FRAMES = 17  # 5 latent frames, so that source and target fit the window together
-LAST_FRAME = 32  # the frame that stands for the end of a 33-frame clip
+LAST_FRAMES = range(4, 33, 4)  # frames that end a clip of 5, 9, .. 33 frames
 SHARES = {"1:1": 2600, "16:9": 350, "9:16": 350}
 BATCH = 8
 
@@ -25,8 +25,8 @@ BATCH = 8
 class Bank:
     """Clips of one aspect ratio as VAE latents, float32.
 
-    `clips` (n, C, 11, h, w), `edits` (n, C, 5, h, w) the same scene recoloured, `lasts` (n, C, 1, h, w)
-    the encoding of frame 32 alone.
+    `clips` (n, C, 11, h, w), `edits` (n, C, 5, h, w) the same scene recoloured, `lasts` (n, C, 8, h, w)
+    `LAST_FRAMES`, each encoded as a picture of its own.
     """
 
     aspect: str
@@ -57,7 +57,10 @@ def _bank_file(vae, loop: Loop, aspect: str, count: int) -> Path:
         recoloured = [s.recoloured(c) for s, c in zip(scenes[i : i + BATCH], colours[i : i + BATCH], strict=True)]
         parts["clips"].append(_encode(vae, pixels, loop))
         parts["edits"].append(_encode(vae, clips.render(recoloured, EDIT_FRAMES, height, width), loop))
-        parts["lasts"].append(_encode(vae, pixels[:, :, LAST_FRAME : LAST_FRAME + 1], loop))
+        stills = pixels[:, :, list(LAST_FRAMES)].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+        parts["lasts"].append(
+            _encode(vae, stills, loop).squeeze(2).unflatten(0, (-1, len(LAST_FRAMES))).transpose(1, 2)
+        )
         if i % (BATCH * 25) == 0:
             loop.log(f"bank {aspect} {i}/{count}")
     state = {"aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours}

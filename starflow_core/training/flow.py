@@ -100,9 +100,13 @@ def initialised(flow: Flow) -> Flow:
 def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: float) -> Batch:
     """A batch of one task and one aspect ratio. `progress` 0..1: clips grow over the first third."""
     bank = rng.choices(banks, weights=[len(b.scenes) for b in banks])[0]
-    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(12, 34, 12, 24, 18))[0]
+    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(10, 34, 10, 22, 24))[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
-    frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
+    if task == "last_frame":
+        # A place in one frame is a small part of a long clip's likelihood: short ones teach to look at it.
+        frames = rng.randint(3, longest)
+    else:
+        frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
     count = 64 if task == "still" else min(36, max(12, 120 // frames))
     # A motion that has halted belongs into a continuation; elsewhere it would belie the caption.
     pool = [i for i, scene in enumerate(bank.scenes) if task == "extend" or not scene.start]
@@ -125,7 +129,8 @@ def _captions(bank: Bank, picks: list[int], rng: random.Random) -> list[str]:
 
 def _stills(bank, picks, frames, rng):
     captions = [clips.caption(replace(bank.scenes[i], direction=None), rng) for i in picks]
-    return (bank.lasts if rng.random() < 0.5 else bank.clips[:, :, :1])[picks], captions
+    moment = rng.randrange(bank.lasts.shape[2] + 1)
+    return (bank.lasts[:, :, moment - 1 : moment] if moment else bank.clips[:, :, :1])[picks], captions
 
 
 def _texts(bank, picks, frames, rng):
@@ -142,7 +147,8 @@ def _edits(bank, picks, frames, rng):
 
 
 def _lasts(bank, picks, frames, rng):
-    return torch.cat((bank.lasts[picks], bank.clips[picks, :, :9]), 2), _captions(bank, picks, rng)
+    last = bank.lasts[picks, :, frames - 3 : frames - 2]
+    return torch.cat((last, bank.clips[picks, :, : frames - 1]), 2), _captions(bank, picks, rng)
 
 
 def train_flow(loop: Loop, config: FlowConfig, banks: list[Bank], tokenizer) -> Model:
