@@ -1,0 +1,145 @@
+"""From a prompt to conditioning, and the check that it fits the job it is used for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..starflow_core.config import FlowConfig
+from ..starflow_core.errors import InputError
+from ..starflow_core.pipeline import default_job
+from ..starflow_core.tasks import Job
+from ..starflow_core.text import check_fits, wrap
+from . import host
+from .types import CATEGORY, Context, Model, TextEncoder
+
+KEY = "starflow"  # where a conditioning keeps what it was made for
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What the words around a prompt say: another size or task has other words."""
+
+    height: int
+    width: int
+    clip: bool
+    task: str
+
+    @classmethod
+    def of(cls, job: Job) -> MadeFor:
+        return cls(job.height, job.width, job.frames > 1, job.task)
+
+    def __str__(self) -> str:
+        return f"{self.task.replace('_', ' ')}, {'a clip' if self.clip else 'an image'} of {self.width} x {self.height}"
+
+
+class STARFlowTextEncode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowTextEncode",
+            display_name="STARFlow Text Encode",
+            category=CATEGORY,
+            description="Wraps a prompt as the model was trained (rate, aspect ratio, task) and encodes it.",
+            inputs=[
+                Model.Input("model", tooltip="Says how prompts are wrapped and how long they may be."),
+                TextEncoder.Input("text_encoder", tooltip="The encoder that belongs to the model."),
+                io.Latent.Input("latent", tooltip="Says the aspect ratio, and whether it is an image or a clip."),
+                io.String.Input(
+                    "prompt", multiline=True, default="", tooltip="What to show; for an edit, what to change."
+                ),
+                io.String.Input(
+                    "negative_prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="Used with guidance only. Empty, as in training, is the best choice nearly always.",
+                ),
+                io.Float.Input(
+                    "frame_rate",
+                    default=0.0,
+                    min=0.0,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames a second that the prompt asks for; 0 takes the model's own. Not used for images.",
+                ),
+                Context.Input(
+                    "context", optional=True, tooltip="The given frames, if there are any: they name the task."
+                ),
+            ],
+            outputs=[
+                io.Conditioning.Output(display_name="positive", tooltip="The prompt."),
+                io.Conditioning.Output(display_name="negative", tooltip="The negative prompt."),
+                io.String.Output(
+                    display_name="report", tooltip="The text as the model reads it, and what was cut off."
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, text_encoder, latent, prompt: str, negative_prompt: str, frame_rate: float, context=None
+    ) -> io.NodeOutput:
+        config = model.model.config
+        check_fits(text_encoder.encoder, config)
+        job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
+        aspect = config.nearest_aspect(job.height, job.width)
+        fps = job.fps if job.frames > 1 else 0
+        texts = [
+            wrap(prompt, config, fps=fps, aspect=aspect, task=job.task),
+            wrap(negative_prompt, config, fps=fps, aspect=aspect),
+        ]
+        host.load(text_encoder.patcher, 0)
+        encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
+        stamp = {KEY: MadeFor.of(job)}
+        rows = encoded.embeddings.float().to(host.result_device())
+        report = _report(config, texts[0], encoded.cut[0])
+        host.show(report, cls.hidden.unique_id)
+        if encoded.cut[0]:
+            host.log.warning("%s", report.splitlines()[0])
+        return io.NodeOutput([[rows[:1], stamp]], [[rows[1:], dict(stamp)]], report)
+
+
+NODES = [STARFlowTextEncode]
+
+
+def job_of(config: FlowConfig, samples: Tensor, **settings) -> Job:
+    """The job that fills latents of the host: (B, C, h, w) of an image, (B, C, T, h, w) of a clip.
+
+    Raises InputError where they are not this model's.
+    """
+    latent = config.latent
+    frames = samples.shape[2] if samples.ndim == 5 else 1
+    if samples.shape[1] != latent.channels:
+        raise InputError(
+            f"this latent has {samples.shape[1]} channels, {config.name} makes {latent.channels}; "
+            "make it with STARFlow Empty Latent, connected to the same model"
+        )
+    height, width = (side * latent.spatial for side in samples.shape[-2:])
+    config.check_size(height, width)
+    given = {"height": height, "width": width, "frames": latent.frames(frames), "batch": len(samples)}
+    return default_job(config, **{**given, **settings})
+
+
+def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
+    """The embeddings (1, L, D) of a conditioning. Raises InputError unless they were made for this job."""
+    if len(conditioning) != 1:
+        raise InputError(f"{name} joins {len(conditioning)} conditionings; a flow reads one prompt")
+    rows, options = conditioning[0]
+    made_for, wanted = options.get(KEY), MadeFor.of(job)
+    if made_for is None:
+        raise InputError(f"{name} wasn't made for STARFlow; make it with STARFlow Text Encode")
+    # The unconditional prompt has no task.
+    if made_for != wanted:
+        raise InputError(
+            f"{name} was made for {made_for}, but this is {wanted}; give STARFlow Text Encode the same latent "
+            "and context as the sampler"
+        )
+    return rows
+
+
+def _report(config: FlowConfig, text: str, cut: str) -> str:
+    lines = [f"{config.name} reads {config.prompt.tokens} tokens; left out: {cut}"] if cut else []
+    return "\n".join([*lines, text.strip()])

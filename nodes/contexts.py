@@ -1,0 +1,161 @@
+"""Given frames: a first frame, a clip to go on from, a clip to edit, a last frame."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..starflow_core import context as contexts
+from ..starflow_core.config import LatentFormat
+from ..starflow_core.errors import InputError
+from ..starflow_core.media import fit
+from .types import CATEGORY, Context, Model
+
+LATENT_TIP = "Says the size: pictures are scaled to cover it, and their edges cut off."
+VAE_TIP = "The VAE that belongs to the model."
+CONTEXT_TIP = "For text encode and sampler: give it to both."
+
+
+class STARFlowFirstFrame(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowFirstFrame",
+            display_name="STARFlow First Frame",
+            category=CATEGORY,
+            description="Image to video: the clip begins with this image. A batch of images makes a batch of clips.",
+            inputs=[
+                io.Image.Input("image", tooltip="One image, or one for each clip of the batch."),
+                io.Vae.Input("vae", tooltip=VAE_TIP),
+                io.Latent.Input("latent", tooltip=LATENT_TIP),
+            ],
+            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+        )
+
+    @classmethod
+    def execute(cls, image, vae, latent) -> io.NodeOutput:
+        return io.NodeOutput(contexts.first_frame(_encoder(vae), _pictures(image, vae, latent)))
+
+
+class STARFlowFirstLastFrame(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowFirstLastFrame",
+            display_name="STARFlow First and Last Frame",
+            category=CATEGORY,
+            description="The clip ends with one image, and may begin with another.",
+            inputs=[
+                io.Image.Input("last_image", tooltip="What the clip ends with."),
+                io.Vae.Input("vae", tooltip=VAE_TIP),
+                io.Latent.Input("latent", tooltip=LATENT_TIP),
+                io.Image.Input(
+                    "first_image", optional=True, tooltip="What the clip begins with; without it, it begins freely."
+                ),
+            ],
+            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+        )
+
+    @classmethod
+    def execute(cls, last_image, vae, latent, first_image=None) -> io.NodeOutput:
+        first = None if first_image is None else _pictures(first_image, vae, latent)
+        return io.NodeOutput(contexts.last_frame(_encoder(vae), _pictures(last_image, vae, latent), first))
+
+
+class STARFlowExtend(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowExtend",
+            display_name="STARFlow Extend",
+            category=CATEGORY,
+            description="Goes on where a clip ends. The result begins with the end of the source; STARFlow VAE "
+            "Decode can cut that off, so that the two can be joined.",
+            inputs=[
+                Model.Input("model", tooltip="Says how much of the source it can see."),
+                io.Image.Input("images", tooltip="The frames of one clip."),
+                io.Vae.Input("vae", tooltip=VAE_TIP),
+                io.Latent.Input("latent", tooltip=LATENT_TIP + " Its length counts the given frames, too."),
+                io.Int.Input(
+                    "keep",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    tooltip="Latent frames of the source that the model sees; 0 takes what its window keeps. More "
+                    "give a steadier motion and look, and leave less room for new frames.",
+                ),
+            ],
+            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+        )
+
+    @classmethod
+    def execute(cls, model, images, vae, latent, keep: int) -> io.NodeOutput:
+        kept = keep or model.model.config.sliding_window(1)[1]
+        clip = _clip(images, vae, latent)
+        return io.NodeOutput(contexts.extend(_encoder(vae), clip, _format(vae), kept))
+
+
+class STARFlowVideoEdit(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowVideoEdit",
+            display_name="STARFlow Video Edit",
+            category=CATEGORY,
+            description="Video to video: the source is changed as the prompt says, and keeps its length.",
+            inputs=[
+                io.Image.Input("images", tooltip="The frames of one clip."),
+                io.Vae.Input("vae", tooltip=VAE_TIP),
+                io.Latent.Input("latent", tooltip=LATENT_TIP + " Of a longer source, only as many frames are used."),
+            ],
+            outputs=[
+                Context.Output(display_name="context", tooltip=CONTEXT_TIP),
+                io.Latent.Output(display_name="latent", tooltip="As long as the source: for text encode and sampler."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, images, vae, latent) -> io.NodeOutput:
+        samples = latent["samples"]
+        longest = _format(vae).frames(samples.shape[2])
+        context = contexts.edit(_encoder(vae), _clip(images[:longest], vae, latent), _format(vae))
+        return io.NodeOutput(context, {"samples": samples[:, :, : context.hidden]})
+
+
+NODES = [STARFlowFirstFrame, STARFlowFirstLastFrame, STARFlowExtend, STARFlowVideoEdit]
+
+
+def _format(vae) -> LatentFormat:
+    """What a VAE makes of frames: ours or core's."""
+    temporal = vae.temporal_compression_decode()
+    if temporal is None:
+        raise InputError("given frames need a video model and its VAE; this VAE encodes single images")
+    return LatentFormat(vae.latent_channels, vae.spacial_compression_decode(), temporal)
+
+
+def _size(vae, latent) -> tuple[int, int]:
+    samples = latent["samples"]
+    if samples.ndim != 5:
+        raise InputError("this latent is an image; given frames need a clip (STARFlow Empty Latent with a video model)")
+    return tuple(side * _format(vae).spatial for side in samples.shape[-2:])
+
+
+def _pictures(images: Tensor, vae, latent) -> Tensor:
+    """The host's images as (B, 3, H, W) in [-1, 1], of the clip's size."""
+    return fit(images[..., :3].movedim(-1, 1) * 2 - 1, *_size(vae, latent))
+
+
+def _clip(images: Tensor, vae, latent) -> Tensor:
+    """The host's frames as one clip (1, 3, F, H, W) in [-1, 1]."""
+    return _pictures(images, vae, latent).movedim(1, 0).unsqueeze(0)
+
+
+def _encoder(vae) -> contexts.Encode:
+    """Clips one by one: a VAE of core's takes one at a time."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        images = (pixels / 2 + 0.5).movedim(1, -1)
+        return torch.cat([vae.encode(clip).float().cpu() for clip in images])
+
+    return encode

@@ -1,0 +1,156 @@
+"""The size of a job, and the way from latents to pictures."""
+
+from __future__ import annotations
+
+import torch
+from comfy_api.latest import io
+
+from ..starflow_core.config import ASPECTS, FlowConfig
+from ..starflow_core.errors import InputError
+from . import host
+from .types import CATEGORY, Model
+
+MODEL_ASPECT = "model's own"
+KEY = "starflow"  # where a latent keeps what the sampler knows of it
+
+
+class STARFlowEmptyLatent(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowEmptyLatent",
+            display_name="STARFlow Empty Latent",
+            category=CATEGORY,
+            description="The size and length of what will be made. Says the real size and the number of tokens.",
+            inputs=[
+                Model.Input("model", tooltip="Says the channels and the compression."),
+                io.Combo.Input(
+                    "aspect_ratio",
+                    options=[MODEL_ASPECT, *ASPECTS],
+                    default=MODEL_ASPECT,
+                    tooltip="Width to height, at the area the model was trained for. Not used if width and height "
+                    "are given.",
+                ),
+                io.Int.Input(
+                    "width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 goes by the aspect ratio."
+                ),
+                io.Int.Input(
+                    "height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 goes by the aspect ratio."
+                ),
+                io.Int.Input(
+                    "frames",
+                    default=0,
+                    min=0,
+                    max=100001,
+                    tooltip="1 is an image, a clip has 4n + 1. 0 takes the model's own length. More than its window "
+                    "is sampled by a sliding window.",
+                ),
+                io.Int.Input(
+                    "batch_size", default=1, min=1, max=256, tooltip="How many are made at once; each costs memory."
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="For text encode, context and sampler."),
+                io.Int.Output(display_name="width", tooltip="Pixels."),
+                io.Int.Output(display_name="height", tooltip="Pixels."),
+                io.Int.Output(display_name="frames", tooltip="Pixel frames."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def validate_inputs(cls, aspect_ratio: str = MODEL_ASPECT) -> bool | str:
+        options = (MODEL_ASPECT, *ASPECTS)
+        return aspect_ratio in options or f"aspect_ratio is {aspect_ratio!r}; expected one of {', '.join(options)}"
+
+    @classmethod
+    def execute(cls, model, aspect_ratio: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
+        config = model.model.config
+        height, width = _size(config, aspect_ratio, height, width)
+        frames = frames or config.defaults.frames
+        if config.kind == "image" and frames != 1:
+            raise InputError(f"{config.name} makes images: frames is {frames}, expected 1 (or 0)")
+        count = config.latent.latent_frames(frames)
+        cells = (height // config.latent.spatial, width // config.latent.spatial)
+        shape = (count, *cells) if config.kind == "video" else cells
+        samples = torch.zeros(batch_size, config.latent.channels, *shape, device=host.result_device())
+        tokens = count * (height // config.cell) * (width // config.cell)
+        host.show(f"{width} x {height}, {frames} frames, {tokens} tokens", cls.hidden.unique_id)
+        return io.NodeOutput({"samples": samples}, width, height, frames)
+
+
+class STARFlowVAEDecode(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowVAEDecode",
+            display_name="STARFlow VAE Decode",
+            category=CATEGORY,
+            description="Latents to frames, one latent frame after the other: in bounded memory, with progress, and "
+            "it can be cancelled. Core's VAE Decode gives the same pixels.",
+            inputs=[
+                io.Latent.Input("samples", tooltip="What the sampler made."),
+                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Int.Input(
+                    "tile_size",
+                    default=0,
+                    min=0,
+                    max=4096,
+                    step=64,
+                    tooltip="Pixels a side; smaller tiles take less memory and more time. 0 decodes whole frames, "
+                    "and in tiles only if memory runs out.",
+                ),
+                io.Boolean.Input(
+                    "trim_overlap",
+                    default=False,
+                    tooltip="After STARFlow Extend: leave out the frames at the start that the source already shows.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="images", tooltip="The frames; clips of a batch follow one another.")
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, samples, vae, tile_size: int, trim_overlap: bool) -> io.NodeOutput:
+        latents = samples["samples"]
+        skip = samples.get(KEY, {}).get("overlap", 0) if trim_overlap else 0
+        bar = host.Progress(cls.hidden.unique_id)
+        frames = []
+        for done, piece in enumerate(_stream(vae, latents, tile_size), 1):
+            frames.append(piece)
+            bar.update(done, latents.shape[2] if latents.ndim == 5 else 1, piece[0, -1])
+        images = torch.cat(frames, 1)
+        if skip >= images.shape[1]:
+            raise InputError(f"all {images.shape[1]} frames overlap the source; extend by more frames")
+        return io.NodeOutput(images[:, skip:].flatten(0, 1))
+
+
+NODES = [STARFlowEmptyLatent, STARFlowVAEDecode]
+
+
+def _size(config: FlowConfig, aspect: str, height: int, width: int) -> tuple[int, int]:
+    if bool(height) != bool(width):
+        raise InputError("width and height go together; give both, or neither to go by the aspect ratio")
+    if height:
+        config.check_size(height, width)
+        return height, width
+    return config.size(None if aspect == MODEL_ASPECT else aspect)
+
+
+def _stream(vae, latents, tile_size: int):
+    """Frames (B, f, H, W, 3); a VAE from core's loader decodes in one piece."""
+    from .vae import HostVAE
+
+    if isinstance(vae, HostVAE):
+        yield from vae.stream(latents, tile_size // vae.core.spatial or None)
+    elif tile_size:
+        cells = tile_size // vae.spacial_compression_decode()
+        yield _with_frames(vae.decode_tiled(latents, tile_x=cells, tile_y=cells, overlap=cells // 4))
+    else:
+        yield _with_frames(vae.decode(latents))
+
+
+def _with_frames(images):
+    return images if images.ndim == 5 else images.unsqueeze(1)

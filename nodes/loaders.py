@@ -1,0 +1,192 @@
+"""Flow, text encoder and VAE from the host's model folders, or the bundled demo."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+from comfy_api.latest import io
+
+from ..starflow_core.pipeline import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
+from . import host
+from .types import CATEGORY, Model, TextEncoder
+
+WEIGHT_TYPES = ("auto", "bf16", "fp16", "fp32")
+PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+WEIGHT_TYPE_TIP = (
+    "Type of the weights and of the arithmetic. auto: bf16 on a graphics card that has it, else fp16, fp32 on a CPU."
+)
+
+
+@dataclass(frozen=True)
+class LoadedText:
+    """A text encoder and the host's handle on its weights."""
+
+    encoder: object
+    patcher: object
+
+
+class STARFlowLoadModel(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowLoadModel",
+            display_name="STARFlow Load Model",
+            category=CATEGORY,
+            description="Loads a STARFlow or STARFlow-V checkpoint, or the small demo model that comes with this pack.",
+            inputs=[
+                io.Combo.Input(
+                    "model_name",
+                    options=[*host.files("diffusion_models", _is_flow), *host.folders("diffusion_models", _is_sharded)],
+                    default=DEMO,
+                    tooltip="Checkpoints in models/diffusion_models (.safetensors, Apple's .pth, or a folder of "
+                    "shards), and the demo.",
+                ),
+                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+            ],
+            outputs=[Model.Output(display_name="model", tooltip="The flow, in the host's memory management.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model_name: str = DEMO, weight_type: str = "auto") -> bool | str:
+        return _check("model", "diffusion_models", model_name) or _check_type(weight_type) or True
+
+    @classmethod
+    def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
+        from ..starflow_core.checkpoint import load_flow
+
+        device = host.flow_device()
+        flow = load_flow(
+            _path("diffusion_models", model_name, FLOW_FILE),
+            dtype=_dtype(weight_type, device),
+            operations=host.OPERATIONS,
+            progress=_progress(),
+        )
+        return io.NodeOutput(host.flow_patcher(flow))
+
+
+class STARFlowLoadTextEncoder(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowLoadTextEncoder",
+            display_name="STARFlow Load Text Encoder",
+            category=CATEGORY,
+            description="Loads the T5 encoder that belongs to the model: flan-t5-xl for Apple's checkpoints, or the "
+            "demo's.",
+            inputs=[
+                io.Combo.Input(
+                    "encoder_name",
+                    options=[*host.files("text_encoders", _is_weights), *host.folders("text_encoders", _is_t5_folder)],
+                    default=DEMO,
+                    tooltip="A file or a folder in models/text_encoders, or the demo's encoder. A single file uses "
+                    "the tokenizer beside it, or ComfyUI's own for T5.",
+                ),
+                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+            ],
+            outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, encoder_name: str = DEMO, weight_type: str = "auto") -> bool | str:
+        return _check("text encoder", "text_encoders", encoder_name) or _check_type(weight_type) or True
+
+    @classmethod
+    def execute(cls, encoder_name: str, weight_type: str) -> io.NodeOutput:
+        from ..starflow_core.text import load_text_encoder
+
+        path = _path("text_encoders", encoder_name, TEXT_FILE)
+        encoder = load_text_encoder(path, host.tokenizer_for(path), dtype=_dtype(weight_type, host.text_device()))
+        return io.NodeOutput(LoadedText(encoder, host.text_patcher(encoder.model)))
+
+
+class STARFlowLoadVAE(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowLoadVAE",
+            display_name="STARFlow Load VAE",
+            category=CATEGORY,
+            description="Loads the VAE that belongs to the model: Wan 2.2 for video, SD's for images, or the demo's. "
+            "Core's encode and decode nodes take it, too.",
+            inputs=[
+                io.Combo.Input(
+                    "vae_name",
+                    options=host.files("vae", _is_weights),
+                    default=DEMO,
+                    tooltip="Files in models/vae, and the demo's VAE.",
+                ),
+                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+            ],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and for core's.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, vae_name: str = DEMO, weight_type: str = "auto") -> bool | str:
+        return _check("VAE", "vae", vae_name) or _check_type(weight_type) or True
+
+    @classmethod
+    def execute(cls, vae_name: str, weight_type: str) -> io.NodeOutput:
+        from ..starflow_core.vae import load_vae
+        from .vae import HostVAE
+
+        dtype = _dtype(weight_type, host.vae_device())
+        return io.NodeOutput(HostVAE(load_vae(_path("vae", vae_name, VAE_FILE), dtype=dtype)))
+
+
+NODES = [STARFlowLoadModel, STARFlowLoadTextEncoder, STARFlowLoadVAE]
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix.lower() in (".safetensors", *PICKLES)
+
+
+def _is_flow(path: Path) -> bool:
+    """A pickle is only looked into when it is loaded; of a safetensors file the header is read."""
+    if path.suffix.lower() in PICKLES:
+        return True
+    stat = path.stat()
+    return _looks_like_flow(str(path), stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache(maxsize=4096)
+def _looks_like_flow(path: str, modified: int, size: int) -> bool:
+    """Whether this version of a file is a STARFlow; lists are made often, headers change seldom."""
+    from ..starflow_core.checkpoint import quick_look
+
+    return quick_look(path) is not None
+
+
+def _is_sharded(path: Path) -> bool:
+    return any(path.glob("*.safetensors.index.json"))
+
+
+def _is_t5_folder(path: Path) -> bool:
+    return any((path / name).is_file() for name in ("config.json", "text_encoder/config.json"))
+
+
+def _path(folder: str, name: str, bundled: str) -> Path:
+    return BUNDLED / bundled if name == DEMO else host.find(folder, name)
+
+
+def _check(what: str, folder: str, name: str) -> str | None:
+    """What is wrong with a chosen file; 0.3.64 checks no list itself."""
+    if name == DEMO or (isinstance(name, str) and host.find(folder, name)):
+        return None
+    return f"{what} {name!r} isn't in models/{folder}; put it there and refresh, or choose {DEMO!r}"
+
+
+def _check_type(name: str) -> str | None:
+    return None if name in WEIGHT_TYPES else f"weight_type is {name!r}; expected one of {', '.join(WEIGHT_TYPES)}"
+
+
+def _dtype(name: str, device):
+    from ..starflow_core.tensorfiles import DTYPES
+
+    return host.best_dtype(device) if name == "auto" else DTYPES[name]
+
+
+def _progress():
+    bar = host.Progress(None)
+    return lambda progress: (host.check_interrupted(), bar.update(progress.step, progress.total))

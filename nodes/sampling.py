@@ -1,0 +1,261 @@
+"""The solver's settings and the sampler."""
+
+from __future__ import annotations
+
+import time
+
+import torch
+from comfy_api.latest import io
+
+from ..starflow_core import memory
+from ..starflow_core.control import Control, Progress
+from ..starflow_core.solvers import AUTOREGRESSIVE, PRESETS, Statistics
+from ..starflow_core.tasks import Generation, Job
+from . import host
+from .conditioning import embeddings_for, job_of
+from .latent import KEY
+from .plot import convergence
+from .preview import Preview
+from .types import CATEGORY, Context, Model, Solver
+
+METHODS = (*PRESETS, "autoregressive")
+OWN = 0  # in a number's place: what the preset says
+SAY_EVERY = 0.5  # seconds between two lines of text
+
+
+class STARFlowJacobiSettings(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowJacobiSettings",
+            display_name="STARFlow Jacobi Settings",
+            category=CATEGORY,
+            description="How the flow is inverted: a preset, or numbers of your own. 0 leaves a number to the preset.",
+            inputs=[
+                io.Combo.Input(
+                    "preset",
+                    options=list(METHODS),
+                    default="balanced",
+                    tooltip="fast: fewest sweeps, small differences to the exact answer. balanced: the default. "
+                    "exact: equals autoregressive to 1e-6. autoregressive: token by token, slowest, ignores the "
+                    "numbers below.",
+                ),
+                io.Int.Input(
+                    "image_span",
+                    default=OWN,
+                    min=0,
+                    max=4096,
+                    tooltip="Tokens solved at once in an image. Larger: fewer sweeps, but each takes longer.",
+                ),
+                io.Int.Input(
+                    "first_span",
+                    default=OWN,
+                    min=0,
+                    max=4096,
+                    tooltip="Tokens solved at once in a clip's first frame. Larger: fewer sweeps, but each takes "
+                    "longer.",
+                ),
+                io.Int.Input(
+                    "span",
+                    default=OWN,
+                    min=0,
+                    max=65536,
+                    tooltip="Tokens solved at once after the first frame. Larger suits fast graphics cards; smaller "
+                    "wastes less on slow ones.",
+                ),
+                io.Float.Input(
+                    "tolerance",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9,
+                    step=1e-5,
+                    round=False,
+                    tooltip="A token settles when its relative squared change is below this. Smaller: closer to the "
+                    "exact answer, more sweeps.",
+                ),
+                io.Float.Input(
+                    "shallow_tolerance",
+                    default=0.0,
+                    min=0.0,
+                    max=0.9,
+                    step=1e-6,
+                    round=False,
+                    tooltip="The same for whole frames in the shallow blocks, which are cheap: keep it small.",
+                ),
+                io.Int.Input(
+                    "max_sweeps",
+                    default=OWN,
+                    min=0,
+                    max=65536,
+                    tooltip="A token settles after this many sweeps at the latest: a bound on time, at the price of "
+                    "exactness.",
+                ),
+            ],
+            outputs=[Solver.Output(display_name="settings", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, preset: str = "balanced") -> bool | str:
+        return preset in METHODS or f"preset is {preset!r}; expected one of {', '.join(METHODS)}"
+
+    @classmethod
+    def execute(cls, preset: str, **numbers) -> io.NodeOutput:
+        if preset == "autoregressive":
+            return io.NodeOutput(AUTOREGRESSIVE)
+        return io.NodeOutput(PRESETS[preset].with_numbers(**{name: value or None for name, value in numbers.items()}))
+
+
+class STARFlowSampler(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowSampler",
+            display_name="STARFlow Sampler",
+            category=CATEGORY,
+            description="Turns noise into an image or a clip. There are no steps to choose: the flow is inverted, "
+            "and frames are finished one after the other.",
+            inputs=[
+                Model.Input("model", tooltip="The flow."),
+                io.Conditioning.Input("positive", tooltip="From STARFlow Text Encode."),
+                io.Conditioning.Input("negative", tooltip="From STARFlow Text Encode; used with guidance only."),
+                io.Latent.Input("latent", tooltip="Its size and length count, not what is in it."),
+                io.Int.Input(
+                    "seed",
+                    default=0,
+                    min=0,
+                    max=0xFFFFFFFFFFFFFFFF,
+                    control_after_generate=True,
+                    tooltip="Decides the noise; the same on every machine. Clips of a batch take the seeds that "
+                    "follow.",
+                ),
+                io.Float.Input(
+                    "guidance",
+                    default=-1.0,
+                    min=-1.0,
+                    max=100.0,
+                    step=0.1,
+                    tooltip="How strongly the prompt counts. 0 is off and corresponds to a CFG of 1 elsewhere; -1 "
+                    "takes the model's own.",
+                ),
+                io.Boolean.Input(
+                    "denoise",
+                    default=True,
+                    tooltip="Takes out the noise that the model was trained with. Off shows the raw samples.",
+                ),
+                Solver.Input("settings", optional=True, tooltip="Without it the balanced preset is used."),
+                Context.Input("context", optional=True, tooltip="Given frames; the same as in text encode."),
+                io.Int.Input(
+                    "window",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Latent frames attended to at once in a long video; 0 takes the trained number. Less "
+                    "memory and less coherence with fewer.",
+                ),
+                io.Int.Input(
+                    "keep",
+                    default=0,
+                    min=0,
+                    max=1024,
+                    optional=True,
+                    tooltip="Latent frames that stay when the window slides; 0 is about three quarters of the window.",
+                ),
+            ],
+            outputs=[
+                io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode, or core's nodes."),
+                io.String.Output(display_name="statistics", tooltip="What the solver did."),
+                io.Image.Output(
+                    display_name="convergence",
+                    tooltip="Residual by sweep and frame: how the clip settled. Brighter still changes more.",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
+        window: int = 0, keep: int = 0,
+    ) -> io.NodeOutput:  # fmt: skip
+        flow = model.model
+        options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
+        options |= {"solver": settings} if settings else {}
+        options |= {"guidance": guidance} if guidance >= 0 else {}
+        job = job_of(flow.config, latent["samples"], **options)
+        text = embeddings_for(job, positive, "positive")
+        uncond = embeddings_for(job, negative, "negative") if job.guidance else None
+        if job.task not in flow.config.tasks:
+            host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
+        began = time.monotonic()
+        samples, statistics = _sample(model, job, text, uncond, cls.hidden.unique_id)
+        report = _report(statistics, job, time.monotonic() - began)
+        overlap = context.overlap(flow.config.latent) if context else 0
+        result = {"samples": samples, KEY: {"overlap": overlap}}
+        return io.NodeOutput(result, report, convergence(statistics, job, flow.config))
+
+
+NODES = [STARFlowJacobiSettings, STARFlowSampler]
+
+
+def _sample(model, job: Job, text, uncond, node_id) -> tuple[torch.Tensor, Statistics]:
+    """Latents of the host, streamed, so that finished frames can be shown."""
+    flow, device = model.model, model.load_device
+    need = memory.forecast(flow.config, job, flow.compute_dtype)
+    host.load(model, need.cache + need.activations)
+    watch = Watch(node_id, Preview(flow.config))
+    generation = Generation(
+        flow,
+        job,
+        text.to(device, flow.compute_dtype),
+        None if uncond is None else uncond.to(device, flow.compute_dtype),
+        Control(watch.progress),
+    )
+    final = []
+    for piece in generation.stream():
+        watch.show(piece.latents)
+        if piece.final:
+            final.append(piece.latents.to(host.result_device()))
+    samples = torch.cat(final, 2)
+    return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
+
+
+class Watch:
+    """Shows a run on its node: the bar counts settled tokens, the text says how long it will take."""
+
+    def __init__(self, node_id: str | None, preview: Preview):
+        self.bar, self.preview = host.Progress(node_id), preview
+        self.began = time.monotonic()
+        self.said, self.step, self.total = 0.0, 0, 1
+
+    def progress(self, progress: Progress) -> None:
+        """Raises the host's exception on Cancel."""
+        host.check_interrupted()
+        if progress.phase != "deep":  # shallow blocks and denoiser run between the frames
+            return
+        self.step, self.total = progress.settled, progress.tokens
+        self.bar.update(self.step, self.total)
+        now = time.monotonic()
+        if now - self.said >= SAY_EVERY:
+            left = (now - self.began) * (self.total - self.step) / max(self.step, 1)
+            self.said = now
+            self.bar.say(
+                f"{self.step} of {self.total} tokens, residual {progress.residual:.1e}, about {left:.0f} s left"
+            )
+
+    def show(self, latents: torch.Tensor) -> None:
+        """The last of some frames (B, C, n, h, w) in VAE space, as a rough picture."""
+        self.bar.update(self.step, self.total, self.preview.picture(latents[0, :, -1]))
+
+
+def _report(statistics: Statistics, job: Job, seconds: float) -> str:
+    tokens = {first + i for first, change in statistics.deep_changes for i in range(len(change))}
+    per_token = statistics.deep_evaluations / max(len(tokens), 1)
+    return "\n".join(
+        [
+            f"method {job.solver.method}, guidance {job.guidance:g}, seed {job.seed}, {seconds:.1f} s",
+            f"deep block: {statistics.deep_sweeps} sweeps, {statistics.deep_evaluations} token evaluations"
+            + (f", {per_token:.1f} a token" if tokens else ""),
+            f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
+        ]
+    )

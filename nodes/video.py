@@ -1,0 +1,126 @@
+"""Frames to a file that shows in the node, with the workflow inside."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from comfy_api.latest import io, ui
+
+from ..starflow_core.errors import InputError
+from . import host
+from .types import CATEGORY
+
+ANIMATED = ("mp4", "webm", "webp")  # what the page plays; it shows other files as pictures
+FORMATS = ("mp4", "webm", "gif", "webp", "png sequence")
+
+
+class STARFlowVideoCombine(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowVideoCombine",
+            display_name="STARFlow Video Combine",
+            category=CATEGORY,
+            description="Saves frames as a video, an animation or a sequence of images, shows it here, and keeps the "
+            "workflow in the file: drag it back onto the canvas to restore the graph (mp4, webm, webp and png).",
+            inputs=[
+                io.Image.Input("images", tooltip="The frames of one clip, or of several that follow one another."),
+                io.Float.Input(
+                    "frame_rate",
+                    default=16.0,
+                    min=0.1,
+                    max=120.0,
+                    step=1.0,
+                    tooltip="Frames a second; STARFlow-V was trained at 16.",
+                ),
+                io.Combo.Input(
+                    "format",
+                    options=list(FORMATS),
+                    default="mp4",
+                    tooltip="mp4 (h264) plays everywhere; webm (vp9) is smaller; gif and webp loop; a png sequence "
+                    "loses nothing.",
+                ),
+                io.Int.Input(
+                    "quality",
+                    default=85,
+                    min=1,
+                    max=100,
+                    tooltip="Higher looks better and is larger; not used for gif and png.",
+                ),
+                io.String.Input(
+                    "filename_prefix",
+                    default="video/STARFlow",
+                    tooltip="Folder and name below the output folder; takes the host's tokens, such as "
+                    "%date:yyyy-MM-dd%.",
+                ),
+                io.Int.Input(
+                    "clip_frames",
+                    default=0,
+                    min=0,
+                    max=100001,
+                    optional=True,
+                    tooltip="Frames of one clip, where the images are a batch of several: each becomes a file. 0: "
+                    "one clip.",
+                ),
+            ],
+            outputs=[
+                io.Video.Output(
+                    display_name="video", is_output_list=True, tooltip="For core's Save Video; one per clip."
+                ),
+            ],
+            hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
+            is_output_node=True,
+        )
+
+    @classmethod
+    def validate_inputs(cls, format: str = "mp4") -> bool | str:
+        return format in FORMATS or f"format is {format!r}; expected one of {', '.join(FORMATS)}"
+
+    @classmethod
+    def execute(
+        cls, images, frame_rate: float, format: str, quality: int, filename_prefix: str, clip_frames: int = 0
+    ) -> io.NodeOutput:
+        rate = Fraction(frame_rate).limit_denominator(1001)
+        metadata = host.workflow_metadata(cls.hidden)
+        clips = _clips(images, clip_frames)
+        folder, name, counter, subfolder = host.output_folder(filename_prefix, *images.shape[1:3])
+        shown = []
+        for index, clip in enumerate(clips):
+            target = _target(folder, name, counter + index, format)
+            for file in _write(target, clip, rate, quality, metadata):
+                where = Path(subfolder) / file.relative_to(folder).parent
+                shown.append(
+                    ui.SavedResult(file.name, "" if where == Path() else where.as_posix(), io.FolderType.output)
+                )
+        videos = [host.video(clip, rate) for clip in clips]
+        return io.NodeOutput(videos, ui={"images": shown, "animated": (format in ANIMATED,)})
+
+
+NODES = [STARFlowVideoCombine]
+
+
+def _clips(images: torch.Tensor, count: int) -> list[torch.Tensor]:
+    if not count or count == len(images):
+        return [images]
+    if len(images) % count:
+        raise InputError(f"{len(images)} frames are no whole number of clips of {count}; clip_frames has to divide it")
+    return list(images.split(count))
+
+
+def _target(folder: Path, name: str, number: int, format: str) -> str:
+    file = folder / f"{name}_{number:05}_"
+    return f"{file}/" if format == "png sequence" else f"{file}.{format}"
+
+
+def _write(target: str, clip: torch.Tensor, rate: Fraction, quality: int, metadata: dict) -> list[Path]:
+    """Write a clip (F, H, W, 3) in 0..1; gives the files."""
+    from ..starflow_core.media import VideoWriter
+
+    with VideoWriter(target, rate, metadata, quality) as writer:
+        for frame in clip:
+            host.check_interrupted()
+            writer.add((frame[..., :3] * 2 - 1).movedim(-1, 0).unsqueeze(0))
+    path = Path(target)
+    return sorted(path.glob("*.png")) if path.is_dir() else [path]

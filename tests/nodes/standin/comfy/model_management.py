@@ -1,0 +1,1 @@
+OOM_EXCEPTION = MemoryError

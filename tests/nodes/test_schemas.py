@@ -1,0 +1,103 @@
+"""What workflows rely on: ids, inputs, their order and types. Runs with a stand-in where ComfyUI isn't."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from . import pack
+
+SNAPSHOT = Path(__file__).parent / "object_info.json"
+KEPT = (
+    "name",
+    "display_name",
+    "category",
+    "input",
+    "input_order",
+    "output",
+    "output_is_list",
+    "output_name",
+    "output_node",
+)
+NODES = pack.load()
+
+
+def described(node: type) -> dict:
+    """A node as workflows see it: what a machine's model folders hold is left out."""
+    info = json.loads(json.dumps({key: node.GET_NODE_INFO_V1()[key] for key in KEPT}))
+    for group in ("required", "optional"):
+        for name, (_, options) in info["input"].get(group, {}).items():
+            if name in ("model_name", "encoder_name", "vae_name"):
+                options["options"] = options["options"][:1]
+            options.pop("tooltip", None)
+    return info
+
+
+def test_nothing_that_workflows_rely_on_has_changed():
+    found = {name: described(node) for name, node in sorted(NODES.items())}
+    if os.environ.get("UPDATE_SNAPSHOT"):
+        SNAPSHOT.write_text(json.dumps(found, indent=1) + "\n")
+    recorded = json.loads(SNAPSHOT.read_text())
+    assert found == recorded, "run with UPDATE_SNAPSHOT=1 only where inputs were added last, and optional"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_node_is_documented(name):
+    info = NODES[name].GET_NODE_INFO_V1()
+    assert info["category"] == "STARFlow"
+    assert info["description"]
+    for group in ("required", "optional"):
+        for given, (_, options) in info["input"].get(group, {}).items():
+            assert options.get("tooltip"), f"{given} has no tooltip"
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_lists_are_checked_alike_on_all_hosts(name):
+    """ComfyUI 0.3.64 checks no list of a V3 node itself."""
+    node = NODES[name]
+    for group in ("required", "optional"):
+        for given, (kind, _) in node.GET_NODE_INFO_V1()["input"].get(group, {}).items():
+            if kind == "COMBO":
+                message = node.validate_inputs(**{given: "no such thing"})
+                assert isinstance(message, str), f"{given} takes anything"
+                assert "no such thing" in message
+    if "validate_inputs" in vars(node):
+        assert node.validate_inputs() is True
+
+
+def test_manager_finds_the_nodes_in_the_source():
+    """ComfyUI Manager reads the source: a direct base and a literal id in io.Schema."""
+    found = set()
+    for file in (pack.ROOT / "nodes").glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ClassDef) and any(ast.unparse(base) == "io.ComfyNode" for base in node.bases):
+                calls = [n for n in ast.walk(node) if isinstance(n, ast.Call) and ast.unparse(n.func) == "io.Schema"]
+                found |= {k.value.value for call in calls for k in call.keywords if k.arg == "node_id"}
+    assert found == set(NODES)
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_translations_have_every_name_and_no_other(language):
+    texts = json.loads((pack.ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    assert set(texts) == set(NODES)
+    for name, node in NODES.items():
+        info = node.GET_NODE_INFO_V1()
+        inputs = [given for group in ("required", "optional") for given in info["input"].get(group, {})]
+        assert set(texts[name]["inputs"]) == set(inputs)
+        assert set(texts[name].get("outputs", {})) == {str(i) for i in range(len(info["output"]))}
+        assert texts[name]["display_name"]
+        assert texts[name]["description"]
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page_explains_every_input(name):
+    page = (pack.ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    table = page.partition("## Inputs")[2].partition("## Outputs")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
+    explained = {cell.strip().replace(" ", "_") for row in rows for cell in row.split(",")} - {"---"}
+    info = NODES[name].GET_NODE_INFO_V1()
+    assert explained == {given for group in ("required", "optional") for given in info["input"].get(group, {})}

@@ -1,0 +1,232 @@
+"""A real, headless ComfyUI runs the examples. Needs COMFYUI_PATH (and COMFYUI_PYTHON, where ComfyUI has an
+environment of its own)."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+
+from benchmarks.judge import look
+from starflow_core.media import read_image, read_metadata, read_video
+from tests.nodes.pack import COMFYUI
+from tests.nodes.workflows import EXAMPLES, INFO
+
+from .host import Failed, Refused, Server, cached, example, only
+
+pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH doesn't name a ComfyUI checkout")
+EXPECTED = {  # frames of each saved clip, and what its prompt says
+    "text_to_video": {"video": (33, "red", "right")},
+    "image_to_video": {"image": (33, "green", "left")},
+    "video_edit": {"source": (17, "red", "right"), "edit": (17, "green", "right")},
+    "extend": {"extend": (17 + 33 - 13, "yellow", "down")},
+    "first_and_last_frame": {"last": (33, "purple", None)},
+    "long_video": {"long": (97, "cyan", None)},
+    "convergence_study": {"convergence": (33, "orange", "up")},
+}
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Server()
+    yield running
+    running.stop()
+
+
+def quick(**changes):
+    return example("text_to_video", **{"frames": 9, "format": "webp", **changes})
+
+
+def test_all_nodes_are_registered_as_recorded(server):
+    found = server.get("/object_info")
+    for name, recorded in INFO.items():
+        assert found[name]["input_order"] == recorded["input_order"]
+        assert found[name]["output"] == recorded["output"]
+    assert "IMPORT FAILED" not in server.log.read_text()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_runs_to_the_end(server, name):
+    prompt = example(name)
+    entry = server.run(prompt)
+    files = [f for f in server.files(entry) if "output" in f.parts]
+    if name == "text_to_image":
+        pictures = [read_image(file) for file in files]
+        assert [p.shape for p in pictures] == [(3, 96, 96)] * 4
+        assert sum(look(p.unsqueeze(0)).colour == "blue" for p in pictures) >= 3
+        return
+    assert len(files) == len(EXPECTED[name] if name != "text_to_video" else [0])
+    for file, (frames, colour, direction) in zip(sorted(files, key=_order(name)), EXPECTED[name].values(), strict=True):
+        clip = read_video(file)
+        assert clip.pixels.shape == (frames, 3, 96, 96)
+        assert clip.fps == 16
+        sight = look(clip.pixels)
+        assert sight.colour == colour
+        assert direction in (None, sight.direction)
+        kept = read_metadata(file)
+        assert kept["prompt"] == prompt
+
+
+def _order(name):
+    names = list(EXPECTED[name])
+    return lambda file: next((i for i, part in enumerate(names) if part in file.name), 0)
+
+
+def test_the_shown_video_can_be_fetched(server):
+    entry = server.run(quick(format="mp4"))
+    (output,) = (o["images"][0] for o in entry["outputs"].values() if "images" in o)
+    import urllib.parse
+    import urllib.request
+
+    url = f"http://127.0.0.1:{server.port}/view?{urllib.parse.urlencode(output)}"
+    with urllib.request.urlopen(url) as answer:
+        assert answer.headers["Content-Type"] == "video/mp4"
+
+
+def test_nothing_changed_runs_nothing_and_a_seed_runs_what_follows(server):
+    prompt = quick(seed=100)
+    server.run(prompt)
+    assert cached(server.run(prompt)) == set(prompt)
+    before = {n for n, v in prompt.items() if v["class_type"] in _BEFORE}
+    changed = quick(seed=101)
+    assert cached(server.run(changed)) == before
+
+
+_BEFORE = (
+    "STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE", "STARFlowEmptyLatent", "STARFlowTextEncode",
+)  # fmt: skip
+
+
+def test_a_seed_means_the_same_after_a_restart(server):
+    prompt = quick(seed=7, format="png sequence", filename_prefix="same/a")
+    first = [f.read_bytes() for f in _pictures(server, server.run(prompt))]
+    other = Server()
+    try:
+        again = [f.read_bytes() for f in _pictures(other, other.run(prompt))]
+    finally:
+        other.stop()
+    assert [_pixels(b) for b in first] == [_pixels(b) for b in again]
+
+
+def _pictures(server, entry):
+    return sorted(server.files(entry))
+
+
+def _pixels(data: bytes) -> bytes:
+    import io
+
+    from PIL import Image
+
+    return Image.open(io.BytesIO(data)).tobytes()
+
+
+def test_cancel_then_a_good_run(server):
+    server.run(quick(seed=1))
+    before = server.memory()
+    prompt_id = server.queue(example("long_video", frames=385, seed=9))
+    sampler = only(example("long_video"), "STARFlowSampler")
+    for _ in range(600):
+        if "tokens" in server.log.read_text() or server.get("/queue")["queue_running"]:
+            break
+        time.sleep(0.1)
+    time.sleep(3)
+    began = time.monotonic()
+    server.post("/interrupt", {})
+    entry = server.wait(prompt_id, 60)
+    assert time.monotonic() - began < 10
+    kinds = [kind for kind, _ in entry["status"]["messages"]]
+    assert "execution_interrupted" in kinds
+    assert not server.files(entry) or sampler not in entry["outputs"]
+    server.run(quick(seed=2))
+    assert server.memory() < before + 200e6
+
+
+def test_twenty_in_a_row_leave_memory_flat(server):
+    for seed in range(200, 205):
+        server.run(quick(seed=seed))
+    before = server.memory()
+    prompts = [server.queue(quick(seed=seed)) for seed in range(300, 320)]
+    for prompt_id in prompts:
+        server.wait(prompt_id)
+    assert server.memory() < before + 50e6
+
+
+NUMBERS = {
+    "STARFlowEmptyLatent": {"frames": 100002, "batch_size": 0, "width": -8, "height": 9000},
+    "STARFlowTextEncode": {"frame_rate": -1.0},
+    "STARFlowSampler": {"seed": -1, "guidance": 101.0, "window": -1, "keep": -1},
+    "STARFlowVAEDecode": {"tile_size": -1},
+    "STARFlowVideoCombine": {"frame_rate": 0.0, "quality": 0, "clip_frames": -1},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "value"), [(k, n, v) for k, given in NUMBERS.items() for n, v in given.items()]
+)
+def test_numbers_out_of_range_are_refused(server, kind, name, value):
+    prompt = quick()
+    prompt[only(prompt, kind)]["inputs"][name] = value
+    with pytest.raises(Refused) as refused:
+        server.queue(prompt)
+    assert name in refused.value.text
+
+
+@pytest.mark.parametrize(
+    "kind", [k for k in INFO if any(v[0] == "COMBO" for v in INFO[k]["input"]["required"].values())]
+)
+def test_unknown_options_are_refused(server, kind):
+    base = example("convergence_study") if kind == "STARFlowJacobiSettings" else quick()
+    for name, (type_, _) in INFO[kind]["input"]["required"].items():
+        if type_ == "COMBO":
+            prompt = json.loads(json.dumps(base))
+            node = next(n for n, v in prompt.items() if v["class_type"] == kind)
+            prompt[node]["inputs"][name] = "no such thing"
+            with pytest.raises(Refused) as refused:
+                server.queue(prompt)
+            assert "no such thing" in refused.value.text
+    assert server.get("/system_stats")
+
+
+def test_wrong_links_are_refused(server):
+    prompt = quick()
+    for node in list(prompt):
+        for name, value in prompt[node]["inputs"].items():
+            if isinstance(value, list):
+                wrong = json.loads(json.dumps(prompt))
+                wrong[node]["inputs"][name] = [_other_type(prompt, value), 0]
+                with pytest.raises(Refused):
+                    server.queue(wrong)
+    assert server.get("/system_stats")
+
+
+def _other_type(prompt, link):
+    """A node whose first output has another type than a link's."""
+    wanted = INFO[prompt[link[0]]["class_type"]]["output"][link[1]]
+    return next(n for n, v in prompt.items() if INFO[v["class_type"]]["output"][0] != wanted)
+
+
+BAD_JOBS = [
+    ({"frames": 10}, "nearest are 9 and 13"),
+    ({"width": 100, "height": 96}, "not a multiple of 16"),
+    ({"width": 96, "height": 0}, "go together"),
+    ({"clip_frames": 4}, "has to divide it"),
+    ({"window": 2, "keep": 2}, "keeps 1 to 1"),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), BAD_JOBS)
+def test_impossible_jobs_name_the_remedy(server, changes, message):
+    with pytest.raises(Failed, match=message):
+        server.run(quick(**changes))
+    assert server.run(quick(seed=1))
+
+
+def test_conditioning_of_another_size_is_refused(server):
+    prompt = quick()
+    other = json.loads(json.dumps(prompt[only(prompt, "STARFlowEmptyLatent")]))
+    other["inputs"] |= {"width": 128, "height": 80}
+    prompt["99"] = other
+    prompt[only(prompt, "STARFlowSampler")]["inputs"]["latent"] = ["99", 0]
+    with pytest.raises(Failed, match="same latent"):
+        server.run(prompt)
