@@ -1,6 +1,6 @@
 """How fast the flow is inverted, at what error: autoregressive, plain block Jacobi, and ours.
 
-    python -m benchmarks.solver [--model demo|mid|all] [--seeds 5] [--guidance G] [--ratio R] [--json PATH] [--quick]
+    python -m benchmarks.solver [--model demo|demo-192|mid|all] [--seeds 5] [--guidance G] [--json PATH] [--quick]
 
 An error is the relative squared error of the final latents (flow space, before denoising) against the autoregressive
 answer. All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an

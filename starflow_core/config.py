@@ -116,6 +116,7 @@ class FlowConfig:
             (self.rounding not in ROUNDINGS, f"rounding is {self.rounding!r}, expected one of {ROUNDINGS}"),
             (self.head_dim % 4 or self.head_dim < 20, f"head_dim is {self.head_dim}, expected a multiple of 4 from 20"),
             (self.width % self.head_dim or self.deep_width % self.head_dim, "widths are not multiples of head_dim"),
+            (not 0 < self.rope_length < math.inf, f"rope_length is {self.rope_length}, expected a number above 0"),
             (self.soft_clip <= 0, f"soft_clip is {self.soft_clip}; released models have 4"),
             (len(self.layers) < 2, "a flow has at least one shallow and one deep block"),
             (self.kind == "video" and self.window < 1, "a video model needs a window"),

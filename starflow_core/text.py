@@ -228,7 +228,7 @@ def _find_config(path: Path, checkpoint: TensorFile, names: dict[str, str]) -> T
     if T5_CONFIG_KEY in checkpoint.metadata:
         where, text = checkpoint.path.name, checkpoint.metadata[T5_CONFIG_KEY]
     elif file.is_file():
-        where, text = str(file), file.read_text(encoding="utf-8")
+        where, text = str(file), file.read_text(encoding="utf-8", errors="replace")
     else:
         return T5Config(**_config_from_shapes({name: checkpoint.shapes[source] for name, source in names.items()}))
     try:

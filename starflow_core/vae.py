@@ -243,14 +243,16 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: str | t
     for missing, unexpected or wrongly shaped tensors, NonFiniteError for NaN or infinity in them.
     """
     path = Path(path)
-    if path.is_dir():
-        path, config = _find_in_folder(path)
-        tensors, _ = _read(path)
-    else:
-        tensors, config = _read(path)
-    tensors = _rename(tensors)
-    module = _build(tensors, config, path.name)
-    _fill(module, tensors, dtype or torch.float32, device, path.name)
+    # Weights outlive the caller's inference mode.
+    with torch.inference_mode(False), torch.no_grad():
+        if path.is_dir():
+            path, config = _find_in_folder(path)
+            tensors, _ = _read(path)
+        else:
+            tensors, config = _read(path)
+        tensors = _rename(tensors)
+        module = _build(tensors, config, path.name)
+        _fill(module, tensors, dtype or torch.float32, device, path.name)
     return VAE(module.requires_grad_(False).eval())
 
 
@@ -262,7 +264,7 @@ def _find_in_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     for file in (folder / "config.json", weights):
         if not file.is_file():
             raise CheckpointError(f"{folder} has no {file.name}; expected a VAE's folder as diffusers saves it")
-    config = _parse_config((folder / "config.json").read_text(encoding="utf-8"), folder / "config.json")
+    config = _parse_config((folder / "config.json").read_text(encoding="utf-8", errors="replace"), folder / "config.json")
     name = config.get("_class_name")
     if name not in (None, "AutoencoderKL", "AutoencoderKLWan"):
         raise CheckpointError(f"{folder} holds a {name}; {EXPECTED}")
@@ -303,7 +305,7 @@ def _read_pickle(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(
             f"{path.name} holds more than tensors, or is damaged; it was not run. Use a safetensors file"
         ) from None
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
+    except Exception as error:  # a damaged file can fail anywhere in its reader
         raise CheckpointError(f"{path.name} is no readable checkpoint ({error}); get it again") from None
     content = content.get("state_dict", content) if isinstance(content, dict) else {}
     return {name: value for name, value in content.items() if isinstance(value, Tensor)}

@@ -15,6 +15,7 @@ _KEY = re.compile(r"[a-z][a-z0-9_]{0,60}")  # what every format gives back as it
 _CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder", "encoding_tool", "creation_time"}
 _CONTAINER_KEYS |= {"duration", "stereo_mode", "part_number"}
 _IMAGE_DESCRIPTION = 0x010E  # EXIF
+_COMFYUI_TAGS = {"prompt": 0x0110, "workflow": 0x010F}  # where ComfyUI's page looks in a webp, as "key:JSON"
 
 
 def check_metadata(metadata: dict[str, Any]) -> None:
@@ -57,19 +58,27 @@ def decode_text(text: Any) -> dict[str, Any]:
 
 
 def encode_exif(metadata: dict[str, Any]) -> bytes:
-    """An EXIF block that holds the metadata as its image's description; empty if there is none."""
+    """An EXIF block with ComfyUI's tags, and the rest as the image's description; empty if there is none."""
     from PIL import Image
 
     if not metadata:
         return b""
     exif = Image.Exif()
-    exif[_IMAGE_DESCRIPTION] = encode_text(metadata)
+    exif[_IMAGE_DESCRIPTION] = encode_text({k: v for k, v in metadata.items() if k not in _COMFYUI_TAGS})
+    for key, tag in _COMFYUI_TAGS.items():
+        if key in metadata:
+            exif[tag] = f"{key}:{json.dumps(metadata[key], allow_nan=False)}"
     return exif.tobytes()
 
 
 def decode_exif(exif: Mapping[int, Any]) -> dict[str, Any]:
     """The inverse of `encode_exif`, of what Pillow makes of the block."""
-    return decode_text(exif.get(_IMAGE_DESCRIPTION))
+    values = decode_text(exif.get(_IMAGE_DESCRIPTION))
+    for key, tag in _COMFYUI_TAGS.items():
+        name, _, text = str(exif.get(tag, "")).partition(":")
+        if name == key:
+            values |= decode_tags({key: text})
+    return values
 
 
 def _is_key(key: str) -> bool:

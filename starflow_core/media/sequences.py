@@ -67,8 +67,10 @@ def sequence_encoder(job: Job, height: int, width: int) -> Iterator[AddFrame]:
     job.part.mkdir()
 
     def add(frame: np.ndarray) -> None:
+        # One picture with everything in it is enough for a program that reads pictures; JPEG has little room.
+        metadata = job.metadata if not names and job.target.suffix == ".png" else {}
         names.append(job.target.picture(len(names)))
-        save_picture(frame, job, job.part / names[-1], {})
+        save_picture(frame, job, job.part / names[-1], metadata)
 
     yield add
     record = {"starflow_sequence": _SCHEMA, "fps": str(job.rate), "metadata": job.metadata, "files": names}

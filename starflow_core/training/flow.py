@@ -20,6 +20,7 @@ from .loop import Loop
 from .muon import Muon
 
 FLOW_STEPS, DENOISER_STEPS = 3600, 500
+TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 28, 10, 22, 32)
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -100,11 +101,11 @@ def initialised(flow: Flow) -> Flow:
 def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: float) -> Batch:
     """A batch of one task and one aspect ratio. `progress` 0..1: clips grow over the first third."""
     bank = rng.choices(banks, weights=[len(b.scenes) for b in banks])[0]
-    task = rng.choices(("still", "text", "extend", "edit", "last_frame"), weights=(10, 34, 10, 22, 24))[0]
+    task = rng.choices(TASKS, weights=SHARES)[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     if task == "last_frame":
         # A place in one frame is a small part of a long clip's likelihood: short ones teach to look at it.
-        frames = rng.randint(3, longest)
+        frames = min(longest, rng.choice((3, 4, rng.randint(3, longest), longest)))
     else:
         frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
     count = 64 if task == "still" else min(36, max(12, 120 // frames))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from contextlib import contextmanager
@@ -574,3 +575,19 @@ def test_fit_of_a_clip_is_that_of_its_frames():
 
 def test_fit_averages_when_it_shrinks():
     assert fit(noise(1, 128, 128, cell=1), 16, 16).std() < 0.15  # 0.58 before, 0.29 without antialiasing
+
+
+def test_webp_has_what_comfyui_reads_back(tmp_path):
+    """ComfyUI's page takes the workflow from EXIF texts that begin with their key."""
+    graph = {"1": {"class_type": "A", "inputs": {"text": "a: b"}}}
+    metadata = {"prompt": graph, "workflow": {"nodes": []}, "seed": 5}
+    write_video(tmp_path / "a.webp", noise(3), 8, metadata)
+    exif = Image.open(tmp_path / "a.webp").getexif()
+    assert json.loads(exif[0x0110].removeprefix("prompt:")) == graph
+    assert json.loads(exif[0x010F].removeprefix("workflow:")) == {"nodes": []}
+    assert read_metadata(tmp_path / "a.webp") == metadata
+
+
+def test_first_picture_of_a_sequence_has_the_metadata(tmp_path):
+    write_video(f"{tmp_path}/a/", noise(2), 8, {"seed": 5})
+    assert [read_metadata(file).get("seed") for file in sorted((tmp_path / "a").glob("*.png"))] == [5, None]

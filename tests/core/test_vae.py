@@ -456,7 +456,7 @@ def test_incomplete_folders(tmp_path, video_folder):
 
 
 @pytest.mark.parametrize("name", ["vae.safetensors", "vae.pth"])
-@pytest.mark.parametrize("damage", ["empty", "truncated", "text"])
+@pytest.mark.parametrize("damage", ["empty", "stub", "truncated", "text"])
 def test_damaged_files(tmp_path, name, damage):
     path = tmp_path / name
     if name.endswith("pth"):
@@ -465,7 +465,9 @@ def test_damaged_files(tmp_path, name, damage):
         path.write_bytes(GOLDEN_FILE.read_bytes())
     content = path.read_bytes()
     path.write_bytes(
-        {"empty": b"", "truncated": content[: len(content) // 2], "text": b"<html>not found</html>"}[damage]
+        {"empty": b"", "stub": content[:3], "truncated": content[: len(content) // 2], "text": b"<html>404</html>"}[
+            damage
+        ]
     )
     with pytest.raises(CheckpointError, match=re.escape(name)):
         load_vae(path)
