@@ -264,7 +264,8 @@ def _find_in_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     for file in (folder / "config.json", weights):
         if not file.is_file():
             raise CheckpointError(f"{folder} has no {file.name}; expected a VAE's folder as diffusers saves it")
-    config = _parse_config((folder / "config.json").read_text(encoding="utf-8", errors="replace"), folder / "config.json")
+    text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
+    config = _parse_config(text, folder / "config.json")
     name = config.get("_class_name")
     if name not in (None, "AutoencoderKL", "AutoencoderKLWan"):
         raise CheckpointError(f"{folder} holds a {name}; {EXPECTED}")
