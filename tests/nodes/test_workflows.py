@@ -17,6 +17,11 @@ def test_files_are_up_to_date(name):
         assert path.read_text(encoding="utf-8") == text, "run python -m tests.nodes.workflows"
 
 
+def test_blueprint_is_up_to_date():
+    path, text = workflows.blueprint()
+    assert path.read_text(encoding="utf-8") == text, "run python -m tests.nodes.workflows"
+
+
 def test_there_are_no_others():
     files = {path.stem for path in workflows.FOLDER.glob("*.json")}
     assert files == set(NAMES) == {path.stem for path in (workflows.FOLDER / "api").glob("*.json")}

@@ -1,9 +1,10 @@
 """The example workflows, described once: `python -m tests.nodes.workflows` writes them for the page
-(example_workflows/) and for the API (example_workflows/api/)."""
+(example_workflows/) and for the API (example_workflows/api/), and the blueprint in subgraphs/."""
 
 from __future__ import annotations
 
 import json
+import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ CORE = {  # what the examples use of core: inputs in order, outputs
     "ImageFromBatch": ({"image": "IMAGE", "batch_index": "INT", "length": "INT"}, ["IMAGE"]),
 }
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
-DEMO = "bundled demo"
+LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 COLUMN, ROW_GAP, WIDTH = 380, 70, 320
 VERSION = "0.1.0"
 
@@ -105,6 +106,50 @@ class Graph:
         return {
             "last_node_id": len(drawn), "last_link_id": len(links), "nodes": drawn, "links": links, "groups": [],
             "config": {}, "extra": {}, "version": 0.4,
+        }  # fmt: skip
+
+    def blueprint(self, name: str, description: str, given: list[tuple[Node, str]], made: tuple[Node, str]) -> dict:
+        """A subgraph of these nodes: `given` are the widgets that it shows, `made` is its output."""
+        page = self.page()
+        inner = [n for n in page["nodes"] if n["type"] != "MarkdownNote"]
+        links = [dict(zip(LINK, link, strict=True)) for link in page["links"]]
+        key = str(uuid.uuid5(uuid.NAMESPACE_URL, f"starflow/{name}"))
+        inputs = []
+        for slot, (node, widget) in enumerate(given):
+            kind, drawn = node.inputs[widget][0], inner[node.id - 1]
+            link = {"id": len(links) + 1, "origin_id": -10, "origin_slot": slot, "target_id": node.id}
+            links.append({**link, "target_slot": len(drawn["inputs"]), "type": kind})
+            drawn["inputs"].append({"name": widget, "type": kind, "widget": {"name": widget}, "link": links[-1]["id"]})
+            inputs.append({"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{key}/{widget}")), "name": widget, "type": kind,
+                           "linkIds": [links[-1]["id"]], "pos": [-200, 40 + 20 * slot]})  # fmt: skip
+        source, output = made
+        slot = source.output(output)
+        kind = source.outputs[slot][1]
+        link = {"id": len(links) + 1, "origin_id": source.id, "origin_slot": slot, "target_id": -20, "target_slot": 0}
+        links.append({**link, "type": kind})
+        inner[source.id - 1]["outputs"][slot]["links"] = [links[-1]["id"]]
+        right = max(n["pos"][0] for n in inner) + COLUMN
+        outputs = [{"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{key}/{output}")), "name": output, "type": kind,
+                    "linkIds": [links[-1]["id"]], "pos": [right + 20, 40]}]  # fmt: skip
+        definition = {
+            "id": key, "version": 1, "revision": 0, "config": {}, "name": name, "widgets": [], "groups": [],
+            "extra": {},
+            "state": {"lastGroupId": 0, "lastNodeId": len(inner), "lastLinkId": len(links), "lastRerouteId": 0},
+            "inputNode": {"id": -10, "bounding": [-320, 0, 140, 60 + 20 * len(inputs)]},
+            "outputNode": {"id": -20, "bounding": [right, 0, 120, 80]},
+            "inputs": inputs, "outputs": outputs, "nodes": inner, "links": links,
+            "category": "STARFlow", "description": description,
+        }  # fmt: skip
+        widgets = [{"name": i["name"], "type": i["type"], "widget": {"name": i["name"]}, "link": None} for i in inputs]
+        shown = {
+            "id": 1, "type": key, "pos": [0, 0], "size": [WIDTH, 260], "flags": {}, "order": 0, "mode": 0,
+            "title": name, "inputs": widgets,
+            "outputs": [{"name": output, "type": kind, "links": []}],
+            "properties": {"proxyWidgets": [[str(node.id), widget] for node, widget in given]}, "widgets_values": [],
+        }  # fmt: skip
+        return {
+            "revision": 0, "last_node_id": 1, "last_link_id": 0, "nodes": [shown], "links": [], "version": 0.4,
+            "definitions": {"subgraphs": [definition]}, "extra": {},
         }  # fmt: skip
 
 
@@ -366,6 +411,19 @@ EXAMPLES = {
 }  # fmt: skip
 
 
+def blueprint() -> tuple[Path, str]:
+    """The subgraph for hosts that have them: from a prompt to frames in one node."""
+    parts = Parts.of("")
+    latent = parts.latent(1)
+    sampler = parts.sampled(1, "a red circle moving right on a black background", latent)
+    text, images = sampler.links["positive"][0], parts.decoded(3, sampler)
+    given = [(text, "prompt"), (latent, "aspect_ratio"), (latent, "frames"), (sampler, "seed"), (sampler, "guidance"),
+             (parts.model, "model_name"), (parts.text, "encoder_name"), (parts.vae, "vae_name")]  # fmt: skip
+    name, description = "Text to Video (STARFlow)", "A prompt to the frames of a clip, with the demo or STARFlow-V."
+    made = parts.graph.blueprint(name, description, given, (images, "images"))
+    return ROOT / "subgraphs" / f"{name}.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+
+
 def texts(name: str) -> dict[Path, str]:
     """The files of an example and what belongs into them."""
     graph = EXAMPLES[name]()
@@ -376,8 +434,8 @@ def texts(name: str) -> dict[Path, str]:
 
 
 def main() -> None:
-    for name in EXAMPLES:
-        for path, text in texts(name).items():
+    for files in (*(texts(name) for name in EXAMPLES), dict([blueprint()])):
+        for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")
             print(path.relative_to(ROOT))
