@@ -80,7 +80,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     max=0.9,
                     step=1e-6,
                     round=False,
-                    tooltip="The same for whole frames in the shallow blocks, which are cheap: keep it small.",
+                    tooltip="The same for whole frames in the shallow blocks. It pays to keep both alike.",
                 ),
                 io.Int.Input(
                     "max_sweeps",

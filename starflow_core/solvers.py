@@ -30,11 +30,11 @@ class SolverSettings:
     squared change is below `shallow_tolerance`. `method` "autoregressive" ignores all of these.
     """
 
-    image_span: int = 20
+    image_span: int = 18
     first_span: int = 32
-    span: int = 128
+    span: int = 132
     tolerance: float = 1e-3
-    shallow_tolerance: float = 3e-5
+    shallow_tolerance: float = 1e-3
     max_sweeps: int = 64
     method: str = "jacobi"
 
@@ -60,8 +60,8 @@ class SolverSettings:
 
 
 PRESETS = {
-    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=3e-4),
-    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=3e-5),
+    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=1e-2),
+    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=1e-3),
     "exact": SolverSettings(tolerance=1e-10, shallow_tolerance=1e-10, max_sweeps=4096),
 }
 AUTOREGRESSIVE = SolverSettings(method="autoregressive")

@@ -26,9 +26,12 @@ def test_the_files_are_small():
 
 
 @pytest.mark.parametrize(("task", "least"), [
-    ("text", {"colour": 0.9, "direction": 0.85, "connected": 0.9, "kind": 0.7}),
-    ("stills", {"colour": 0.85, "kind": 0.5}),
-    ("first frame", {"colour": 0.9, "kind": 0.7}),
+    ("text", {"colour": 0.97, "direction": 0.95, "connected": 0.95, "kind": 0.9}),
+    ("stills", {"colour": 0.95, "connected": 0.95, "kind": 0.9}),
+    ("first frame", {"colour": 0.95, "direction": 0.95, "kind": 0.9}),
+    ("extend", {"colour": 0.95, "direction": 0.9, "kind": 0.85}),
+    ("edit", {"colour": 0.9, "direction": 0.7}),
+    ("last frame", {"colour": 0.9, "direction": 0.9, "kind": 0.85}),
 ])  # fmt: skip
 def test_fixed_prompts(pipeline, task, least):
     """A small version of benchmarks/adherence.py, with its control."""
