@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 
 from starflow_core.context import later_factors, to_flow_space
-from starflow_core.denoise import denoise
+from starflow_core.denoising import denoise
 from starflow_core.pipeline import load_pipeline
 from starflow_core.training import clips
 

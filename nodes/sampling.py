@@ -80,7 +80,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     max=0.9,
                     step=1e-6,
                     round=False,
-                    tooltip="The same for whole frames in the shallow blocks. It pays to keep both alike.",
+                    tooltip="The same for whole frames in the shallow blocks. Smaller costs little.",
                 ),
                 io.Int.Input(
                     "max_sweeps",

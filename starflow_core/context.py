@@ -61,6 +61,8 @@ def extend(encode: Encode, clip: Tensor, latent: LatentFormat, keep: int) -> Con
     Frames at the start that don't fill a latent frame are left out. A clip of one latent frame has
     no later frame to go on from.
     """
+    if keep < 1:
+        raise InputError(f"keep is {keep} latent frames of the source, the least is 1")
     clip = whole_latents(clip, latent, from_end=True)
     latents = encode(clip)
     if latents.shape[2] < 2:

@@ -286,14 +286,15 @@ class DeepRun(BlockRun):
         return guided(a_c, b_c, a_u, b_u, self.guidance)
 
 
-def require_finite(tokens: Tensor, where: str, grid: Grid) -> None:
-    """Raise NonFiniteError unless tokens (B, T, N, c) are finite; names the first bad token."""
+def require_finite(tokens: Tensor, where: str, grid: Grid, first: int = 0) -> None:
+    """Raise NonFiniteError unless tokens (B, T, N, c) are finite; names the first bad token. `first` is
+    the clip's frame that they begin with."""
     bad = ~torch.isfinite(tokens).all(-1)
     if not bad.any():
         return
     element, frame, token = bad.nonzero()[0].tolist()
     row, col = divmod(token, grid.width)
     raise NonFiniteError(
-        f"NaN or infinity in {where}: batch element {element}, latent frame {frame}, token {token} "
+        f"NaN or infinity in {where}: batch element {element}, latent frame {first + frame}, token {token} "
         f"(row {row}, column {col}). Check the weights, or run in float32 or bfloat16."
     )

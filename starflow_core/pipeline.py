@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
@@ -154,6 +154,11 @@ def default_job(config: FlowConfig, **settings) -> Job:
     """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
     defaults = config.defaults
     aspect, side = settings.pop("aspect", None), settings.pop("size", None)
+    unknown = settings.keys() - {field.name for field in fields(Job)}
+    if unknown:
+        raise InputError(f"unknown setting {', '.join(sorted(unknown))} of a job")
+    if ("height" in settings) != ("width" in settings):
+        raise InputError("height and width go together; give both, or aspect and size")
     context = settings.get("context")
     if "height" not in settings and context is not None:
         cells = context.latents.shape[-2:]

@@ -77,13 +77,13 @@ class Sampler:
         given = 0 if self.context is None else self.context.shape[1]
         for first, tokens in self._deep():
             if first >= given:
-                yield self._shallow(tokens)
+                yield self._shallow(tokens, first)
             elif first + tokens.shape[1] >= given:
                 yield self.context.float()
 
     def _finish(self, tokens: Tensor) -> Tensor:
         given = 0 if self.context is None else self.context.shape[1]
-        sampled = self._shallow(tokens[:, given:])
+        sampled = self._shallow(tokens[:, given:], given)
         return torch.cat((self.context.float(), sampled), 1) if given else sampled
 
     def _deep(self) -> Iterator[tuple[int, Tensor]]:
@@ -127,14 +127,14 @@ class Sampler:
             self.statistics.deep_evaluations += 1
             yield settled, 0.0
 
-    def _shallow(self, tokens: Tensor) -> Tensor:
-        """Invert the shallow blocks of frames (B, n, N, c); gives latents (B, n, C, H, W)."""
+    def _shallow(self, tokens: Tensor, first: int) -> Tensor:
+        """Invert the shallow blocks of frames (B, n, N, c) from frame `first` on; latents (B, n, C, H, W)."""
         frames = tokens.shape[1]
         for block in reversed(self.flow.shallow):
             z = block.ordered(tokens).flatten(0, 1)
             x = self._shallow_block(block, z)
             tokens = block.ordered(x.unflatten(0, (-1, frames)))
-            require_finite(tokens, f"block {block.index}", self.grid)
+            require_finite(tokens, f"block {block.index}", self.grid, first)
         return self.flow.latents(tokens, self.grid)
 
     def _shallow_block(self, block, z: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ class Sampler:
                 lambda tokens: self.flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
                 lambda done, residual: self._report("shallow", total - block.index, total, residual),
             )  # fmt: skip
-        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width)
+        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width, block=f"block {block.index}")
         run = BlockRun(self.flow, block, rotary, len(z))
         for settled in solve_tokens(run, sequence):
             self.statistics.shallow_sweeps += 1

@@ -34,7 +34,7 @@ class SolverSettings:
     first_span: int = 32
     span: int = 132
     tolerance: float = 1e-3
-    shallow_tolerance: float = 1e-3
+    shallow_tolerance: float = 3e-5
     max_sweeps: int = 64
     method: str = "jacobi"
 
@@ -60,8 +60,8 @@ class SolverSettings:
 
 
 PRESETS = {
-    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=1e-2),
-    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=1e-3),
+    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=3e-4),
+    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=3e-5),
     "exact": SolverSettings(tolerance=1e-10, shallow_tolerance=1e-10, max_sweeps=4096),
 }
 AUTOREGRESSIVE = SolverSettings(method="autoregressive")
@@ -95,13 +95,14 @@ class Evaluate(Protocol):
 class Sequence:
     """A window of tokens in a block's order: noise z, tokens x, and the latest scale a and shift b
     of each, all (rows, L, c). The first `known` tokens are given. `width` is a row of the grid,
-    `first` counts the tokens before the window."""
+    `first` counts the tokens before the window; `block` is its name in messages."""
 
     z: Tensor
     frame_tokens: int
     width: int
     known: int = 0
     first: int = 0
+    block: str = "the deep block"
     x: Tensor = None
     a: Tensor = None
     b: Tensor = None
@@ -130,6 +131,8 @@ def solve_tokens(evaluate: Evaluate, sequence: Sequence) -> Iterator[int]:
         a, b = evaluate(sequence.inputs(evaluate, token, token + 1), token)
         now = slice(token, token + 1)
         sequence.x[:, now] = a * sequence.z[:, now] + b
+        if not torch.isfinite(sequence.x[:, now]).all():
+            _raise_non_finite(sequence, sequence.x[:, now], token)
         yield token + 1
 
 
@@ -159,7 +162,7 @@ def solve_span(
         leading = _leading(change < settings.tolerance, span.ages(entered, stop, settled) >= settings.max_sweeps)
         residual, leading = float(change.max()), int(leading)
         if residual != residual or residual == float("inf"):
-            _raise_non_finite(change, settled)
+            _raise_non_finite(sequence, output, settled)
         statistics.deep_sweeps += 1
         statistics.deep_evaluations += stop - settled
         statistics.deep_changes.append((sequence.first + settled, change.cpu()))
@@ -248,11 +251,16 @@ def _leading(small: Tensor, old: Tensor) -> Tensor:
     return torch.where(stays.any(), stays.int().argmax(), len(stays)).clamp(min=1)
 
 
-def _raise_non_finite(change: Tensor, first: int) -> None:
-    token = first + int((~torch.isfinite(change)).int().argmax())
+def _raise_non_finite(sequence: Sequence, output: Tensor, start: int) -> None:
+    """Name the first bad token of `output` (rows, n, c), which begins at slot `start`: what is after it
+    has not seen it yet."""
+    bad = ~torch.isfinite(output).all(-1)
+    place = sequence.first + start + int(bad.any(0).int().argmax())
+    element = int(bad.any(1).int().argmax())
+    frame, token = divmod(place, sequence.frame_tokens)
     raise NonFiniteError(
-        f"NaN or infinity in the deep block at token {token} of the window. "
-        "Check the weights and the given latents, or run in float32 or bfloat16."
+        f"NaN or infinity in {sequence.block}: batch element {element}, latent frame {frame}, token {token} in the "
+        "block's order. Check the weights and the given latents, or run in float32 or bfloat16."
     )
 
 

@@ -17,7 +17,7 @@ from . import noise
 from .config import FlowConfig
 from .context import Context, later_factors, to_flow_space, to_vae_space
 from .control import Control, Progress
-from .denoise import DenoiseStream, score_denoise
+from .denoising import DenoiseStream, score_denoise
 from .errors import InputError
 from .flow import Flow
 from .sampling import Sampler

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the schedule, to try things out")
     options = parser.parse_args()
+    if options.scale != 1 and options.output == BUNDLED:
+        parser.error("a shortened schedule would replace the shipped demo; give --output")
     began = time.monotonic()
 
     def log(line: str) -> None:

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ..config import Defaults, Denoiser, FlowConfig, LatentFormat, PromptFormat
 from ..context import later_factors, to_flow_space
-from ..denoise import STEP
 from ..denoiser import DenoiserRun
+from ..denoising import STEP
 from ..flow import Flow
 from ..text import TextEncoder, wrap
 from . import clips

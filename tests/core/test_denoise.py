@@ -8,7 +8,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from starflow_core.config import Denoiser
 from starflow_core.control import Control
-from starflow_core.denoise import DenoiseStream, denoise, score_denoise
+from starflow_core.denoising import DenoiseStream, denoise, score_denoise
 from starflow_core.errors import Cancelled
 from starflow_core.rope import joined
 from tests.core import models

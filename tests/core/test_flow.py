@@ -7,7 +7,7 @@ import torch
 
 from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.flow import DeepRun
-from starflow_core.sampling import sample
+from starflow_core.sampling import Sampler, sample
 from starflow_core.solvers import AUTOREGRESSIVE, PRESETS
 from tests.core import models
 
@@ -119,11 +119,30 @@ def test_nan_in_weights_names_the_block():
         sample(flow, models.randn(1, 2, 4, 3, 3), models.text(flow))
 
 
-def test_nan_in_the_deep_block_names_the_token():
+@pytest.mark.parametrize("settings", [AUTOREGRESSIVE, PRESETS["balanced"]], ids=["autoregressive", "jacobi"])
+def test_nan_in_the_deep_block_names_the_token(monkeypatch, settings):
+    """Of the frame and token where it began, though what comes after is spoilt, too."""
+    flow, original = models.flow(), DeepRun.__call__
+
+    def spoilt(self, inputs, start):
+        a, b = original(self, inputs, start)
+        place = 9 + 5 - start
+        if 0 <= place < b.shape[1]:
+            b[1, place] = float("nan")
+        return a, b
+
+    monkeypatch.setattr(DeepRun, "__call__", spoilt)
+    with pytest.raises(NonFiniteError, match="deep block: batch element 1, latent frame 1, token 5"):
+        sample(flow, models.randn(2, 2, 4, 3, 3), models.text(flow, 2), settings=settings)
+
+
+def test_nan_in_a_shallow_block_names_the_clips_frame():
+    """A stream inverts the shallow blocks of one frame at a time."""
     flow = models.flow()
-    flow.deep.proj_out.bias.data[0] = float("nan")
-    with pytest.raises(NonFiniteError, match=r"deep block at token 0"):
-        sample(flow, models.randn(1, 2, 4, 3, 3), models.text(flow))
+    sampler = Sampler(flow, models.randn(1, 3, 4, 3, 3), models.text(flow))
+    flow.blocks[0].proj_out.bias.data[0] = float("nan")
+    with pytest.raises(NonFiniteError, match="block 0: batch element 0, latent frame 2"):
+        sampler._shallow(models.randn(1, 1, 9, 4), first=2)
 
 
 def test_nan_in_latents_names_the_token():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from starflow_core.config import FlowConfig
-from starflow_core.denoise import denoise, score_denoise
+from starflow_core.denoising import denoise, score_denoise
 from starflow_core.flow import Flow
 from starflow_core.sampling import sample
 from starflow_core.solvers import AUTOREGRESSIVE, PRESETS

@@ -98,6 +98,6 @@ def test_help_page_explains_every_input(name):
     page = (pack.ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
     table = page.partition("## Inputs")[2].partition("## Outputs")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][1:]
-    explained = {cell.strip().replace(" ", "_") for row in rows for cell in row.split(",")} - {"---"}
+    explained = {cell.strip().replace(" ", "_").lower() for row in rows for cell in row.split(",")} - {"---"}
     info = NODES[name].GET_NODE_INFO_V1()
     assert explained == {given for group in ("required", "optional") for given in info["input"].get(group, {})}

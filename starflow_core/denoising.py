@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .control import Control, Progress
 from .denoiser import DenoiserRun
+from .errors import InputError
 from .flow import Flow, Grid
 
 STEP = 0.3  # share of the denoiser's output that is taken off, trained with the model
@@ -24,6 +25,10 @@ class DenoiseStream:
 
     def __init__(self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy"):
         config = flow.config
+        if config.denoiser is None:
+            raise InputError(f"{config.name} has no learned denoiser; use score_denoise")
+        if overlap not in ("noisy", "denoised"):
+            raise InputError(f"overlap is {overlap!r}, expected noisy or denoised")
         self.flow, self.text, self.overlap = flow, text, overlap
         self.window = window or config.window
         self.lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
