@@ -371,7 +371,7 @@ def long_video() -> Graph:
         "**Long video.** More frames than the window holds: when it is full, the last frames stay and it slides on. "
         "The demo's window is 10 latent frames (37 frames)."
     )
-    sampler = parts.sampled(1, "a cyan circle moving left on a black background", parts.latent(1, frames=97))
+    sampler = parts.sampled(1, "a green triangle moving left on a black background", parts.latent(1, frames=97))
     parts.combined(3, parts.decoded(3, sampler), "long")
     return parts.graph
 

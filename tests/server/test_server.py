@@ -22,7 +22,7 @@ EXPECTED = {  # frames of each saved clip, and what its prompt says
     "video_edit": {"source": (17, "red", "right"), "edit": (17, "green", "right")},
     "extend": {"extend": (17 + 33 - 13, "yellow", "down")},
     "first_and_last_frame": {"last": (33, "purple", None)},
-    "long_video": {"long": (97, "cyan", None)},
+    "long_video": {"long": (97, "green", "left")},
     "convergence_study": {"convergence": (33, "orange", "up")},
 }
 
@@ -176,7 +176,7 @@ def test_numbers_out_of_range_are_refused(server, kind, name, value):
     "kind", [k for k in INFO if any(v[0] == "COMBO" for v in INFO[k]["input"]["required"].values())]
 )
 def test_unknown_options_are_refused(server, kind):
-    base = example("convergence_study") if kind == "STARFlowJacobiSettings" else quick()
+    base = with_settings(quick())
     for name, (type_, _) in INFO[kind]["input"]["required"].items():
         if type_ == "COMBO":
             prompt = json.loads(json.dumps(base))
@@ -186,6 +186,14 @@ def test_unknown_options_are_refused(server, kind):
                 server.queue(prompt)
             assert "no such thing" in refused.value.text
     assert server.get("/system_stats")
+
+
+def with_settings(prompt):
+    """The sampler's settings from a node, as in the convergence study; but one wrong branch spoils all."""
+    study = example("convergence_study")
+    prompt["90"] = study[next(n for n, v in study.items() if v["class_type"] == "STARFlowJacobiSettings")]
+    prompt[only(prompt, "STARFlowSampler")]["inputs"]["settings"] = ["90", 0]
+    return prompt
 
 
 def test_wrong_links_are_refused(server):
