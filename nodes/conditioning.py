@@ -9,9 +9,9 @@ from torch import Tensor
 
 from ..starflow_core.config import FlowConfig
 from ..starflow_core.errors import InputError
-from ..starflow_core.pipeline import default_job
+from ..starflow_core.pipeline import default_job, wrapped
 from ..starflow_core.tasks import Job
-from ..starflow_core.text import check_fits, wrap
+from ..starflow_core.text import check_fits
 from . import host
 from .types import CATEGORY, Context, Model, TextEncoder
 
@@ -85,12 +85,7 @@ class STARFlowTextEncode(io.ComfyNode):
         config = model.model.config
         check_fits(text_encoder.encoder, config)
         job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
-        aspect = config.nearest_aspect(job.height, job.width)
-        fps = job.fps if job.frames > 1 else 0
-        texts = [
-            wrap(prompt, config, fps=fps, aspect=aspect, task=job.task),
-            wrap(negative_prompt, config, fps=fps, aspect=aspect),
-        ]
+        texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
         stamp = {KEY: MadeFor.of(job)}
@@ -131,7 +126,6 @@ def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
     made_for, wanted = options.get(KEY), MadeFor.of(job)
     if made_for is None:
         raise InputError(f"{name} wasn't made for STARFlow; make it with STARFlow Text Encode")
-    # The unconditional prompt has no task.
     if made_for != wanted:
         raise InputError(
             f"{name} was made for {made_for}, but this is {wanted}; give STARFlow Text Encode the same latent "

@@ -97,10 +97,6 @@ def load(handle, work: int) -> None:
         memory.require(work, torch.device("cpu"), "this job")
 
 
-def free_memory(device: torch.device) -> int:
-    return int(management.get_free_memory(device))
-
-
 def check_interrupted() -> None:
     """Raise the host's exception if the user has pressed Cancel."""
     management.throw_exception_if_processing_interrupted()

@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..starflow_core.config import ASPECTS, FlowConfig
+from ..starflow_core.config import ASPECTS
 from ..starflow_core.errors import InputError
+from ..starflow_core.pipeline import default_job
+from ..starflow_core.tasks import layout
 from . import host
 from .types import CATEGORY, Model
 
@@ -66,17 +68,16 @@ class STARFlowEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model, aspect_ratio: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
         config = model.model.config
-        height, width = _size(config, aspect_ratio, height, width)
-        frames = frames or config.defaults.frames
-        if config.kind == "image" and frames != 1:
-            raise InputError(f"{config.name} makes images: frames is {frames}, expected 1 (or 0)")
-        count = config.latent.latent_frames(frames)
-        cells = (height // config.latent.spatial, width // config.latent.spatial)
-        shape = (count, *cells) if config.kind == "video" else cells
-        samples = torch.zeros(batch_size, config.latent.channels, *shape, device=host.result_device())
-        tokens = count * (height // config.cell) * (width // config.cell)
-        host.show(f"{width} x {height}, {frames} frames, {tokens} tokens", cls.hidden.unique_id)
-        return io.NodeOutput({"samples": samples}, width, height, frames)
+        sides = {"width": width, "height": height} if width or height else {}
+        if not sides and aspect_ratio != MODEL_ASPECT:
+            sides = {"aspect": aspect_ratio}
+        job = default_job(config, batch=batch_size, **sides, **({"frames": frames} if frames else {}))
+        plan = layout(config, job)
+        shape = (plan.shape[0], plan.frames, *plan.shape[1:]) if config.kind == "video" else plan.shape
+        samples = torch.zeros(batch_size, *shape, device=host.result_device())
+        tokens = plan.frames * (job.height // config.cell) * (job.width // config.cell)
+        host.show(f"{job.width} x {job.height}, {job.frames} frames, {tokens} tokens", cls.hidden.unique_id)
+        return io.NodeOutput({"samples": samples}, job.width, job.height, job.frames)
 
 
 class STARFlowVAEDecode(io.ComfyNode):
@@ -128,15 +129,6 @@ class STARFlowVAEDecode(io.ComfyNode):
 
 
 NODES = [STARFlowEmptyLatent, STARFlowVAEDecode]
-
-
-def _size(config: FlowConfig, aspect: str, height: int, width: int) -> tuple[int, int]:
-    if bool(height) != bool(width):
-        raise InputError("width and height go together; give both, or neither to go by the aspect ratio")
-    if height:
-        config.check_size(height, width)
-        return height, width
-    return config.size(None if aspect == MODEL_ASPECT else aspect)
 
 
 def _stream(vae, latents, tile_size: int):

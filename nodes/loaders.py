@@ -9,11 +9,11 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..starflow_core.pipeline import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
+from ..starflow_core.tensorfiles import DTYPES, PICKLES
 from . import host
 from .types import CATEGORY, Model, TextEncoder
 
-WEIGHT_TYPES = ("auto", "bf16", "fp16", "fp32")
-PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+WEIGHT_TYPES = ("auto", *DTYPES)
 WEIGHT_TYPE_TIP = (
     "Type of the weights and of the arithmetic. auto: bf16 on a graphics card that has it, else fp16, fp32 on a CPU."
 )
@@ -182,8 +182,6 @@ def _check_type(name: str) -> str | None:
 
 
 def _dtype(name: str, device):
-    from ..starflow_core.tensorfiles import DTYPES
-
     return host.best_dtype(device) if name == "auto" else DTYPES[name]
 
 

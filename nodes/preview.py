@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ..starflow_core.config import FlowConfig
+from ..starflow_core.context import to_flow_space
 from . import host
 
 
@@ -20,14 +21,13 @@ class Preview:
             factors, bias = host.rgb_factors(latent.channels)
         self.factors = torch.tensor(factors, dtype=torch.float32)
         self.bias = torch.tensor(bias, dtype=torch.float32)
-        self.mean, self.std = (torch.tensor(v).view(-1, 1, 1) for v in (latent.mean, latent.std))
-        self.cell = latent.spatial
+        self.format = latent
 
     def picture(self, latent: Tensor) -> Tensor | None:
         """(H, W, 3) in 0..1 of a latent frame (C, h, w) in VAE space; None where no factors are known."""
         if not len(self.factors):
             return None
-        normal = (latent.float().cpu() - self.mean) / self.std
+        normal = to_flow_space(self.format, latent[None, :, None].cpu(), torch.ones(1))[0, 0]
         colours = torch.einsum("chw,cr->hwr", normal, self.factors) + self.bias
         picture = (colours + 1) / 2
-        return picture.repeat_interleave(self.cell, 0).repeat_interleave(self.cell, 1)
+        return picture.repeat_interleave(self.format.spatial, 0).repeat_interleave(self.format.spatial, 1)

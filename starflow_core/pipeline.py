@@ -65,10 +65,8 @@ class Pipeline:
         return default_job(self.config, **settings)
 
     def prompts(self, captions: list[str], job: Job, task: str | None = None) -> list[str]:
-        """Captions in the wrapping the model was trained with."""
-        fps = job.fps if job.frames > 1 else 0
-        aspect = self.config.nearest_aspect(job.height, job.width)
-        return [wrap(c, self.config, fps=fps, aspect=aspect, task=task or job.task) for c in captions]
+        """As `wrapped`."""
+        return wrapped(self.config, captions, job, task)
 
     def encode_text(self, captions: list[str], negative: str, job: Job, keep_encoder: bool = False):
         """Embeddings of the prompts and of the negative prompt (None without guidance), and what
@@ -148,6 +146,13 @@ class Pipeline:
         latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
         for frames in self.vae.decode_frames(latents, tile=tile):
             yield frames.transpose(1, 2).float().cpu()
+
+
+def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
+    """Captions in the wrapping the model was trained with, for the job's task or another."""
+    fps = job.fps if job.frames > 1 else 0
+    aspect = config.nearest_aspect(job.height, job.width)
+    return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
 
 
 def default_job(config: FlowConfig, **settings) -> Job:

@@ -11,7 +11,17 @@ from torch import Tensor
 from .control import Control, Progress
 from .errors import InputError, NonFiniteError
 from .flow import BlockRun, DeepRun, Flow, require_finite
-from .solvers import PRESETS, Sequence, SolverSettings, Statistics, absorb, solve_frames, solve_span, solve_tokens
+from .solvers import (
+    PRESETS,
+    Sequence,
+    SolverSettings,
+    Statistics,
+    absorb,
+    raise_non_finite,
+    solve_frames,
+    solve_span,
+    solve_tokens,
+)
 
 
 @dataclass(frozen=True)
@@ -123,6 +133,9 @@ class Sampler:
             yield from solve_span(run, sequence, self.settings, self.statistics)
             return
         for settled in solve_tokens(run, sequence):
+            token = sequence.x[:, settled - 1 : settled]
+            if not torch.isfinite(token).all():
+                raise_non_finite(sequence, token, settled - 1)
             self.statistics.deep_sweeps += 1
             self.statistics.deep_evaluations += 1
             yield settled, 0.0
@@ -145,7 +158,7 @@ class Sampler:
                 lambda tokens: self.flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
                 lambda done, residual: self._report("shallow", total - block.index, total, residual),
             )  # fmt: skip
-        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width, block=f"block {block.index}")
+        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width)
         run = BlockRun(self.flow, block, rotary, len(z))
         for settled in solve_tokens(run, sequence):
             self.statistics.shallow_sweeps += 1

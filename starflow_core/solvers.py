@@ -95,14 +95,13 @@ class Evaluate(Protocol):
 class Sequence:
     """A window of tokens in a block's order: noise z, tokens x, and the latest scale a and shift b
     of each, all (rows, L, c). The first `known` tokens are given. `width` is a row of the grid,
-    `first` counts the tokens before the window; `block` is its name in messages."""
+    `first` counts the tokens before the window."""
 
     z: Tensor
     frame_tokens: int
     width: int
     known: int = 0
     first: int = 0
-    block: str = "the deep block"
     x: Tensor = None
     a: Tensor = None
     b: Tensor = None
@@ -131,8 +130,6 @@ def solve_tokens(evaluate: Evaluate, sequence: Sequence) -> Iterator[int]:
         a, b = evaluate(sequence.inputs(evaluate, token, token + 1), token)
         now = slice(token, token + 1)
         sequence.x[:, now] = a * sequence.z[:, now] + b
-        if not torch.isfinite(sequence.x[:, now]).all():
-            _raise_non_finite(sequence, sequence.x[:, now], token)
         yield token + 1
 
 
@@ -162,7 +159,7 @@ def solve_span(
         leading = _leading(change < settings.tolerance, span.ages(entered, stop, settled) >= settings.max_sweeps)
         residual, leading = float(change.max()), int(leading)
         if residual != residual or residual == float("inf"):
-            _raise_non_finite(sequence, output, settled)
+            raise_non_finite(sequence, output, settled)
         statistics.deep_sweeps += 1
         statistics.deep_evaluations += stop - settled
         statistics.deep_changes.append((sequence.first + settled, change.cpu()))
@@ -251,7 +248,7 @@ def _leading(small: Tensor, old: Tensor) -> Tensor:
     return torch.where(stays.any(), stays.int().argmax(), len(stays)).clamp(min=1)
 
 
-def _raise_non_finite(sequence: Sequence, output: Tensor, start: int) -> None:
+def raise_non_finite(sequence: Sequence, output: Tensor, start: int) -> None:
     """Name the first bad token of `output` (rows, n, c), which begins at slot `start`: what is after it
     has not seen it yet."""
     bad = ~torch.isfinite(output).all(-1)
@@ -259,7 +256,7 @@ def _raise_non_finite(sequence: Sequence, output: Tensor, start: int) -> None:
     element = int(bad.any(1).int().argmax())
     frame, token = divmod(place, sequence.frame_tokens)
     raise NonFiniteError(
-        f"NaN or infinity in {sequence.block}: batch element {element}, latent frame {frame}, token {token} in the "
+        f"NaN or infinity in the deep block: batch element {element}, latent frame {frame}, token {token} in the "
         "block's order. Check the weights and the given latents, or run in float32 or bfloat16."
     )
 

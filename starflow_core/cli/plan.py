@@ -13,7 +13,7 @@ from .. import __version__, memory, noise
 from ..config import TASK_PREFIX
 from ..errors import InputError
 from ..media import VideoWriter, check_writable, fit, read_image, read_video
-from ..pipeline import default_job, job_with_context, shapes_only
+from ..pipeline import job_with_context, shapes_only
 from ..tasks import Job, layout
 from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
 
@@ -38,12 +38,9 @@ class Plan:
         check_tile(args.tile)
         given = read_given(args)
         model = Model.find(args)
-        wanted = job_settings(args, model, given, len(captions))
-        settings = {**given.settings, **wanted}
-        if given.pixels:  # before a picture is scaled to a size that can't work
-            alone = default_job(model.config, **{k: v for k, v in wanted.items() if k not in ("keep", "keep_latents")})
-            model.require(memory.forecast(model.config, alone, model.dtype), "this job")
-        job = job_with_context(model.config, shapes_only(model.config.latent), **settings)
+        settings = {**given.settings, **job_settings(args, model, given, len(captions))}
+        shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
+        job = job_with_context(model.config, shapes_only(model.config.latent), **{**settings, **shapes})
         model.require(memory.forecast(model.config, job, model.dtype), "this job")
         source = fit(given.pixels["clip"], job.height, job.width) if args.join else None
         paths = name_outputs(args, model, job, captions, source)

@@ -9,14 +9,11 @@ import argparse
 import time
 from pathlib import Path
 
-import torch
-
 from ..pipeline import BUNDLED, pick_device
+from ..tensorfiles import DTYPES
 from . import bank, bundle, flow, vae
 from .loop import Loop
 from .tokenizer import build_tokenizer
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 def main() -> None:
@@ -24,7 +21,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for states that can be resumed")
     parser.add_argument("--output", type=Path, default=BUNDLED, help="folder for the finished files")
     parser.add_argument("--device", help="default: the best there is")
-    parser.add_argument("--dtype", choices=DTYPES, default="bf16", help="type of the matrix products")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the matrix products")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the schedule, to try things out")
     options = parser.parse_args()
