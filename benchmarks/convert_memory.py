@@ -1,6 +1,6 @@
 """Peak memory of converting and loading a checkpoint of more than 1 GB.
 
-    python benchmarks/convert_memory.py [--json PATH]
+    python -m benchmarks.convert_memory [--json PATH]
 
 Makes a random fp32 checkpoint of a wide, shallow model in a temporary folder (about 5 GB with what is
 converted from it, deleted afterwards) and runs every job in a process of its own. Linux only: the
@@ -21,8 +21,6 @@ import time
 from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from starflow_core.checkpoint import convert, expected_shapes, load_flow
 from starflow_core.config import Defaults, FlowConfig, LatentFormat, PromptFormat
@@ -121,7 +119,7 @@ def parameters() -> int:
 def measure(folder: Path) -> list[dict]:
     rows = []
     for job, source, dtype in JOBS:
-        command = [sys.executable, __file__, "--run", str(folder), job, source, dtype]
+        command = [sys.executable, "-m", "benchmarks.convert_memory", "--run", str(folder), job, source, dtype]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         held = parameters() * TYPES[dtype].itemsize if job == "load" else 0
         sizes = {"source_bytes": (folder / source).stat().st_size, "model_bytes_held": held}

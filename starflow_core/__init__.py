@@ -40,7 +40,17 @@ _WHERE = {
     "read_video": "media",
     "write_video": "media",
     "read_metadata": "media",
+    "VideoWriter": "media",
+    "fit": "media",
+    "Inversion": "inversion",
+    "encode_to_noise": "inversion",
+    "decode_from_noise": "inversion",
     "StarflowError": "errors",
+    "CheckpointError": "errors",
+    "InputError": "errors",
+    "NonFiniteError": "errors",
+    "OutOfMemoryForecast": "errors",
+    "Cancelled": "errors",
 }
 __all__ = sorted(_WHERE)
 

@@ -10,8 +10,10 @@ from .errors import Cancelled
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. `step` of `total` in this phase; `settled` counts a solver's tokens of
-    `tokens`; `residual` is the largest relative squared change of the last sweep."""
+    """Where a job stands. `step` of `total` in this phase: tokens in "deep", blocks in "shallow", latent
+    frames in "encode", "denoise" and "decode", bytes of a file. `settled` counts a solver's tokens of
+    `tokens` (in "shallow" those of one block); `residual` is the largest relative squared change of
+    the last sweep."""
 
     phase: str
     step: int

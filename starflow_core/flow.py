@@ -227,12 +227,13 @@ class Flow(nn.Module):
         require_finite(noise, f"block {block.index}", grid)
         return Encoding(self.latents(noise, grid), logdets)
 
-    def nats(self, latents: Tensor, text: Tensor) -> Tensor:
-        """Training loss per sample (B,): mean over elements of 0.5 z^2 + sum over blocks of log a."""
+    def nats(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
+        """Training loss per sample (B,): mean over elements of 0.5 z^2 + sum over blocks of log a. The
+        first `given` frames are a context, which what comes after them sees but which isn't learned."""
         encoding = self.encode(latents, text)
-        size = latents[0].numel()
-        logdet = sum(d.flatten(1).sum(1) for d in encoding.logdets)
-        return 0.5 * encoding.noise.flatten(1).square().mean(1) - logdet / size
+        z = encoding.noise[:, given:]
+        logdet = sum(d[:, given:].flatten(1).sum(1) for d in encoding.logdets)
+        return 0.5 * z.flatten(1).square().mean(1) - logdet / z[0].numel()
 
 
 class BlockRun:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -48,7 +46,6 @@ class Inversion:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, missing folders included. Raises InputError where that fails."""
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
         values = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "noise"}}
         save_tensors({"noise": self.noise}, path, "fp32", {KEY: json.dumps(values)})
 
@@ -66,18 +63,6 @@ class Inversion:
             return cls(noise, **values)
         except (KeyError, ValueError, TypeError, AttributeError):
             raise CheckpointError(f"{path} holds no noise; make it with encode") from None
-
-
-def check_writable(path: str | Path) -> None:
-    """Raise InputError unless `Inversion.save` can write there. Leaves nothing behind."""
-    path = Path(os.path.abspath(path))
-    if path.suffix.lower() != ".safetensors" or path.is_dir():
-        raise InputError(f"{path}: noise is written to a file that ends in .safetensors")
-    folder = next(parent for parent in path.parents if parent.exists())
-    try:
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        raise InputError(f"{path} cannot be written ({error.strerror}); choose another folder") from None
 
 
 def inversion_job(
@@ -100,7 +85,7 @@ def inversion_job(
 
 @torch.no_grad()
 def encode_to_noise(
-    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None
+    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None
 ) -> tuple[Inversion, str]:
     """The noise of a clip (F, 3, H, W) in [-1, 1], a picture if F = 1, and what of the prompt was cut off.
 
@@ -111,7 +96,7 @@ def encode_to_noise(
     need = memory.forecast_encode(config, job, pipeline.dtype)
     memory.require(need.activations, pipeline.device, "encoding this")
     text, _, cut = pipeline.encode_text([prompt], "", job)
-    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0))
+    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
     encoding = pipeline.flow.encode(to_flow_space(config.latent, latents, layout(config, job).factors), text)
     values = (float(encoding.log_likelihood), float(encoding.bits_per_dim))
     return Inversion(encoding.noise.cpu(), prompt, job.fps, config.name, *values), cut[0]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import context as contexts
 from . import memory
-from .checkpoint import load_flow
+from .checkpoint import find_config, load_flow
 from .config import FlowConfig, LatentFormat
 from .control import Control, Progress
 from .errors import InputError
@@ -19,7 +19,8 @@ from .flow import Flow
 from .media import fit
 from .solvers import Statistics
 from .tasks import Generation, Job
-from .text import TextEncoder, check_fits, load_text_encoder, wrap
+from .tensorfiles import TensorFile
+from .text import TextEncoder, check_fits, find_text_encoder, wrap
 from .vae import VAE, load_vae
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -50,11 +51,7 @@ class Pipeline:
         self.flow, self.vae, self.device, self.dtype = flow, vae, device, dtype
         self._text_source = text_source
         self._encoder: TextEncoder | None = None
-        if vae.channels != self.config.latent.channels or vae.spatial != self.config.latent.spatial:
-            raise InputError(
-                f"this VAE has {vae.channels} channels at 1/{vae.spatial} size, {self.config.name} needs "
-                f"{self.config.latent.channels} at 1/{self.config.latent.spatial}"
-            )
+        check_vae(vae, self.config)
 
     @property
     def config(self) -> FlowConfig:
@@ -97,14 +94,14 @@ class Pipeline:
         """Run a job to its pixels; options as in `start`."""
         generation, cut = self.start(captions, job, **options)
         latents = generation.run()
-        pixels = torch.cat(list(self._decoded([latents], None)), 1)
+        pixels = torch.cat(list(self._decoded([latents], generation)), 1)
         overlap = job.context.overlap(self.config.latent) if job.context else 0
         return Output(pixels, latents.cpu(), generation.statistics, overlap, cut)
 
     @torch.no_grad()
     def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, while it goes on."""
-        yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), tile)
+        yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
 
     def text_to_image(self, prompt, **settings) -> Output:
         """Images; settings as in `job`."""
@@ -131,21 +128,34 @@ class Pipeline:
         return self.generate(prompt, self.with_context("last_frame", last=last, image=image, **settings))
 
     @torch.no_grad()
-    def with_context(self, task: str, **given) -> Job:
+    def with_context(self, task: str, *, control: Control | None = None, **given) -> Job:
         """A job with given frames, as `job_with_context`."""
-        return job_with_context(self.config, self.encode_pixels, task, **given)
+        return job_with_context(self.config, lambda pixels: self.encode_pixels(pixels, control), task, **given)
 
     @torch.no_grad()
-    def encode_pixels(self, pixels: Tensor) -> Tensor:
+    def encode_pixels(self, pixels: Tensor, control: Control | None = None) -> Tensor:
         """VAE latents (B, C, T, h, w) of clips (B, 3, F, H, W); an image VAE takes F = 1."""
         if self.vae.kind == "image":
-            return self.vae.encode(pixels.squeeze(2).to(self.device)).float().unsqueeze(2)
-        return self.vae.encode(pixels.to(self.device)).float()
+            return self.vae.encode(pixels.squeeze(2), control=control).unsqueeze(2)
+        return self.vae.encode(pixels, control=control)
 
-    def _decoded(self, pieces: Iterable[Tensor], tile: int | None) -> Iterator[Tensor]:
+    def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
-        for frames in self.vae.decode_frames(latents, tile=tile):
+        for done, frames in enumerate(self.vae.decode_frames(latents, tile=tile), 1):
+            generation.control.report(Progress("decode", done, generation.layout.frames))
             yield frames.transpose(1, 2).float().cpu()
+
+
+def check_vae(vae: VAE, config: FlowConfig) -> None:
+    """Raise InputError unless the model samples this VAE's latents."""
+    found = (vae.channels, vae.spatial, vae.temporal)
+    wanted = (config.latent.channels, config.latent.spatial, config.latent.temporal)
+    if found != wanted:
+        channels, spatial, temporal = found
+        raise InputError(
+            f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; {config.name} "
+            f"needs {wanted[0]}, 1/{wanted[1]} and 1/{wanted[2]}"
+        )
 
 
 def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
@@ -158,20 +168,34 @@ def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None 
 def default_job(config: FlowConfig, **settings) -> Job:
     """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
     defaults = config.defaults
-    aspect, side = settings.pop("aspect", None), settings.pop("size", None)
+    size = {name: settings.pop(name, None) for name in ("height", "width", "aspect", "size")}
     unknown = settings.keys() - {field.name for field in fields(Job)}
     if unknown:
         raise InputError(f"unknown setting {', '.join(sorted(unknown))} of a job")
-    if ("height" in settings) != ("width" in settings):
-        raise InputError("height and width go together; give both, or aspect and size")
     context = settings.get("context")
-    if "height" not in settings and context is not None:
-        cells = context.latents.shape[-2:]
-        settings["height"], settings["width"] = (n * config.latent.spatial for n in cells)
-    elif "height" not in settings:
-        settings["height"], settings["width"] = config.size(aspect, side)
+    if context is not None and not any(size.values()):
+        size |= {name: n * config.latent.spatial for name, n in zip(size, context.latents.shape[-2:], strict=False)}
+    height, width = chosen_size(config, **size)
     chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
-    return Job(**chosen)
+    return Job(height, width, **chosen)
+
+
+def chosen_size(
+    config: FlowConfig, given: Tensor | None = None, *, height: int | None = None, width: int | None = None,
+    aspect: str | None = None, size: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width as asked for; else in the trained ratio nearest to `given` pixels (.., H, W), or
+    the model's own. Raises InputError where sides and ratio are mixed, or don't fit the model."""
+    if (height is None) != (width is None):
+        raise InputError("height and width go together; give both, or aspect and size")
+    if height is not None and (aspect or size):
+        raise InputError("height and width leave nothing to aspect and size; give one pair")
+    if height is None:
+        if aspect is None and given is not None:
+            aspect = config.nearest_aspect(*given.shape[-2:])
+        height, width = config.size(aspect, size)
+    config.check_size(height, width)
+    return height, width
 
 
 def job_with_context(
@@ -180,12 +204,14 @@ def job_with_context(
 ) -> Job:  # fmt: skip
     """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
 
-    `keep_latents` limits how many latent frames of an extended clip are given. With `shapes_only`
-    for `encode` the job can be checked and its memory forecast before anything is loaded.
+    Without a size or ratio the trained ratio nearest to the given frames is taken. `keep_latents`
+    limits how many latent frames of an extended clip are given. With `shapes_only` for `encode` the
+    job can be checked and its memory forecast before anything is loaded.
     """
-    job = default_job(config, **settings)
-    config.check_size(job.height, job.width)
-    place, latent = (job.height, job.width), config.latent
+    given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
+    size = {name: settings.pop(name, None) for name in ("height", "width", "aspect", "size")}
+    settings["height"], settings["width"] = place = chosen_size(config, given, **size)
+    job, latent = default_job(config, **settings), config.latent
     if task == "text":
         return job
     if task == "first_frame":
@@ -202,7 +228,7 @@ def job_with_context(
             if keep_latents is None:
                 _, keep_latents = config.sliding_window(latent.latent_frames(job.frames), job.window, job.keep)
             context = contexts.extend(encode, pixels, latent, keep_latents)
-    return default_job(config, **{**settings, "height": job.height, "width": job.width, "context": context})
+    return default_job(config, **settings, context=context)
 
 
 def shapes_only(latent: LatentFormat) -> contexts.Encode:
@@ -234,9 +260,13 @@ def load_pipeline(
     dtype = dtype or default_dtype(place)
     model, text_encoder, vae = find_parts(model, text_encoder, vae)
     # The flow comes last: where something is wrong with the smaller files, it is known at once.
+    config = find_config(TensorFile.open(model))
+    text = find_text_encoder(text_encoder)
+    check_fits(text, config)
     decoder = load_vae(vae, dtype=dtype, device=place)
+    check_vae(decoder, config)
     flow = load_flow(model, dtype=dtype, device=place, progress=progress)
-    return Pipeline(flow, decoder, lambda: load_text_encoder(text_encoder, dtype=dtype, device=place), place, dtype)
+    return Pipeline(flow, decoder, lambda: text.load(dtype, place), place, dtype)
 
 
 def find_parts(

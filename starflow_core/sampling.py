@@ -122,7 +122,8 @@ class Sampler:
         absorb(run, sequence)
         done = known
         for settled, residual in self._solver(run, sequence):
-            self._report("deep", first * per_frame + settled, self.frames * per_frame, residual)
+            tokens = first * per_frame + settled, self.frames * per_frame
+            self.control.report(Progress("deep", *tokens, *tokens, residual))
             while done < settled // per_frame:
                 done += 1
                 yield first + done - 1, sequence.x[:, None, (done - 1) * per_frame : done * per_frame].clone()
@@ -151,23 +152,26 @@ class Sampler:
         return self.flow.latents(tokens, self.grid)
 
     def _shallow_block(self, block, z: Tensor) -> Tensor:
+        """Invert one block of frames (rows, N, c), rows in any order."""
         rotary = self.flow.frame_rotary(self.grid, z.device)
+        rows, per_frame, total = len(z), z.shape[1], len(self.flow.shallow)
+
+        def report(settled: int, residual: float = 0.0) -> None:
+            step = total - 1 - block.index  # blocks that are done: the last comes first
+            self.control.report(Progress("shallow", step, total, settled, rows * per_frame, residual))
+
         if self.settings.method == "jacobi":
-            total = len(self.flow.shallow)
             return solve_frames(
                 lambda tokens: self.flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
-                lambda done, residual: self._report("shallow", total - block.index, total, residual),
+                lambda done, residual: report(done * per_frame, residual),
             )  # fmt: skip
         sequence = Sequence(z, self.grid.frame_tokens, self.grid.width)
-        run = BlockRun(self.flow, block, rotary, len(z))
+        run = BlockRun(self.flow, block, rotary, rows)
         for settled in solve_tokens(run, sequence):
             self.statistics.shallow_sweeps += 1
-            self.statistics.shallow_evaluations += len(z)
-            self._report("shallow", settled, z.shape[1], 0.0)
+            self.statistics.shallow_evaluations += rows
+            report(settled * rows)
         return sequence.x
-
-    def _report(self, phase: str, step: int, total: int, residual: float) -> None:
-        self.control.report(Progress(phase, step, total, step, total, residual))
 
 
 def sample(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None = None, **options) -> Sample:

@@ -177,7 +177,7 @@ class Generation:
             if denoiser or whole:
                 yield from self._piece(first, frames, False)
             if denoiser:
-                final = self._push(denoiser, frames, first + count == self.layout.total)
+                final = self._push(denoiser, frames, first)
             elif whole:
                 sampled.append(frames)
                 final = self._denoised(torch.cat(sampled, 1)) if first + count == self.layout.total else frames[:, :0]
@@ -234,13 +234,16 @@ class Generation:
         if not self.job.denoise:
             return latents
         if self._learned:
-            return self._push(self._denoise_stream(), latents, True)
+            return self._push(self._denoise_stream(), latents, 0)
         return score_denoise(self.flow, latents, self.text, self.control)
 
     def _denoise_stream(self) -> DenoiseStream:
         return DenoiseStream(self.flow, self.sampler.grid, self.text, self.layout.window)
 
-    def _push(self, stream: DenoiseStream, frames: Tensor, last: bool) -> Tensor:
-        self.control.report(Progress("denoise", int(last), 1))
-        tokens = stream.push(self.flow.tokens(frames), last)
+    def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
+        """Hand the denoiser the frames of the deep sequence from `first` on; gives those that are done."""
+        total, stop = self.layout.total, first + frames.shape[1]
+        self.control.report(Progress("denoise", first, total))
+        tokens = stream.push(self.flow.tokens(frames), last=stop == total)
+        self.control.report(Progress("denoise", stop, total))
         return self.flow.latents(tokens, self.sampler.grid)

@@ -14,6 +14,8 @@ import os
 import pickle
 import re
 import shutil
+import tempfile
+import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -319,13 +321,14 @@ def write_tensors(
     metadata: dict[str, str],
     tensors: Iterable[Tensor],
 ) -> None:
-    """Write a safetensors file beside and rename it; one tensor is in memory at a time.
+    """Write a safetensors file beside and rename it, missing folders included; one tensor is in memory at a time.
 
     `tensors` come in the order and shapes of `shapes`, in `dtype` and on the CPU. Raises InputError if
     the file cannot be written. Nothing is left behind on an error, be it of `tensors` themselves.
     """
-    header, part = _header(shapes, dtype, metadata), path.with_name(path.name + ".part")
+    header, part = _header(shapes, dtype, metadata), path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(part, "wb") as file:
             file.write(header)
             file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
@@ -350,10 +353,12 @@ def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> No
     """Raise InputError unless `target` can be written, is no file of `source`, and is free or may be replaced."""
     if target.suffix.lower() != ".safetensors":
         raise InputError(f"{target.name} does not end in .safetensors, the format that is written")
-    if not target.parent.is_dir():
-        raise InputError(f"folder {target.parent} does not exist; make it first")
     if target.is_dir():
         raise InputError(f"{target} is a folder; give the name of a file")
+    try:
+        tempfile.TemporaryFile(dir=_folder(target)).close()
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror}); choose another folder") from None
     if not target.exists():
         return
     if source and any(target.samefile(file) for file in source.files):
@@ -365,9 +370,14 @@ def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> No
 def check_space(target: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
     """Raise InputError unless tensors of these shapes fit where `target` is to be."""
     needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
-    free = shutil.disk_usage(target.parent).free
+    free = shutil.disk_usage(_folder(target)).free
     if free < needed:
         raise InputError(f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room first")
+
+
+def _folder(target: Path) -> Path:
+    """The nearest folder of `target` that there is; the ones below are made when it is written."""
+    return next(parent for parent in Path(os.path.abspath(target)).parents if parent.exists())
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str, file: Path) -> Tensor:

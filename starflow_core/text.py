@@ -119,11 +119,36 @@ def load_text_encoder(
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
 ) -> TextEncoder:
-    """A T5 encoder from a transformers folder (or one with `text_encoder/` and `tokenizer/`) or a single file.
+    """The T5 encoder that `find_text_encoder` finds; `dtype` None keeps the file's type."""
+    return find_text_encoder(path, tokenizer).load(dtype, device)
+
+
+@dataclass(frozen=True)
+class TextEncoderFiles:
+    """A T5 encoder that was looked at but not loaded: its weights' file, their names there, the
+    configuration and the tokenizer."""
+
+    checkpoint: TensorFile
+    names: dict[str, str]
+    config: T5Config
+    tokenizer: Tokenizer
+
+    @property
+    def dim(self) -> int:
+        """Channels of an embedding."""
+        return self.config.d_model
+
+    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TextEncoder:
+        """Read the weights; `dtype` None keeps the file's type."""
+        return TextEncoder(_load_model(self.checkpoint, self.names, self.config, dtype, device), self.tokenizer)
+
+
+def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextEncoderFiles:
+    """A T5 encoder in a transformers folder (or one with `text_encoder/` and `tokenizer/`) or a single file.
 
     The decoder of a full T5 is skipped. `tokenizer` is a folder with tokenizer.json or spiece.model,
-    by default the weights' own or a folder `tokenizer` in or beside it. `dtype` None keeps the file's
-    type. Nothing is downloaded. Raises CheckpointError.
+    by default the weights' own or a folder `tokenizer` in or beside it. Nothing is downloaded, no
+    weights are read. Raises CheckpointError.
     """
     path = Path(path)
     if path.is_dir() and (path / "text_encoder").is_dir():
@@ -139,7 +164,7 @@ def load_text_encoder(
             f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {checkpoint.path.name} "
             f"{checkpoint.shapes[names[EMBEDDING]][0]}: give the tokenizer that belongs to it"
         )
-    return TextEncoder(_load_model(checkpoint, names, config, dtype, device), loaded_tokenizer)
+    return TextEncoderFiles(checkpoint, names, config, loaded_tokenizer)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -157,7 +182,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     return tokenizer
 
 
-def check_fits(encoder: TextEncoder, config: FlowConfig) -> None:
+def check_fits(encoder: TextEncoder | TextEncoderFiles, config: FlowConfig) -> None:
     """Raise InputError unless the model reads embeddings of the encoder's width."""
     if encoder.dim == config.text_dim:
         return

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -19,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from .config import LatentFormat
+from .control import Control, Progress
 from .errors import CheckpointError, InputError, NonFiniteError
-from .tensorfiles import PICKLES, unpickle
+from .tensorfiles import TensorFile
 
 METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safetensors file's metadata
 EXPECTED = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
@@ -53,18 +53,21 @@ class VAE:
             self.spatial = 2 ** (len(config.block_out_channels) - 1)
             self.temporal = 1
 
-    def encode(self, pixels: Tensor, tile: int | None = None) -> Tensor:
+    def encode(self, pixels: Tensor, tile: int | None = None, control: Control | None = None) -> Tensor:
         """Latents of a picture or clip: the posterior's mean, where the reference draws a sample.
 
         A clip (B, 3, 4n + 1, H, W) goes through the causal encoder `temporal` frames at a time, so
         that activations don't grow with its length; `tile` (in latent cells) bounds them in space.
+        `control` is told of every latent frame.
         Raises InputError for impossible sizes and frame counts, NonFiniteError for bad pixels.
         """
         clip = self._with_frames(pixels, 3, "pixels")
         self._check_size(*clip.shape[2:])
         stream = _Tiled(self._encoder, tile, self.spatial, 1)
-        latents, start = [], 0
+        latents, start, control = [], 0, control or Control()
+        total = (clip.shape[2] - 1) // self.temporal + 1
         while start < clip.shape[2]:
+            control.report(Progress("encode", len(latents), total))
             stop = start + self.temporal if start else 1  # the first frame is a latent of its own
             chunk = clip[:, :, start:stop]
             _check_finite(chunk, start, "pixel frame", "check the picture or clip")
@@ -283,33 +286,10 @@ def _parse_config(text: str, where: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """Memory-mapped tensors of a file, and the configuration in its metadata if there is one."""
-    if not path.is_file():
-        raise CheckpointError(f"no VAE at {path}; give a file or a diffusers folder")
-    if path.suffix.lower() in PICKLES:
-        return _read_pickle(path), None
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            text = (file.metadata() or {}).get(METADATA_KEY)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path.name} is no readable safetensors file ({error}); get it again") from None
-    return tensors, _parse_config(text, path.name) if text else None
-
-
-def _read_pickle(path: Path) -> dict[str, Tensor]:
-    try:
-        content = unpickle(path)
-    except pickle.UnpicklingError:
-        raise CheckpointError(
-            f"{path.name} holds more than tensors, or is damaged; it was not run. Use a safetensors file"
-        ) from None
-    except Exception as error:  # a damaged file can fail anywhere in its reader
-        raise CheckpointError(f"{path.name} is no readable checkpoint ({error}); get it again") from None
-    content = content.get("state_dict", content) if isinstance(content, dict) else {}
-    return {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    """The tensors of a file, and the configuration in its metadata if there is one."""
+    file = TensorFile.open(path)
+    text = file.metadata.get(METADATA_KEY)
+    return {name: file.tensor(name) for name in file.shapes}, _parse_config(text, path.name) if text else None
 
 
 # Original names to those of diffusers: every rule is applied in turn.
@@ -455,7 +435,7 @@ def _kl_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
 
 
 def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device, file: str) -> None:
-    """Give the module its weights, one copied tensor at a time, once all names and shapes agree."""
+    """Give the module its weights, taking each out of `tensors`, once all names and shapes agree."""
     wanted = module.state_dict()
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -470,9 +450,8 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, dev
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
         raise CheckpointError(f"{file} doesn't fit a {type(module).__name__}: {'; '.join(parts)}; get the file again")
     weights = {}
-    for name, tensor in tensors.items():
-        # a copy: the file may be replaced while the model lives
-        weights[name] = tensor.to(device=device, dtype=dtype, copy=True)
+    for name in wanted:
+        weights[name] = tensors.pop(name).to(device=device, dtype=dtype)
         if not torch.isfinite(weights[name]).all():
             raise NonFiniteError(f"{file}: {name} has NaN or infinity as {dtype}; get the file again or use float32")
     module.load_state_dict(weights, assign=True)

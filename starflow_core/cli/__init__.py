@@ -24,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         getattr(module, arguments.command)(arguments)
     except StarflowError as error:
         return _fail(str(error))
+    except ModuleNotFoundError as error:
+        return _fail(f"the package {error.name} is missing; pip install -r requirements.txt")
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return INTERRUPTED

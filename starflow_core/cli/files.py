@@ -54,7 +54,7 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
     stored = Counter()
     for name, shape in shapes.items():
         stored[str(checkpoint.dtypes[name]).removeprefix("torch.")] += prod(shape)
-    job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size(args, config))
+    job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size(args))
     forecasts = {
         name: memory.forecast(config, job, dtype)
         for name, dtype in DTYPES.items()

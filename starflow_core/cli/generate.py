@@ -25,7 +25,7 @@ def generate(args: Namespace) -> None:
     plan, statistics = Plan.make(args), []
     with Meter() as meter:
         pipeline = plan.model.load(meter)
-        job = pipeline.with_context(**plan.settings)
+        job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
         for first in range(0, len(plan.captions), job.batch):
             chunk = slice(first, first + job.batch)
             captions = plan.captions[chunk]

@@ -11,9 +11,10 @@ from pathlib import Path
 from .. import __version__, memory
 from ..control import Control
 from ..errors import InputError
-from ..inversion import Inversion, check_writable, decode_from_noise, encode_to_noise, inversion_job
-from ..media import VideoWriter, fit, read_video
-from ..media import check_writable as check_video_writable
+from ..inversion import Inversion, decode_from_noise, encode_to_noise, inversion_job
+from ..media import VideoWriter, check_writable, fit, read_video
+from ..pipeline import chosen_size
+from ..tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
 from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, warn, warn_of_cut
@@ -22,7 +23,7 @@ from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, 
 def encode(args: Namespace) -> None:
     """A picture or clip to noise."""
     output = args.output or str(OUTPUTS / f"{Path(args.input).stem}.safetensors")
-    check_writable(output)
+    check_target(Path(output), None, overwrite=True)
     inversion = _encoded(args)
     inversion.save(output)
     print(output)
@@ -50,7 +51,7 @@ def decode(args: Namespace) -> None:
         warn(f"{args.input} is noise of {inversion.model}; {config.name} will make something else of it")
     job = inversion.job(config, solver(args))
     output = args.output or default_output(Path(args.input).stem, job.frames)
-    check_video_writable(output, job.frames)
+    check_writable(output, job.frames)
     values = {
         "prompt": inversion.prompt,
         "task": "decode",
@@ -80,16 +81,16 @@ def _encoded(args: Namespace) -> Inversion:
     if args.frames and found < args.frames:
         raise InputError(f"{args.input} has {found} frames; ask for no more than these with --frames")
     frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
-    place = size(args, config, clip.pixels)
+    height, width = chosen_size(config, clip.pixels, **size(args))
     rate = args.fps or clip.fps
-    job = inversion_job(config, **place, frames=frames, fps=float(rate) if rate else None)
+    job = inversion_job(config, height, width, frames, fps=float(rate) if rate else None)
     if frames < found:
         warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
-    pixels = fit(clip.pixels[:frames], **place)
+    pixels = fit(clip.pixels[:frames], height, width)
     model.require(memory.forecast_encode(config, job, model.dtype), "encoding this")
     with Meter() as meter:
         pipeline = model.load(meter)
-    inversion, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps)
+        inversion, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps, Control(meter.encoding))
     warn_of_cut(args.prompt, cut, config)
     return inversion
 

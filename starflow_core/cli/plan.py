@@ -10,10 +10,10 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__, memory, noise
-from ..config import TASK_PREFIX
+from ..config import TASK_PREFIX, FlowConfig
 from ..errors import InputError
-from ..media import VideoWriter, check_writable, fit, read_image, read_video
-from ..pipeline import job_with_context, shapes_only
+from ..media import VideoWriter, check_writable, read_image, read_video
+from ..pipeline import chosen_size, job_with_context, shapes_only
 from ..tasks import Job, layout
 from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
 
@@ -36,13 +36,13 @@ class Plan:
         captions = read_prompts(args)
         captions = captions * (args.batch or 1) if len(captions) == 1 else captions
         check_tile(args.tile)
-        given = read_given(args)
         model = Model.find(args)
+        given = read_given(args, model.config)
         settings = {**given.settings, **job_settings(args, model, given, len(captions))}
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(model.config, shapes_only(model.config.latent), **{**settings, **shapes})
         model.require(memory.forecast(model.config, job, model.dtype), "this job")
-        source = fit(given.pixels["clip"], job.height, job.width) if args.join else None
+        source = given.pixels["clip"] if args.join else None
         paths = name_outputs(args, model, job, captions, source)
         writers = [
             VideoWriter(path, job.fps, metadata(args, model, given, job, captions[i], i), args.quality)
@@ -94,7 +94,7 @@ def read_prompts(args: Namespace) -> list[str]:
     return lines
 
 
-def read_given(args: Namespace) -> Given:
+def read_given(args: Namespace, config: FlowConfig) -> Given:
     """The frames that --image, --last-image and --video name, once they go together."""
     if args.video is None and args.task:
         raise InputError(f"--task {args.task} needs a clip; give it with --video")
@@ -105,7 +105,8 @@ def read_given(args: Namespace) -> Given:
             raise InputError("--video cannot be combined with --image or --last-image; give one of them")
         if not args.task:
             raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
-        clip = read_video(args.video, args.frames if args.task == "edit" else None)
+        place = chosen_size(config, read_video(args.video, 1).pixels, **size(args))
+        clip = read_video(args.video, args.frames if args.task == "edit" else None, place)
         return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps))
     pixels, files = {}, {}
     for name, option, path in (("image", "image", args.image), ("last", "last_image", args.last_image)):
@@ -124,7 +125,7 @@ def job_settings(args: Namespace, model: Model, given: Given, results: int) -> d
         settings["keep_latents"] = args.keep
     batch = min(args.batch or 1, results)
     fixed = {"seed": args.seed, "batch": batch, "denoise": args.denoise, "solver": solver(args)}
-    return {**settings, **fixed, **size(args, model.config, *given.pixels.values())}
+    return {**settings, **fixed, **size(args)}
 
 
 def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:

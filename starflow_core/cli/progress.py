@@ -26,6 +26,10 @@ class Meter:
         """A file that is read or written."""
         self._show(progress.phase, progress.step, progress.total, unit="B", unit_scale=True)
 
+    def encoding(self, progress: Progress) -> None:
+        """Given frames that go through the VAE."""
+        self._show(progress.phase, progress.step, progress.total, unit="frame")
+
     def sampling(self, frames: int) -> Sampling:
         """For one job that makes so many frames."""
         return Sampling(self._show, frames)

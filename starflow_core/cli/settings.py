@@ -8,9 +8,9 @@ import sys
 from argparse import Namespace
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from .. import memory
 from ..checkpoint import find_config
@@ -62,20 +62,9 @@ def solver(args: Namespace) -> SolverSettings:
     return AUTOREGRESSIVE
 
 
-def size(args: Namespace, config: FlowConfig, *given: Tensor) -> dict[str, int]:
-    """Height and width: as asked for, or in the trained ratio nearest to what is given (.., H, W)."""
-    if args.height is None and args.width is None:
-        aspect = args.aspect
-        if aspect is None and given:
-            aspect = config.nearest_aspect(*given[0].shape[-2:])
-        height, width = config.size(aspect, args.size)
-    elif args.height is None or args.width is None:
-        raise InputError("--height and --width go together; give both, or --aspect and --size")
-    elif args.aspect or args.size:
-        raise InputError("--height and --width leave nothing to --aspect and --size; give one pair")
-    else:
-        height, width = args.height, args.width
-    return {"height": height, "width": width}
+def size(args: Namespace) -> dict[str, Any]:
+    """The size options that were given, in the core's names."""
+    return chosen(args, "height", "width", "aspect", "size")
 
 
 def check_tile(tile: int | None) -> None:

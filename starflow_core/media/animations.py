@@ -10,27 +10,31 @@ from fractions import Fraction
 from itertools import islice
 
 import numpy as np
-import torch
+from torch import Tensor
 
 from .encoding import AddFrame, Job
 from .metadata import encode_exif, encode_text
 from .pictures import opened, pixels_of
-from .pixels import Clip
+from .pixels import Clip, stacked
 
 FASTEST = {".gif": 50, ".webp": 90}  # browsers play shorter frames at 10 a second
 
 
-def read_animation(path, frames: int | None) -> Clip:
+def read_animation(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of an animation or a picture."""
     from PIL import ImageSequence
 
     with opened(path) as image:
-        pictures, milliseconds = [], 0
-        for frame in islice(ImageSequence.Iterator(image), frames):
-            pictures.append(pixels_of(frame))
-            milliseconds += frame.info.get("duration", 0)
-        step = 10 if image.format == "GIF" else 1
-        return Clip(torch.stack(pictures), _rate_of(len(pictures), milliseconds, step))
+        durations = []
+
+        def pictures() -> Iterator[Tensor]:
+            for frame in islice(ImageSequence.Iterator(image), frames):
+                pixels = pixels_of(frame)  # reads the frame, and with it its duration
+                durations.append(frame.info.get("duration", 0))
+                yield pixels
+
+        pixels, step = stacked(pictures(), size), 10 if image.format == "GIF" else 1
+        return Clip(pixels, _rate_of(len(pixels), sum(durations), step))
 
 
 def _rate_of(frames: int, milliseconds: float, step: int) -> Fraction:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from fractions import Fraction
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from .completeness import check_complete
 from .encoding import AddFrame, Job
 from .failures import reading
 from .metadata import decode_tags, encode_tags
-from .pixels import Clip, from_bytes
+from .pixels import Clip, from_bytes, stacked
 
 _BT709 = 1  # in ffmpeg's lists of matrices, primaries and transfer curves alike
 
@@ -42,7 +42,7 @@ CODECS = {
 }
 
 
-def read_container(path, frames: int | None) -> Clip:
+def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of anything that ffmpeg reads."""
     from av.video.reformatter import VideoReformatter
 
@@ -52,10 +52,11 @@ def read_container(path, frames: int | None) -> Clip:
         stream = container.streams.video[0]
         stream.thread_type = "AUTO"
         reformatter = VideoReformatter()
-        pictures = [_rgb(frame, reformatter) for frame in islice(container.decode(stream), frames)]
-        if not pictures:
+        pictures = (from_bytes(_rgb(frame, reformatter)) for frame in islice(container.decode(stream), frames))
+        first = next(pictures, None)
+        if first is None:
             raise InputError(f"{path} holds no frames; it may be damaged: export it again")
-        return Clip(from_bytes(np.stack(pictures)), Fraction(stream.average_rate or stream.guessed_rate or 0))
+        return Clip(stacked(chain([first], pictures), size), Fraction(stream.average_rate or stream.guessed_rate or 0))
 
 
 def container_metadata(path) -> dict[str, Any]:
@@ -87,7 +88,7 @@ def _rgb(frame, reformatter) -> np.ndarray:
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
     )
-    return np.rot90(rgb.to_ndarray(), frame.rotation // 90)
+    return np.ascontiguousarray(np.rot90(rgb.to_ndarray(), frame.rotation // 90))
 
 
 @contextmanager

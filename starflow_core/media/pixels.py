@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -17,6 +18,11 @@ class Clip:
 
     pixels: Tensor
     fps: Fraction
+
+
+def stacked(frames: Iterable[Tensor], size: tuple[int, int] | None) -> Tensor:
+    """Frames (3, H, W) as one clip; with a size each is fitted as it comes, so that a long clip is never held large."""
+    return torch.stack([frame if size is None else fit(frame, *size) for frame in frames])
 
 
 def fit(pixels: Tensor, height: int, width: int) -> Tensor:

@@ -14,18 +14,19 @@ from .pixels import Clip
 from .sequences import read_sequence, sequence_metadata
 
 
-def read_video(path: str | os.PathLike, frames: int | None = None) -> Clip:
+def read_video(path: str | os.PathLike, frames: int | None = None, size: tuple[int, int] | None = None) -> Clip:
     """The first `frames` frames (all, if None) of a video, an animation, or a folder of equally large pictures.
 
-    Frames come as they are stored, at the mean rate where a file's rate varies. Rotation in the file is applied.
+    With `size` (height, width) each frame is scaled to cover it and cropped as it is read; else frames come as they
+    are stored. The rate is the mean where a file's varies. Rotation in the file is applied.
     Raises InputError for what is missing, damaged, shorter than its header says, or holds no pictures.
     """
     if frames is not None and frames < 1:
         raise InputError(f"{frames} frames of {path}: expected at least 1")
     target = target_of(path)
     if target.pattern:
-        return read_sequence(path, target, frames)
-    return read_animation(path, frames) if target.suffix in PICTURES else read_container(path, frames)
+        return read_sequence(path, target, frames, size)
+    return (read_animation if target.suffix in PICTURES else read_container)(path, frames, size)
 
 
 def read_metadata(path: str | os.PathLike) -> dict[str, Any]:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from ..errors import InputError
@@ -20,23 +19,28 @@ from .encoding import AddFrame, Job
 from .failures import reading
 from .paths import PICTURES, Target
 from .pictures import read_image, save_picture
-from .pixels import Clip
+from .pixels import Clip, stacked
 
 _RECORD = "metadata.json"
 _SCHEMA = 1  # version of the record
 
 
-def read_sequence(path, target: Target, frames: int | None) -> Clip:
+def read_sequence(path, target: Target, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of a folder or a pattern; `path` is what the user called it."""
     names = _names(path, target)[:frames]
-    pictures = [read_image(target.path / name) for name in names]
-    for name, picture in zip(names, pictures, strict=True):
-        if picture.shape != pictures[0].shape:
-            raise InputError(
-                f"{target.path / name} is {_size(picture)}, {names[0]} is {_size(pictures[0])}; a clip needs one size"
-            )
+    seen: list[str] = []
+
+    def pictures() -> Iterator[Tensor]:
+        for name in names:
+            picture = read_image(target.path / name)
+            seen.append(_size(picture))
+            if seen[0] != seen[-1]:
+                raise InputError(f"{target.path / name} is {seen[-1]}, {names[0]} is {seen[0]}; a clip needs one size")
+            yield picture
+
+    pixels = stacked(pictures(), size)
     with reading(target.path / _RECORD, "record of a sequence"):
-        return Clip(torch.stack(pictures), Fraction(_record(target.path).get("fps", 0)))
+        return Clip(pixels, Fraction(_record(target.path).get("fps", 0)))
 
 
 def sequence_metadata(path, target: Target) -> dict[str, Any]:

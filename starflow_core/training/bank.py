@@ -17,7 +17,7 @@ ASPECTS = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}
 FRAMES = 41  # 11 latent frames: a whole training window, also without the first
 EDIT_FRAMES = 17  # 5 latent frames, so that source and target fit the window together
 LAST_FRAMES = range(4, 33, 4)  # frames that end a clip of 5, 9, .. 33 frames
-SHARES = {"1:1": 2600, "16:9": 350, "9:16": 350}
+SHARES = {"1:1": 3600, "16:9": 450, "9:16": 450}
 BATCH = 8
 
 

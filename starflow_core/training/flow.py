@@ -19,8 +19,8 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 3600, 500
-TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 28, 10, 22, 32)
+FLOW_STEPS, DENOISER_STEPS = 5200, 600
+TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 26, 10, 22, 34)
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -32,10 +32,12 @@ TEXT_CONFIG = {
 
 @dataclass(frozen=True)
 class Batch:
-    """Clean latents (B, T, C, h, w) in flow space with their wrapped prompts."""
+    """Clean latents (B, T, C, h, w) in flow space with their wrapped prompts; the first `given` frames
+    are a context of the task."""
 
     latents: Tensor
     prompts: list[str]
+    given: int
 
 
 def demo_config(vae) -> FlowConfig:
@@ -114,14 +116,14 @@ def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: fl
     picks = rng.sample(pool, min(count, len(pool)))
     build = {"still": _stills, "text": _texts, "extend": _extensions, "edit": _edits, "last_frame": _lasts}[task]
     latents, captions = build(bank, picks, frames, rng)
-    hidden = {"edit": bank.edits.shape[2], "last_frame": 1}.get(task, 0)
-    latents = to_flow_space(config.latent, latents, later_factors(config, task, hidden, latents.shape[2]))
+    given = {"edit": bank.edits.shape[2], "last_frame": 1}.get(task, 0)
+    latents = to_flow_space(config.latent, latents, later_factors(config, task, given, latents.shape[2]))
     fps = 0 if task == "still" else FPS
     drop_prefix = task == "extend" and rng.random() < PREFIX_DROP
     prefix = "text" if drop_prefix or task == "still" else task
     captions = ["" if rng.random() < CAPTION_DROP else c for c in captions]
     prompts = [wrap(c, config, fps=fps, aspect=bank.aspect, task=prefix) for c in captions]
-    return Batch(latents, prompts)
+    return Batch(latents, prompts, given)
 
 
 def _captions(bank: Bank, picks: list[int], rng: random.Random) -> list[str]:
@@ -163,7 +165,7 @@ def train_flow(loop: Loop, config: FlowConfig, banks: list[Bank], tokenizer) -> 
     def step(index: int, rng: random.Random, generator: torch.Generator):
         batch = draw(config, banks, rng, index / total)
         latents = _noisy(batch.latents, config.noise_std, generator, loop.device)
-        loss = model.flow.nats(latents, model.embed(batch.prompts)).mean()
+        loss = model.flow.nats(latents, model.embed(batch.prompts), batch.given).mean()
         return loss, {"nats": loss.item(), "frames": latents.shape[1]}
 
     return loop.run("flow", model, optimizer, step, total)

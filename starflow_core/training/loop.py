@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..errors import InputError
+
 
 @dataclass
 class Loop:
@@ -41,7 +43,8 @@ class Loop:
         module.to(self.device).train()
         average = copy.deepcopy(module).eval().requires_grad_(False)
         path = Path(self.folder) / f"{name}.state.pt"
-        done = self._resume(path, module, average, optimizer)
+        run = {"steps": total, "seed": self.seed, "dtype": str(self.dtype)}
+        done = self._resume(path, run, module, average, optimizer)
         began, first = time.monotonic(), done
         for index in range(done, total):
             optimizer.set_scale(schedule(index, total, warmup))
@@ -61,21 +64,25 @@ class Loop:
                 shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
                 self.log(f"{name} {index + 1}/{total}  {shown}  {pace:.2f} s/step")
             if (index + 1) % self.save_every == 0 or index + 1 == total:
-                self._save(path, index + 1, module, average, optimizer)
+                self._save(path, run, index + 1, module, average, optimizer)
         return average
 
-    def _resume(self, path: Path, module, average, optimizer) -> int:
+    def _resume(self, path: Path, run: dict, module, average, optimizer) -> int:
+        """Steps that are done. Raises InputError for the state of a run with other numbers."""
         if not path.exists():
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
+        if state["run"] != run:
+            raise InputError(f"{path} is of a run with {state['run']}, this one has {run}; use another folder")
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         return state["done"]
 
-    def _save(self, path: Path, done: int, module, average, optimizer) -> None:
+    def _save(self, path: Path, run: dict, done: int, module, average, optimizer) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         state = {
+            "run": run,
             "done": done,
             "module": module.state_dict(),
             "average": average.state_dict(),

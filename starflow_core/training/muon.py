@@ -10,17 +10,18 @@ from torch import Tensor
 QUINTIC = (3.4445, -4.7750, 2.0315)
 
 
-def orthogonalised(matrix: Tensor, steps: int = 5) -> Tensor:
-    """The nearest semi-orthogonal matrix to `matrix` (rows, columns), roughly."""
+def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
+    """The nearest semi-orthogonal matrices to `matrices` (..., rows, columns), roughly."""
     a, b, c = QUINTIC
-    x = matrix.bfloat16() if matrix.numel() > 4096 else matrix.float()
-    wide = x.shape[0] <= x.shape[1]
-    x = x if wide else x.T
-    x = x / (x.norm() + 1e-7)
+    rows, columns = matrices.shape[-2:]
+    x = matrices.bfloat16() if rows * columns > 4096 else matrices.float()
+    wide = rows <= columns
+    x = x if wide else x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return (x if wide else x.T).to(matrix.dtype)
+    return (x if wide else x.mT).to(matrices.dtype)
 
 
 class Muon(torch.optim.Optimizer):
@@ -50,21 +51,28 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    update = self._muon if group["muon"] else self._adam
-                    update(parameter, group)
+            parameters = [p for p in group["params"] if p.grad is not None]
+            if group["muon"]:
+                for alike in _by_shape(parameters):
+                    self._muon(alike, group)
+            else:
+                for parameter in parameters:
+                    self._adam(parameter, group)
 
-    def _muon(self, parameter: Tensor, group: dict) -> None:
+    def _muon(self, parameters: list[Tensor], group: dict) -> None:
+        """Matrices of one shape, in one product: many small ones would cost mostly overhead."""
+        ahead = torch.stack([self._look_ahead(p, group["momentum"]) for p in parameters])
+        rows, columns = ahead.shape[1:]
+        rate = group["lr"] * max(1.0, rows / columns) ** 0.5
+        for parameter, update in zip(parameters, orthogonalised(ahead), strict=True):
+            parameter.add_(update.view_as(parameter), alpha=-rate)
+
+    def _look_ahead(self, parameter: Tensor, beta: float) -> Tensor:
         state = self.state[parameter]
         if not state:
             state["momentum"] = torch.zeros_like(parameter)
-        momentum, beta = state["momentum"], group["momentum"]
-        momentum.lerp_(parameter.grad, 1 - beta)
-        look_ahead = parameter.grad.lerp(momentum, beta).flatten(1)
-        update = orthogonalised(look_ahead).view_as(parameter)
-        rows, columns = look_ahead.shape
-        parameter.add_(update, alpha=-group["lr"] * max(1.0, rows / columns) ** 0.5)
+        state["momentum"].lerp_(parameter.grad, 1 - beta)
+        return parameter.grad.lerp(state["momentum"], beta).flatten(1)
 
     def _adam(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -77,6 +85,13 @@ class Muon(torch.optim.Optimizer):
         mean = state["mean"] / (1 - 0.9 ** state["step"])
         root = (state["square"] / (1 - 0.99 ** state["step"])).sqrt()
         parameter.addcdiv_(mean, root + 1e-8, value=-group["lr"])
+
+
+def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:
+    alike: dict[tuple[int, int], list[Tensor]] = {}
+    for parameter in parameters:
+        alike.setdefault((len(parameter), parameter[0].numel()), []).append(parameter)
+    return list(alike.values())
 
 
 def _is_matrix(parameter: Tensor) -> bool:

@@ -310,7 +310,7 @@ def test_what_the_text_encoder_cut_off(run):
 @pytest.mark.parametrize(("options", "message"), [
     ("--height 33 --width 32", "height 33 is not a multiple of 16; nearest are 32 and 48"),
     ("--height 32 --width 5", "width 5 .* nearest are 16 and 32"),
-    ("--height 32", "--height and --width go together"),
+    ("--height 32", "height and width go together"),
     ("--height 32 --width 32 --aspect 1:1", "give one pair"),
     ("--size 8", "size 8 is smaller than one token; the least is 16"),
     ("--aspect 16x9", "'16x9': expected width:height"),

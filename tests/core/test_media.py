@@ -573,6 +573,14 @@ def test_fit_of_a_clip_is_that_of_its_frames():
     assert torch.allclose(fitted[1, 0], fit(clips[1, 0], 24, 24))
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.gif", "a/"])
+def test_frames_are_fitted_as_they_are_read(tmp_path, name):
+    write_video(tmp_path / name, noise(3, 40, 64), 16)
+    whole, fitted = read_video(tmp_path / name), read_video(tmp_path / name, size=(16, 16))
+    assert torch.equal(fitted.pixels, fit(whole.pixels, 16, 16))
+    assert fitted.fps == whole.fps
+
+
 def test_fit_averages_when_it_shrinks():
     assert fit(noise(1, 128, 128, cell=1), 16, 16).std() < 0.15  # 0.58 before, 0.29 without antialiasing
 

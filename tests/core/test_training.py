@@ -10,11 +10,13 @@ import torch
 from torch import nn
 
 from starflow_core.config import Denoiser
+from starflow_core.errors import InputError
 from starflow_core.training import clips, flow
 from starflow_core.training.bank import EDIT_FRAMES, FRAMES, Bank
 from starflow_core.training.loop import Loop, schedule
 from starflow_core.training.muon import Muon, orthogonalised
 from starflow_core.training.tokenizer import build_tokenizer
+from starflow_core.transformer import causal
 from tests.core import models
 
 
@@ -58,6 +60,43 @@ def test_orthogonalised_evens_out_singular_values():
     assert values.max() < 1.4
 
 
+def test_matrices_of_one_shape_are_updated_as_each_alone():
+    def trained(*weights):
+        optimizer = Muon(weights)
+        for step in range(3):
+            for i, weight in enumerate(weights):
+                weight.grad = models.randn(*weight.shape, seed=i + 10 * step)
+            optimizer.step()
+
+    together = [nn.Parameter(models.randn(6, 4, seed=i)) for i in range(2)]
+    alone = nn.Parameter(together[0].detach().clone())
+    trained(*together)
+    trained(alone)
+    torch.testing.assert_close(together[0], alone)
+
+
+def test_what_is_given_is_not_learned():
+    model = models.flow()
+    x, text = models.randn(2, 4, 4, 2, 3), models.text(model, 2)
+    whole, given, rest = model.nats(x, text), model.nats(x[:, :1], text), model.nats(x, text, given=1)
+    torch.testing.assert_close(4 * whole, given + 3 * rest)
+
+
+@pytest.mark.parametrize("slots", [5, 36])
+def test_half_precision_gradient_of_attention_is_that_of_float32(slots):
+    inputs = [models.randn(2, 3, slots, 24, seed=i) for i in range(3)]
+
+    def gradients(dtype):
+        leaves = [x.to(dtype).requires_grad_() for x in inputs]
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            output = causal(*leaves)
+        assert output.dtype == dtype
+        return torch.autograd.grad(output.float().square().sum(), leaves)
+
+    for half, full in zip(gradients(torch.bfloat16), gradients(torch.float32), strict=True):
+        assert models.relative_error(half.float(), full) < 1e-3
+
+
 def test_schedule_rises_stays_and_falls():
     scales = [schedule(i, 1000, 50) for i in range(1000)]
     assert scales[0] < 0.1
@@ -88,6 +127,14 @@ def test_a_resumed_run_is_the_unbroken_one(tmp_path):
     for name, value in whole.items():
         torch.testing.assert_close(resumed[name], value)
     assert not list((tmp_path / "b").glob("*.part"))
+
+
+def test_the_state_of_another_run_is_refused(tmp_path):
+    regression(tmp_path)
+    loop = Loop(tmp_path, torch.device("cpu"), torch.float32, seed=1)
+    module = nn.Linear(4, 2)
+    with pytest.raises(InputError, match=r"fit\.state\.pt is of a run with .*'seed': 0"):
+        loop.run("fit", module, Muon(module.parameters()), None, total=10)
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):

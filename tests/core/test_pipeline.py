@@ -1,0 +1,123 @@
+"""The parts together: what is checked before loading, sizes, progress, and the public names."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import starflow_core
+from starflow_core import pipeline as pipelines
+from starflow_core.control import Control
+from starflow_core.errors import Cancelled, CheckpointError, InputError
+from starflow_core.pipeline import Pipeline, load_pipeline
+from tests.core import models, tiny
+
+ROOT = Path(__file__).parents[2]
+NAMES = """
+AUTOREGRESSIVE Cancelled CheckpointError Context Control Encoding Flow FlowConfig Generation InputError Inversion Job
+NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Progress Sampler SolverSettings StarflowError
+VideoWriter convert decode_from_noise denoise encode_to_noise fit load_flow load_pipeline load_text_encoder load_vae
+read_image read_metadata read_video sample score_denoise write_video
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+def load(folder):
+    return load_pipeline(*(folder / name for name in (tiny.FLOW_FILE, tiny.TEXT_FILE, tiny.VAE_FILE)), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return load(folder)
+
+
+def test_public_names_stay():
+    assert starflow_core.__all__ == NAMES.split()
+    assert all(getattr(starflow_core, name) is not None for name in starflow_core.__all__)
+
+
+def test_importing_the_package_loads_nothing_heavy():
+    code = "import sys, starflow_core; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_both_lists_of_requirements_are_one():
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    project = (ROOT / "pyproject.toml").read_text()
+    listed = project.split("dependencies = [", 1)[1].split("]", 1)[0]
+    assert [line for line in lines if not line.startswith("#")] == [
+        line.strip(' ",') for line in listed.splitlines() if line.strip()
+    ]
+
+
+@pytest.mark.parametrize("damaged", [tiny.TEXT_FILE, tiny.VAE_FILE])
+def test_small_files_are_checked_before_the_flow_is_read(tmp_path, monkeypatch, damaged):
+    tiny.write_model(tmp_path)
+    (tmp_path / damaged).write_bytes((tmp_path / damaged).read_bytes()[:-8])
+    monkeypatch.setattr(pipelines, "load_flow", lambda *_, **__: pytest.fail("the flow was read"))
+    with pytest.raises(CheckpointError, match="truncated"):
+        load(tmp_path)
+
+
+def test_a_vae_of_another_compression_in_time_is_refused(pipeline):
+    flow = models.flow(channels=tiny.CHANNELS)
+    flow.config = replace(flow.config, latent=replace(flow.config.latent, temporal=8))
+    with pytest.raises(InputError, match=r"1/4 of the frames; .* needs 4, 1/16 and 1/8"):
+        Pipeline(flow, pipeline.vae, None, pipeline.device, pipeline.dtype)
+
+
+@pytest.mark.parametrize(("shape", "expected"), [((60, 100), (32, 48)), ((50, 50), (32, 32)), ((200, 100), (48, 32))])
+def test_given_frames_say_the_ratio_unless_a_size_is_asked_for(pipeline, shape, expected):
+    picture = torch.zeros(3, *shape)
+    job = pipeline.with_context("first_frame", image=picture)
+    assert (job.height, job.width) == pipeline.config.size(pipeline.config.nearest_aspect(*shape))
+    asked = pipeline.with_context("first_frame", image=picture, height=expected[0], width=expected[1])
+    assert (asked.height, asked.width) == expected
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [({"height": 32}, "go together"), ({"height": 32, "width": 32, "aspect": "1:1"}, "one pair")],
+)
+def test_half_a_size_is_refused(pipeline, sizes, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.job(**sizes)
+
+
+def run(pipeline, control):
+    clip = torch.zeros(5, 3, 32, 32)
+    job = pipeline.with_context("extend", clip=clip, frames=13, height=32, width=32, control=control)
+    return pipeline.generate("a red circle", job, control=control)
+
+
+def test_progress_of_every_phase_rises_to_its_total(pipeline):
+    seen = {}
+    run(pipeline, Control(lambda p: seen.setdefault(p.phase, []).append(p)))
+    assert set(seen) == {"encode", "deep", "shallow", "denoise", "decode"}
+    for phase, reports in seen.items():
+        steps = [(p.step, p.settled) for p in reports]
+        assert phase == "shallow" or steps == sorted(steps), phase
+        assert all((0 <= p.step <= p.total and 0 <= p.settled <= p.tokens) or not p.tokens for p in reports)
+    for phase in ("deep", "denoise", "decode"):
+        assert seen[phase][-1].step == seen[phase][-1].total, phase
+    blocks = [p.step for p in seen["shallow"]]
+    assert blocks == sorted(blocks)
+    assert set(blocks) == {0, 1}
+
+
+@pytest.mark.parametrize("phase", ["encode", "deep", "shallow", "denoise", "decode"])
+def test_every_phase_can_be_cancelled(pipeline, phase):
+    reached = []
+    control = Control(lambda p: reached.append(p.phase), lambda: phase in reached)
+    with pytest.raises(Cancelled):
+        run(pipeline, control)
+    assert reached.count(phase) == 1
