@@ -216,6 +216,7 @@ def _sample(model, job: Job, text, uncond, node_id) -> tuple[torch.Tensor, Stati
         watch.show(piece.latents)
         if piece.final:
             final.append(piece.latents.to(host.result_device()))
+    watch.finished(job.frames)
     samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 
@@ -226,7 +227,7 @@ class Watch:
     def __init__(self, node_id: str | None, preview: Preview):
         self.bar, self.preview = host.Progress(node_id), preview
         self.began = time.monotonic()
-        self.said, self.step, self.total = 0.0, 0, 1
+        self.said, self.step, self.total, self.sweeps = 0.0, 0, 1, 0
 
     def progress(self, progress: Progress) -> None:
         """Raises the host's exception on Cancel."""
@@ -234,6 +235,7 @@ class Watch:
         if progress.phase != "deep":  # shallow blocks and denoiser run between the frames
             return
         self.step, self.total = progress.settled, progress.tokens
+        self.sweeps += 1
         self.bar.update(self.step, self.total)
         now = time.monotonic()
         if now - self.said >= SAY_EVERY:
@@ -242,6 +244,11 @@ class Watch:
             self.bar.say(
                 f"{self.step} of {self.total} tokens, residual {progress.residual:.1e}, about {left:.0f} s left"
             )
+
+    def finished(self, frames: int) -> None:
+        """The last line of text says what was done, not what was left."""
+        done = f"{frames} frames" if frames > 1 else "image"
+        self.bar.say(f"{done} in {time.monotonic() - self.began:.1f} s, {self.sweeps} sweeps")
 
     def show(self, latents: torch.Tensor) -> None:
         """The last of some frames (B, C, n, h, w) in VAE space, as a rough picture."""

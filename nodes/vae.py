@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from ..starflow_core.control import Control
 from ..starflow_core.errors import InputError
 from ..starflow_core.vae import LEAST_TILE, VAE
 from . import host
@@ -95,7 +96,8 @@ class HostVAE:
         clip = self._clip(pixels[..., :3])
         cells = [side // self.core.spatial for side in clip.shape[-2:]]
         self._load(len(clip), *(min(side, tile or side) for side in cells))
-        return self.core.encode(clip * 2 - 1, tile=tile).to(host.result_device())
+        control = Control(lambda _: host.check_interrupted())
+        return self.core.encode(clip * 2 - 1, tile, control).to(host.result_device())
 
     def _clip(self, pixels: Tensor) -> Tensor:
         """The host's images as this VAE's input, cropped to whole latents."""

@@ -58,8 +58,10 @@ async def _saved(session: aiohttp.ClientSession, file: dict[str, str], folder: P
     async with session.get("/view", params=file) as answer:
         answer.raise_for_status()
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / file["filename"]
-        path.write_bytes(await answer.read())
+        path = folder / Path(file["filename"]).name
+        part = path.with_name(f"{path.name}.part")
+        part.write_bytes(await answer.read())
+        part.replace(path)
         return path
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,21 @@ def test_lists_are_checked_alike_on_all_hosts(name):
         assert node.validate_inputs() is True
 
 
+def test_a_missing_package_takes_its_nodes_away_and_says_so(monkeypatch, caplog):
+    """Other nodes stay: an exception while the list is made would drop the whole pack."""
+    package = sys.modules[f"{pack.NAME}.nodes"]
+    real = package.import_module
+
+    def without(topic, parent):
+        if topic == ".video":
+            raise ImportError("No module named 'av'")
+        return real(topic, parent)
+
+    monkeypatch.setattr(package, "import_module", without)
+    assert set(NODES) - set(pack.load()) == {"STARFlowVideoCombine"}
+    assert "no video nodes (No module named 'av')" in caplog.text
+
+
 def test_manager_finds_the_nodes_in_the_source():
     """ComfyUI Manager reads the source: a direct base and a literal id in io.Schema."""
     found = set()
@@ -91,6 +107,32 @@ def test_translations_have_every_name_and_no_other(language):
         assert set(texts[name].get("outputs", {})) == {str(i) for i in range(len(info["output"]))}
         assert texts[name]["display_name"]
         assert texts[name]["description"]
+
+
+def test_english_says_what_the_nodes_say():
+    """The page shows these instead of the nodes' own; UPDATE_SNAPSHOT=1 copies them."""
+    path = pack.ROOT / "locales" / "en" / "nodeDefs.json"
+    texts = json.loads(path.read_text(encoding="utf-8"))
+    wanted = json.loads(json.dumps(texts))
+    for name, node in NODES.items():
+        info, text = node.GET_NODE_INFO_V1(), wanted[name]
+        text |= {"display_name": info["display_name"], "description": info["description"]}
+        for group in ("required", "optional"):
+            for given, (_, options) in info["input"].get(group, {}).items():
+                text["inputs"][given]["tooltip"] = options["tooltip"]
+        for index, tip in enumerate(info["output_tooltips"]):
+            text["outputs"][str(index)]["tooltip"] = tip
+    if os.environ.get("UPDATE_SNAPSHOT"):
+        path.write_text(json.dumps(wanted, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        texts = wanted
+    assert texts == wanted
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_help_page_has_a_picture(name):
+    page = (pack.ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    assert f"![in use]({name}.webp)" in page
+    assert (pack.ROOT / "web" / "docs" / f"{name}.webp").is_file()
 
 
 @pytest.mark.parametrize("name", NODES)

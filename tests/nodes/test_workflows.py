@@ -9,9 +9,10 @@ import pytest
 from . import workflows
 
 NAMES = list(workflows.EXAMPLES)
+ALL = [*NAMES, *workflows.REAL_WEIGHTS]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_files_are_up_to_date(name):
     for path, text in workflows.texts(name).items():
         assert path.read_text(encoding="utf-8") == text, "run python -m tests.nodes.workflows"
@@ -24,10 +25,18 @@ def test_blueprint_is_up_to_date():
 
 def test_there_are_no_others():
     files = {path.stem for path in workflows.FOLDER.glob("*.json")}
-    assert files == set(NAMES) == {path.stem for path in (workflows.FOLDER / "api").glob("*.json")}
+    assert files == set(ALL) == {path.stem for path in (workflows.FOLDER / "api").glob("*.json")}
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_the_template_browser_has_a_picture(name):
+    from PIL import Image
+
+    with Image.open(workflows.FOLDER / f"{name}.jpg") as picture:
+        assert min(picture.size) >= 256
+
+
+@pytest.mark.parametrize("name", ALL)
 def test_every_link_has_the_type_of_both_ends(name):
     page = json.loads((workflows.FOLDER / f"{name}.json").read_text())
     nodes = {node["id"]: node for node in page["nodes"]}
@@ -54,7 +63,7 @@ def test_every_needed_input_has_a_value_that_is_allowed(name):
                 assert options["min"] <= value <= options["max"]
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", ALL)
 def test_nodes_do_not_overlap(name):
     page = json.loads((workflows.FOLDER / f"{name}.json").read_text())
     boxes = [(*node["pos"], *node["size"]) for node in page["nodes"]]

@@ -23,6 +23,7 @@ WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 COLUMN, ROW_GAP, WIDTH = 380, 70, 320
 VERSION = "0.1.0"
+HUB = "https://huggingface.co"
 
 
 @dataclass
@@ -35,6 +36,7 @@ class Node:
     links: dict[str, tuple[Node, str]] = field(default_factory=dict)
     title: str = ""
     id: int = 0
+    models: list[tuple[str, str, str]] = field(default_factory=list)  # file, address, folder: what the page offers
 
     @property
     def inputs(self) -> dict[str, tuple[str, dict]]:
@@ -167,6 +169,7 @@ def _drawn(node: Node, order: int, top: int, sockets: list[str], links: list[lis
     incoming = {link[4]: link[0] for link in links if link[3] == node.id}
     outgoing = [[link[0] for link in links if link[1] == node.id and link[2] == i] for i in range(len(node.outputs))]
     ours = node.type not in CORE
+    models = [dict(zip(("name", "url", "directory"), model, strict=True)) for model in node.models]
     properties = {"cnr_id": "starflow" if ours else "comfy-core", "ver": VERSION if ours else "0.3.64"}
     drawn = {
         "id": node.id,
@@ -189,7 +192,7 @@ def _drawn(node: Node, order: int, top: int, sockets: list[str], links: list[lis
             {"name": n, "type": kind, **({"shape": 6} if _listed(node, i) else {}), "links": outgoing[i] or None}
             for i, (n, kind) in enumerate(node.outputs)
         ],
-        "properties": {**properties, "Node name for S&R": node.type},
+        "properties": {**properties, "Node name for S&R": node.type, **({"models": models} if models else {})},
         "widgets_values": values,
     }
     return {**drawn, "title": node.title} if node.title else drawn
@@ -210,7 +213,8 @@ def _height(node: Node, sockets: int, values: int) -> int:
         "PreviewImage": 260,
         "SaveImage": 260,
         "STARFlowVideoCombine": 300,
-        "STARFlowSampler": 200,
+        "STARFlowSampler": 230,
+        "STARFlowVAEDecode": 230,
         "PreviewAny": 80,
     }
     return 40 + 22 * max(sockets, len(node.outputs)) + 26 * values + 70 * texts + media.get(node.type, 0)
@@ -402,6 +406,28 @@ def convergence_study() -> Graph:
     return parts.graph
 
 
+def text_to_image_3b() -> Graph:
+    parts = Parts.of(
+        "**Text to image with Apple's 3B checkpoint**, which is for research only. Put the files into the folders "
+        "that the loaders name, flan-t5-xl as a folder with its config.json and tokenizer.json; then press R to "
+        "refresh the lists. It takes about 9 GB in bf16."
+    )
+    parts.model.values["model_name"] = "starflow_3B_t2i_256x256.pth"
+    parts.model.models = [
+        ("starflow_3B_t2i_256x256.pth", f"{HUB}/apple/starflow/resolve/main/starflow_3B_t2i_256x256.pth",
+         "diffusion_models"),
+    ]  # fmt: skip
+    parts.text.values["encoder_name"] = "flan-t5-xl"
+    parts.vae.values["vae_name"] = "sd-vae-ft-ema.safetensors"
+    parts.vae.models = [
+        ("sd-vae-ft-ema.safetensors",
+         f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors", "vae"),
+    ]  # fmt: skip
+    sampler = parts.sampled(1, "a cat in a field of flowers, golden hour", parts.latent(1, frames=1), seed=3)
+    parts.graph.add("SaveImage", 3, images=(parts.decoded(3, sampler), "images"), filename_prefix="STARFlow")
+    return parts.graph
+
+
 EXAMPLES = {
     function.__name__: function
     for function in (
@@ -409,6 +435,7 @@ EXAMPLES = {
         convergence_study,
     )
 }  # fmt: skip
+REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack
 
 
 def blueprint() -> tuple[Path, str]:
@@ -426,7 +453,7 @@ def blueprint() -> tuple[Path, str]:
 
 def texts(name: str) -> dict[Path, str]:
     """The files of an example and what belongs into them."""
-    graph = EXAMPLES[name]()
+    graph = (EXAMPLES | REAL_WEIGHTS)[name]()
     return {
         FOLDER / f"{name}.json": json.dumps(graph.page(), indent=1, ensure_ascii=False) + "\n",
         FOLDER / "api" / f"{name}.json": json.dumps(graph.api(), indent=1, ensure_ascii=False) + "\n",
@@ -434,7 +461,7 @@ def texts(name: str) -> dict[Path, str]:
 
 
 def main() -> None:
-    for files in (*(texts(name) for name in EXAMPLES), dict([blueprint()])):
+    for files in (*(texts(name) for name in EXAMPLES | REAL_WEIGHTS), dict([blueprint()])):
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

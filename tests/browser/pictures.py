@@ -1,0 +1,72 @@
+"""Pictures made by running the examples in ComfyUI: `python -m tests.browser.pictures`.
+
+For the template browser (example_workflows/NAME.jpg), the help pages (web/docs/NODE.webp) and the README.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from starflow_core.media import read_video
+from starflow_core.media.pixels import to_bytes
+from tests.nodes.workflows import EXAMPLES, FOLDER, ROOT
+from tests.server.host import Server, example
+
+from .page import visit
+
+SIDE = 512
+SHOWN = {  # which example a help page's picture is from
+    "text_to_video": ("LoadModel", "LoadTextEncoder", "LoadVAE", "EmptyLatent", "TextEncode", "Sampler", "VAEDecode",
+                      "VideoCombine"),
+    "image_to_video": ("FirstFrame",),
+    "first_and_last_frame": ("FirstLastFrame",),
+    "extend": ("Extend",),
+    "video_edit": ("VideoEdit",),
+    "convergence_study": ("JacobiSettings",),
+}  # fmt: skip
+
+
+def thumbnail(files: list[Path]) -> Image.Image:
+    """Four frames in a square: of one clip evenly spread, of several clips their first and last."""
+    clips = [to_bytes(read_video(file).pixels) for file in files]
+    if len(clips) == 1:
+        frames = [clips[0][round(i * (len(clips[0]) - 1) / 3)] for i in range(4)]
+    elif len(clips) == 2:
+        frames = [clip[i] for clip in clips for i in (0, -1)]
+    else:
+        frames = [clip[0] for clip in clips[:4]]
+    rows = [np.concatenate(frames[i : i + 2], 1) for i in (0, 2)]
+    return Image.fromarray(np.concatenate(rows)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def main() -> None:
+    server = Server()
+    try:
+        for name in EXAMPLES:
+            entry = server.run(example(name))
+            kind = "temp" if name == "convergence_study" else "output"
+            files = sorted(file for file in server.files(entry) if kind in file.parts)
+            picture = Image.open(files[1]) if kind == "temp" else thumbnail(files)
+            picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
+            print(FOLDER / f"{name}.jpg", flush=True)
+        with tempfile.TemporaryDirectory() as folder:
+            for name, kinds in SHOWN.items():
+                shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}
+                graph = Path(folder) / "graph.png" if name == "text_to_video" else None
+                seen = visit(server.port, FOLDER / f"{name}.json", shots, graph)
+                assert not seen["errors"], seen["errors"]
+                for kind, shot in shots.items():
+                    Image.open(shot).save(ROOT / "web" / "docs" / f"{kind}.webp", quality=88)
+                if graph:
+                    Image.open(graph).save(ROOT / "docs" / "graph.webp", quality=88)
+                print(name, f"{seen['seconds']:.1f} s", flush=True)
+    finally:
+        server.stop()
+
+
+if __name__ == "__main__":
+    main()

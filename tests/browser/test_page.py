@@ -1,0 +1,49 @@
+"""Every example in ComfyUI's page: dropped, run, shown. Needs COMFYUI_PATH, PLAYWRIGHT_DIR and a Chromium."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.nodes.pack import COMFYUI
+from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, blueprint
+from tests.server.host import Server
+
+from .page import CHROMIUM, PLAYWRIGHT, visit
+
+pytestmark = pytest.mark.skipif(
+    not (COMFYUI and PLAYWRIGHT and CHROMIUM),
+    reason="COMFYUI_PATH names no ComfyUI checkout, or PLAYWRIGHT_DIR no folder with playwright-core, or no Chromium",
+)
+
+
+@pytest.fixture(scope="module")
+def server():
+    running = Server()
+    yield running
+    running.stop()
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_example_is_dropped_run_and_shown(server, name):
+    file = FOLDER / f"{name}.json"
+    seen = visit(server.port, file)
+    assert seen["errors"] == []
+    assert seen["nodes"] == len(json.loads(file.read_text())["nodes"])
+    assert seen["outcome"] == "success"
+    assert seen["video"] == (None if name == "text_to_image" else [96, 96])
+
+
+@pytest.mark.parametrize("name", REAL_WEIGHTS)
+def test_example_for_real_weights_opens(server, name):
+    seen = visit(server.port, FOLDER / f"{name}.json", run=False)
+    # The page may say that the files aren't there; nothing else may be wrong.
+    assert [e for e in seen["errors"] if "starflow_3B_t2i_256x256.pth" not in e] == []
+
+
+def test_blueprint_opens(server):
+    path, _ = blueprint()
+    seen = visit(server.port, path, run=False)
+    assert seen["errors"] == []
+    assert seen["nodes"] == 1
