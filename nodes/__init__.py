@@ -2,10 +2,16 @@
 
 import logging
 from importlib import import_module
+from importlib.util import find_spec
 
 from comfy_api.latest import ComfyExtension, io
 
 TOPICS = ("loaders", "latent", "conditioning", "sampling", "contexts", "video")
+NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
+    "STARFlowLoadTextEncoder": "transformers",
+    "STARFlowLoadVAE": "diffusers",
+    "STARFlowVideoCombine": "av",
+}
 
 
 class STARFlowExtension(ComfyExtension):
@@ -16,7 +22,26 @@ class STARFlowExtension(ComfyExtension):
             try:
                 nodes += import_module(f".{topic}", __name__).NODES
             except ImportError as error:
-                logging.getLogger("starflow").warning(
-                    "STARFlow: no %s nodes (%s). Install the pack's requirements.txt", topic, error
-                )
-        return nodes
+                _warn(f"{topic} nodes", error.name or error)
+        return [node for node in nodes if _can_run(node.__name__)]
+
+
+def _can_run(name: str) -> bool:
+    package = NEEDS.get(name)
+    if package is None or _is_there(package):
+        return True
+    _warn(name, package)
+    return False
+
+
+def _is_there(package: str) -> bool:
+    try:
+        return find_spec(package) is not None
+    except ValueError:  # Python says so of a module that was taken out of use
+        return False
+
+
+def _warn(what: str, package) -> None:
+    logging.getLogger("starflow").warning(
+        "STARFlow: no %s, because the package %s is missing. Install the pack's requirements.txt", what, package
+    )

@@ -5,6 +5,7 @@ The host rebinds some of these names after start-up, so they are looked up when 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import re
@@ -163,7 +164,10 @@ def folders(folder: str, usable: Callable[[Path], bool]) -> list[str]:
         roots = folder_paths.get_folder_paths(folder)
     except KeyError:
         return []
-    found = {p.name for root in roots if Path(root).is_dir() for p in Path(root).iterdir() if p.is_dir() and usable(p)}
+    found = set()
+    for root in map(Path, roots):
+        with contextlib.suppress(OSError):  # not there, or not readable
+            found |= {path.name for path in root.iterdir() if path.is_dir() and usable(path)}
     return sorted(found)
 
 
@@ -173,7 +177,7 @@ def find(folder: str, name: str) -> Path | None:
     if path is not None:
         return Path(path)
     for root in folder_paths.get_folder_paths(folder):
-        if (Path(root) / name).is_dir():
+        if name and (Path(root) / name).is_dir():
             return Path(root) / name
     return None
 
@@ -206,6 +210,17 @@ def workflow_metadata(hidden: Any) -> dict[str, Any]:
     # The host notes NaN in a prompt for nodes that always run; JSON has none.
     clean = json.loads(json.dumps(found), parse_constant=lambda _: None)
     return {key: value for key, value in clean.items() if re.fullmatch("[a-z][a-z0-9_]*", key)}
+
+
+def mark_clips(images: Tensor, frames: int) -> Tensor:
+    """Note on a batch of images that each clip has so many frames: IMAGE has no place for it."""
+    images.starflow_clip_frames = frames
+    return images
+
+
+def clip_frames(images: Tensor) -> int:
+    """Frames of each clip, where a node of this pack has noted it and no other node came between; else all."""
+    return getattr(images, "starflow_clip_frames", len(images))
 
 
 def video(images: Tensor, rate) -> Any:

@@ -34,10 +34,10 @@ class STARFlowEmptyLatent(io.ComfyNode):
                     "are given.",
                 ),
                 io.Int.Input(
-                    "width", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 goes by the aspect ratio."
+                    "width", default=0, min=0, max=8192, step=8, tooltip="Pixels; 0 goes by the aspect ratio."
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=16, tooltip="Pixels; 0 goes by the aspect ratio."
+                    "height", default=0, min=0, max=8192, step=8, tooltip="Pixels; 0 goes by the aspect ratio."
                 ),
                 io.Int.Input(
                     "frames",
@@ -68,7 +68,7 @@ class STARFlowEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model, aspect_ratio: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
         config = model.model.config
-        sides = {"width": width, "height": height} if width or height else {}
+        sides = {"width": width or None, "height": height or None} if width or height else {}
         if not sides and aspect_ratio != MODEL_ASPECT:
             sides = {"aspect": aspect_ratio}
         job = default_job(config, batch=batch_size, **sides, **({"frames": frames} if frames else {}))
@@ -125,7 +125,7 @@ class STARFlowVAEDecode(io.ComfyNode):
         images = torch.cat(frames, 1)
         if skip >= images.shape[1]:
             raise InputError(f"all {images.shape[1]} frames overlap the source; extend by more frames")
-        return io.NodeOutput(images[:, skip:].flatten(0, 1))
+        return io.NodeOutput(host.mark_clips(images[:, skip:].flatten(0, 1), images.shape[1] - skip))
 
 
 NODES = [STARFlowEmptyLatent, STARFlowVAEDecode]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from ..starflow_core.tensorfiles import DTYPES, PICKLES
 from . import host
 from .types import CATEGORY, Model, TextEncoder
 
+Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
 WEIGHT_TYPE_TIP = (
     "Type of the weights and of the arithmetic. auto: bf16 on a graphics card that has it, else fp16, fp32 on a CPU."
@@ -50,7 +52,9 @@ class STARFlowLoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return _check("model", "diffusion_models", model_name) or _check_type(weight_type) or True
+        return (
+            _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or _check_type(weight_type) or True
+        )
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
@@ -90,7 +94,11 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, encoder_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return _check("text encoder", "text_encoders", encoder_name) or _check_type(weight_type) or True
+        return (
+            _check("text encoder", "text_encoders", encoder_name, _is_weights, _is_t5_folder)
+            or _check_type(weight_type)
+            or True
+        )
 
     @classmethod
     def execute(cls, encoder_name: str, weight_type: str) -> io.NodeOutput:
@@ -124,7 +132,7 @@ class STARFlowLoadVAE(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, vae_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return _check("VAE", "vae", vae_name) or _check_type(weight_type) or True
+        return _check("VAE", "vae", vae_name, _is_weights) or _check_type(weight_type) or True
 
     @classmethod
     def execute(cls, vae_name: str, weight_type: str) -> io.NodeOutput:
@@ -159,7 +167,7 @@ def _looks_like_flow(path: str, modified: int, size: int) -> bool:
 
 
 def _is_sharded(path: Path) -> bool:
-    return any(path.glob("*.safetensors.index.json"))
+    return any(_is_flow(index) for index in path.glob("*.safetensors.index.json"))
 
 
 def _is_t5_folder(path: Path) -> bool:
@@ -170,11 +178,13 @@ def _path(folder: str, name: str, bundled: str) -> Path:
     return BUNDLED / bundled if name == DEMO else host.find(folder, name)
 
 
-def _check(what: str, folder: str, name: str) -> str | None:
-    """What is wrong with a chosen file; 0.3.64 checks no list itself."""
-    if name == DEMO or (isinstance(name, str) and host.find(folder, name)):
+def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable = lambda path: False) -> str | None:
+    """What is wrong with a chosen file or folder; 0.3.64 checks no list itself."""
+    path = host.find(folder, name) if isinstance(name, str) and name != DEMO else None
+    if name == DEMO or (path and (is_folder(path) if path.is_dir() else is_file(path))):
         return None
-    return f"{what} {name!r} isn't in models/{folder}; put it there and refresh, or choose {DEMO!r}"
+    state = "is no such" if path else f"isn't in models/{folder}, or no"
+    return f"{name!r} {state} {what}; put the right file there and refresh, or choose {DEMO!r}"
 
 
 def _check_type(name: str) -> str | None:

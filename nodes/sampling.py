@@ -9,6 +9,7 @@ from comfy_api.latest import io
 
 from ..starflow_core import memory
 from ..starflow_core.control import Control, Progress
+from ..starflow_core.errors import InputError
 from ..starflow_core.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from ..starflow_core.tasks import Generation, Job
 from . import host
@@ -20,6 +21,7 @@ from .types import CATEGORY, Context, Model, Solver
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
+OWN_GUIDANCE = -1.0  # in guidance's place: the model's own
 SAY_EVERY = 0.5  # seconds between two lines of text
 
 
@@ -130,8 +132,8 @@ class STARFlowSampler(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "guidance",
-                    default=-1.0,
-                    min=-1.0,
+                    default=OWN_GUIDANCE,
+                    min=OWN_GUIDANCE,
                     max=100.0,
                     step=0.1,
                     tooltip="How strongly the prompt counts. 0 is off and corresponds to a CFG of 1 elsewhere; -1 "
@@ -178,6 +180,8 @@ class STARFlowSampler(io.ComfyNode):
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
         window: int = 0, keep: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
+        if guidance < 0 and guidance != OWN_GUIDANCE:
+            raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} takes the model's own")
         flow = model.model
         options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         options |= {"solver": settings} if settings else {}

@@ -61,8 +61,8 @@ class STARFlowVideoCombine(io.ComfyNode):
                     min=0,
                     max=100001,
                     optional=True,
-                    tooltip="Frames of one clip, where the images are a batch of several: each becomes a file. 0: "
-                    "one clip.",
+                    tooltip="Frames of one clip, where the images are a batch of several: each becomes a file. 0 "
+                    "goes by STARFlow VAE Decode, where it is connected directly; else it is one clip.",
                 ),
             ],
             outputs=[
@@ -84,7 +84,7 @@ class STARFlowVideoCombine(io.ComfyNode):
     ) -> io.NodeOutput:
         rate = Fraction(frame_rate).limit_denominator(1001)
         metadata = host.workflow_metadata(cls.hidden)
-        clips = _clips(images, clip_frames)
+        clips = _clips(images, clip_frames or host.clip_frames(images))
         folder, name, counter, subfolder = host.output_folder(filename_prefix, *images.shape[1:3])
         shown = []
         for index, clip in enumerate(clips):
@@ -102,8 +102,6 @@ NODES = [STARFlowVideoCombine]
 
 
 def _clips(images: torch.Tensor, count: int) -> list[torch.Tensor]:
-    if not count or count == len(images):
-        return [images]
     if len(images) % count:
         raise InputError(f"{len(images)} frames are no whole number of clips of {count}; clip_frames has to divide it")
     return list(images.split(count))

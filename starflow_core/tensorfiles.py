@@ -139,7 +139,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def unpickle(path: Path) -> Any:
-    """What `torch.save` wrote, on the CPU, and memory-mapped unless it is from before PyTorch 1.6.
+    """What `torch.save` wrote, on the CPU, memory-mapped.
 
     Nothing but tensors and plain containers is made. Raises pickle.UnpicklingError for a file that
     would have to run code, which isn't read any further; of a damaged one any error of its reader.

@@ -75,6 +75,7 @@ class VAE:
             _check_finite(latent, len(latents), "encoded latent frame", "encode in float32")
             latents.append(latent)
             start = stop
+        control.report(Progress("encode", total, total))
         return self._without_frames(torch.cat(latents, 2))
 
     def decode(self, latents: Tensor, tile: int | None = None, clamp: bool = True) -> Tensor:
@@ -246,6 +247,8 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: str | t
     for missing, unexpected or wrongly shaped tensors, NonFiniteError for NaN or infinity in them.
     """
     path = Path(path)
+    if not path.exists():
+        raise CheckpointError(f"no VAE at {path}; give a file or a diffusers folder")
     # Weights outlive the caller's inference mode.
     with torch.inference_mode(False), torch.no_grad():
         if path.is_dir():
@@ -286,10 +289,14 @@ def _parse_config(text: str, where: str | Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The tensors of a file, and the configuration in its metadata if there is one."""
+    """The VAE's tensors in a file, and the configuration in its metadata if there is one."""
     file = TensorFile.open(path)
     text = file.metadata.get(METADATA_KEY)
-    return {name: file.tensor(name) for name in file.shapes}, _parse_config(text, path.name) if text else None
+    names = [name for name in file.shapes if name.startswith(PREFIX)] or list(file.shapes)
+    unknown = next((name for name in names if file.dtypes[name] is None), None)
+    if unknown:
+        raise CheckpointError(f"{path.name} is quantised ({unknown}); use a VAE in bf16, fp16 or fp32")
+    return {name: file.tensor(name) for name in names}, _parse_config(text, path.name) if text else None
 
 
 # Original names to those of diffusers: every rule is applied in turn.

@@ -18,6 +18,7 @@ import aiohttp
 
 async def queue(server: str, prompt: dict[str, Any], folder: Path) -> list[Path]:
     """Run a prompt to its end; gives the saved files. Raises RuntimeError with the server's words."""
+    await _started(server)
     client = uuid.uuid4().hex
     async with (
         aiohttp.ClientSession(f"http://{server}") as session,
@@ -28,8 +29,7 @@ async def queue(server: str, prompt: dict[str, Any], folder: Path) -> list[Path]
             if answer.status != 200:
                 raise RuntimeError(json.dumps(body, indent=1))
         await _finished(events, body["prompt_id"])
-        async with session.get(f"/history/{body['prompt_id']}") as answer:
-            outputs = (await answer.json())[body["prompt_id"]]["outputs"]
+        outputs = await _outputs(session, body["prompt_id"])
         files = [file for output in outputs.values() for file in output.get("images", []) if file["type"] == "output"]
         return [await _saved(session, file, folder) for file in files]
 
@@ -52,6 +52,28 @@ async def _finished(events: aiohttp.ClientWebSocketResponse, prompt_id: str) -> 
             print(file=sys.stderr)
             return
     raise RuntimeError("the server closed the connection")
+
+
+async def _outputs(session: aiohttp.ClientSession, prompt_id: str) -> dict[str, Any]:
+    for _ in range(100):
+        async with session.get(f"/history/{prompt_id}") as answer:
+            entry = (await answer.json()).get(prompt_id)
+        if entry:  # it is written shortly after the last event
+            return entry["outputs"]
+        await asyncio.sleep(0.1)
+    raise RuntimeError("the server has no record of the finished workflow")
+
+
+async def _started(server: str, seconds: int = 60) -> None:
+    """Wait for a server that is still starting. Raises RuntimeError if none answers."""
+    async with aiohttp.ClientSession() as session:
+        for _ in range(2 * seconds):
+            try:
+                async with session.get(f"http://{server}/system_stats"):
+                    return
+            except aiohttp.ClientConnectionError:
+                await asyncio.sleep(0.5)
+    raise RuntimeError(f"no ComfyUI answers at {server}; start it, or give its address with --server")
 
 
 async def _saved(session: aiohttp.ClientSession, file: dict[str, str], folder: Path) -> Path:

@@ -56,17 +56,19 @@ class Plan:
 @dataclass(frozen=True)
 class Given:
     """What a job begins with: `pixels` by the names the pipeline has for them, the files they are
-    from, and a clip's rate, 0 where there is none."""
+    from; of a clip its rate, 0 where there is none, and the size that it was read at."""
 
     task: str
     pixels: dict[str, Tensor]
     files: dict[str, str]
     fps: float = 0.0
+    size: tuple[int, int] | None = None
 
     @property
     def settings(self) -> dict[str, Any]:
         rate = {"fps": self.fps} if self.fps else {}
-        return {"task": self.task, **self.pixels, **rate}
+        place = dict(zip(("height", "width"), self.size, strict=True)) if self.size else {}
+        return {"task": self.task, **self.pixels, **rate, **place}
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -107,7 +109,7 @@ def read_given(args: Namespace, config: FlowConfig) -> Given:
             raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
         place = chosen_size(config, read_video(args.video, 1).pixels, **size(args))
         clip = read_video(args.video, args.frames if args.task == "edit" else None, place)
-        return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps))
+        return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps), place)
     pixels, files = {}, {}
     for name, option, path in (("image", "image", args.image), ("last", "last_image", args.last_image)):
         if path is not None:
@@ -125,7 +127,7 @@ def job_settings(args: Namespace, model: Model, given: Given, results: int) -> d
         settings["keep_latents"] = args.keep
     batch = min(args.batch or 1, results)
     fixed = {"seed": args.seed, "batch": batch, "denoise": args.denoise, "solver": solver(args)}
-    return {**settings, **fixed, **size(args)}
+    return {**settings, **fixed, **({} if given.size else size(args))}
 
 
 def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..errors import InputError
 from . import clips
 from .loop import Loop
 
@@ -40,7 +41,7 @@ class Bank:
 @torch.no_grad()
 def make(vae, loop: Loop) -> list[Bank]:
     """Encode all clips, or read those that an earlier run has encoded."""
-    return [_load(_bank_file(vae, loop, aspect, loop.scaled(count))) for aspect, count in SHARES.items()]
+    return [_load(_bank_file(vae, loop, aspect, loop.scaled(count)), loop) for aspect, count in SHARES.items()]
 
 
 def _bank_file(vae, loop: Loop, aspect: str, count: int) -> Path:
@@ -63,7 +64,7 @@ def _bank_file(vae, loop: Loop, aspect: str, count: int) -> Path:
         )
         if i % (BATCH * 25) == 0:
             loop.log(f"bank {aspect} {i}/{count}")
-    state = {"aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours}
+    state = {"seed": loop.seed, "aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours}
     state |= {name: torch.cat(items) for name, items in parts.items()}
     part = path.with_suffix(".part")
     torch.save(state, part)
@@ -76,7 +77,12 @@ def _encode(vae, pixels: Tensor, loop: Loop) -> Tensor:
         return vae.encode(pixels.to(loop.device)).latent_dist.mean.float().cpu()
 
 
-def _load(path: Path) -> Bank:
+def _load(path: Path, loop: Loop) -> Bank:
+    """Raises InputError for a bank of another run."""
     state = torch.load(path, weights_only=True)
+    found = (state.pop("seed", None), len(state["scenes"]))
+    wanted = (loop.seed, loop.scaled(SHARES[state["aspect"]]))
+    if found != wanted:
+        raise InputError(f"{path} has (seed, clips) {found}, this run needs {wanted}; use another folder")
     state["scenes"] = [clips.Scene(**s) for s in state["scenes"]]
     return Bank(**state)

@@ -19,7 +19,7 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 5200, 600
+FLOW_STEPS, DENOISER_STEPS = 4200, 500
 TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 26, 10, 22, 34)
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`

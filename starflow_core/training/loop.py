@@ -72,8 +72,8 @@ class Loop:
         if not path.exists():
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
-        if state["run"] != run:
-            raise InputError(f"{path} is of a run with {state['run']}, this one has {run}; use another folder")
+        if state.get("run") != run:
+            raise InputError(f"{path} is of a run with {state.get('run')}, this one has {run}; use another folder")
         module.load_state_dict(state["module"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])

@@ -30,7 +30,7 @@ let opened = false
 page.on('pageerror', (error) => opened && found.errors.push(String(error)))
 page.on('console', (message) => {
   const line = `${message.text()} ${message.location().url}`
-  const pages = /ERR_FAILED|Failed to load resource.*(401|404)|userdata|user\.css|api\.comfy\.org|firebase/i.test(line)
+  const pages = !/starflow/i.test(line.replaceAll(url, '')) && /ERR_FAILED|Failed to load resource.*(401|404)|userdata|user\.css|api\.comfy\.org|firebase/i.test(line)
   if (opened && message.type() === 'error' && !pages) found.errors.push(line)
 })
 

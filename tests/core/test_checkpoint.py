@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import signal
 import types
 from dataclasses import replace
@@ -449,7 +450,7 @@ def test_impossible_targets(tmp_path):
     (tmp_path / "folder.safetensors").mkdir()
     for target, message in (
         (tmp_path / "b.pth", "does not end in .safetensors"),
-        (tmp_path / "none" / "b.safetensors", "folder .*none does not exist"),
+        (source / "b.safetensors", "cannot be written .*choose another folder"),
         (tmp_path / "folder.safetensors", "is a folder"),
     ):
         with pytest.raises(InputError, match=message):
@@ -483,8 +484,14 @@ def test_ctrl_c_leaves_nothing_behind(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         convert(source, tmp_path / "b.safetensors", progress=Interruption(interrupt))
-    assert "b.safetensors.part" in seen
+    assert [re.fullmatch(r"b\.safetensors\.\w{8}\.part", name) is None for name in seen] == [True, False]
     assert left_in(tmp_path) == ["a.safetensors"]
+
+
+def test_missing_folders_are_made(tmp_path):
+    source = write_safetensors(tmp_path / "a.safetensors")
+    convert(source, tmp_path / "new" / "folder" / "b.safetensors")
+    assert left_in(tmp_path / "new" / "folder") == ["b.safetensors"]
 
 
 def test_an_interrupted_conversion_keeps_the_earlier_one(tmp_path):

@@ -434,7 +434,7 @@ def test_nan_in_latents(run, given, monkeypatch):
     """What the VAE made of a picture; the flow says where it met it."""
     latents = torch.zeros(1, 4, 1, 2, 2)
     latents[0, 2, 0, 1, 0] = float("nan")
-    monkeypatch.setattr(VAE, "encode", lambda *_: latents)
+    monkeypatch.setattr(VAE, "encode", lambda *_, **__: latents)
     message = (
         r"^error: NaN or infinity in the given latents: batch element 0, latent frame 0, token 2 \(row 1, column 0\)"
     )
@@ -559,7 +559,7 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
     ("encode {given}/clip.mp4 --frames 10", "has 9 frames; ask for no more"),
     ("encode {given}/clip.mp4 --frames 6", "6 frames: .* nearest are 5 and 9"),
     ("encode {given}/long.mp4", "longer than the window of 5 latent frames; shorten it to 17 frames"),
-    ("encode {given}/clip.mp4 -o noise.bin", "ends in .safetensors"),
+    ("encode {given}/clip.mp4 -o noise.bin", "does not end in .safetensors"),
     ("encode {given}/clip.mp4 -o {given}/clip.mp4/n.safetensors", "cannot be written"),
     ("decode missing.safetensors", "no checkpoint at missing.safetensors"),
     ("decode {demo}/flow.safetensors", "flow.safetensors holds no noise; make it with encode"),

@@ -483,7 +483,7 @@ class Exploit:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1), "more": Exploit(tmp_path / "ran")}, tmp_path / "vae.pth")
-    with pytest.raises(CheckpointError, match="not run"):
+    with pytest.raises(CheckpointError, match="nothing of it was run"):
         load_vae(tmp_path / "vae.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -491,7 +491,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"epoch": 3}])
 def test_a_pickle_without_a_vae(tmp_path, content):
     torch.save(content, tmp_path / "vae.pth")
-    with pytest.raises(CheckpointError, match="something else: 0 tensors; expected"):
+    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
         load_vae(tmp_path / "vae.pth")
 
 

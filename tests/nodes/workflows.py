@@ -409,8 +409,8 @@ def convergence_study() -> Graph:
 def text_to_image_3b() -> Graph:
     parts = Parts.of(
         "**Text to image with Apple's 3B checkpoint**, which is for research only. Put the files into the folders "
-        "that the loaders name, flan-t5-xl as a folder with its config.json and tokenizer.json; then press R to "
-        "refresh the lists. It takes about 9 GB in bf16."
+        "that the loaders name: flan-t5-xl as a folder with its config.json and tokenizer.json, the VAE under the "
+        "name in its loader. Then press R to refresh the lists. It takes about 9 GB in bf16."
     )
     parts.model.values["model_name"] = "starflow_3B_t2i_256x256.pth"
     parts.model.models = [
