@@ -87,6 +87,9 @@ async function run() {
   await sleep(700)
 }
 
+/** The small map lies over the graph. */
+const HIDE = '[class*="minimap" i], [data-testid*="minimap" i] { display: none !important }'
+
 /** Brings a rectangle of the graph to the middle of the page and gives its place there. */
 async function show(box, scale) {
   const place = await page.evaluate(
@@ -108,6 +111,7 @@ async function show(box, scale) {
 }
 
 async function picture(box, scale, target) {
+  await page.addStyleTag({ content: HIDE })
   await page.screenshot({ path: target, clip: await show(box, scale) })
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from shutil import which
 
 import pytest
 
@@ -13,8 +14,8 @@ from tests.server.host import Server
 from .page import CHROMIUM, PLAYWRIGHT, visit
 
 pytestmark = pytest.mark.skipif(
-    not (COMFYUI and PLAYWRIGHT and CHROMIUM),
-    reason="COMFYUI_PATH names no ComfyUI checkout, or PLAYWRIGHT_DIR no folder with playwright-core, or no Chromium",
+    not (COMFYUI and PLAYWRIGHT and CHROMIUM and which("node")),
+    reason="COMFYUI_PATH names no ComfyUI checkout, PLAYWRIGHT_DIR no playwright-core, or node or Chromium is missing",
 )
 
 
