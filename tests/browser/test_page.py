@@ -40,8 +40,9 @@ def test_example_is_dropped_run_and_shown(server, name):
 @pytest.mark.parametrize("name", REAL_WEIGHTS)
 def test_example_for_real_weights_opens(server, name):
     seen = visit(server.port, FOLDER / f"{name}.json", run=False)
-    # The page may say that the files aren't there; nothing else may be wrong.
-    assert [e for e in seen["errors"] if "starflow_3B_t2i_256x256.pth" not in e] == []
+    # The page may say that the files aren't there, and ask the hub how large they are; nothing else may be wrong.
+    said = ("starflow_3B_t2i_256x256.pth", "fetching file size")
+    assert [e for e in seen["errors"] if not any(words in e for words in said)] == []
 
 
 def test_blueprint_opens(server):
