@@ -4,16 +4,17 @@ environment of its own)."""
 from __future__ import annotations
 
 import json
+import subprocess
 import time
 
 import pytest
 
 from benchmarks.judge import look
 from starflow_core.media import read_image, read_metadata, read_video
-from tests.nodes.pack import COMFYUI
+from tests.nodes.pack import COMFYUI, ROOT
 from tests.nodes.workflows import EXAMPLES, INFO
 
-from .host import Failed, Refused, Server, cached, example, only
+from .host import PYTHON, Failed, Refused, Server, cached, example, only
 
 pytestmark = pytest.mark.skipif(not COMFYUI, reason="COMFYUI_PATH doesn't name a ComfyUI checkout")
 EXPECTED = {  # frames of each saved clip, and what its prompt says
@@ -82,6 +83,22 @@ def test_the_shown_video_can_be_fetched(server):
     url = f"http://127.0.0.1:{server.port}/view?{urllib.parse.urlencode(output)}"
     with urllib.request.urlopen(url) as answer:
         assert answer.headers["Content-Type"] == "video/mp4"
+
+
+def test_the_readmes_script_queues_and_saves(server, tmp_path):
+    command = [
+        PYTHON, "run.py", "text_to_video.json", "--set", "4.frames=9", "--set", "5.prompt=a blue ring moving up",
+        "--server", f"127.0.0.1:{server.port}", "--output", str(tmp_path),
+    ]  # fmt: skip
+    folder = ROOT / "example_workflows" / "api"
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    clip = read_video(done.stdout.strip())
+    assert clip.pixels.shape == (9, 3, 96, 96)
+    assert look(clip.pixels).colour == "blue"
+    wrong = subprocess.run([*command, "--set", "5.nothing=1"], cwd=folder, capture_output=True, text=True, timeout=300)
+    assert wrong.returncode != 0
+    assert "no input 5.nothing" in wrong.stderr
 
 
 def test_nothing_changed_runs_nothing_and_a_seed_runs_what_follows(server):
