@@ -168,7 +168,7 @@ def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None 
 def default_job(config: FlowConfig, **settings) -> Job:
     """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
     defaults = config.defaults
-    size = {name: settings.pop(name, None) for name in ("height", "width", "aspect", "size")}
+    size = _taken(settings, "height", "width", "aspect", "size")
     unknown = settings.keys() - {field.name for field in fields(Job)}
     if unknown:
         raise InputError(f"unknown setting {', '.join(sorted(unknown))} of a job")
@@ -209,7 +209,7 @@ def job_with_context(
     job can be checked and its memory forecast before anything is loaded.
     """
     given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
-    size = {name: settings.pop(name, None) for name in ("height", "width", "aspect", "size")}
+    size = _taken(settings, "height", "width", "aspect", "size")
     settings["height"], settings["width"] = place = chosen_size(config, given, **size)
     job, latent = default_job(config, **settings), config.latent
     if task == "text":
@@ -260,12 +260,13 @@ def load_pipeline(
     dtype = dtype or default_dtype(place)
     model, text_encoder, vae = find_parts(model, text_encoder, vae)
     # The flow comes last: where something is wrong with the smaller files, it is known at once.
-    config = find_config(TensorFile.open(model))
+    checkpoint = TensorFile.open(model)
+    config = find_config(checkpoint)
     text = find_text_encoder(text_encoder)
     check_fits(text, config)
     decoder = load_vae(vae, dtype=dtype, device=place)
     check_vae(decoder, config)
-    flow = load_flow(model, dtype=dtype, device=place, progress=progress)
+    flow = load_flow(checkpoint, dtype=dtype, device=place, progress=progress)
     return Pipeline(flow, decoder, lambda: text.load(dtype, place), place, dtype)
 
 
@@ -308,6 +309,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if name not in found and f"{name}:0" not in found:
         raise InputError(f"device {name!r} isn't there; this machine has {', '.join(found)}")
     return torch.device(name)
+
+
+def _taken(settings: dict, *names: str) -> dict:
+    """These settings, taken out of the others; None for those that aren't given."""
+    return {name: settings.pop(name, None) for name in names}
 
 
 def _batched(pixels: Tensor, dims: int) -> Tensor:

@@ -138,7 +138,7 @@ def reading(path: Path) -> Iterator[None]:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from None
 
 
-def unpickle(path: Path) -> Any:
+def _unpickle(path: Path) -> Any:
     """What `torch.save` wrote, on the CPU, memory-mapped.
 
     Nothing but tensors and plain containers is made. Raises pickle.UnpicklingError for a file that
@@ -248,7 +248,7 @@ def _parse_entry(path: Path, data: int, entry: dict[str, Any]) -> Stored:
 def _open_pickle(path: Path) -> TensorFile:
     _check_archive(path)
     try:
-        content = unpickle(path)
+        content = _unpickle(path)
     except pickle.UnpicklingError as error:
         culprit = re.search(r"GLOBAL (\S+)", str(error))
         reason = f"reading it would run {culprit[1]}" if culprit else "it holds more than tensors or is damaged"
