@@ -474,7 +474,15 @@ def left_in(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
-def test_ctrl_c_leaves_nothing_behind(tmp_path):
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C interrupts, also where the tests run in the background: a shell has such jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_leaves_nothing_behind(tmp_path, ctrl_c):
     source = write_safetensors(tmp_path / "a.safetensors")
     seen = []
 
@@ -494,7 +502,7 @@ def test_missing_folders_are_made(tmp_path):
     assert left_in(tmp_path / "new" / "folder") == ["b.safetensors"]
 
 
-def test_an_interrupted_conversion_keeps_the_earlier_one(tmp_path):
+def test_an_interrupted_conversion_keeps_the_earlier_one(tmp_path, ctrl_c):
     source, target = write_safetensors(tmp_path / "a.safetensors"), tmp_path / "b.safetensors"
     convert(source, target)
     before = target.read_bytes()
