@@ -90,10 +90,11 @@ class STARFlowTextEncode(io.ComfyNode):
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
         stamp = {KEY: MadeFor.of(job)}
         rows = encoded.embeddings.float().to(host.result_device())
-        report = _report(config, texts[0], encoded.cut[0])
+        cut = _cut(config, *encoded.cut)
+        report = "\n".join([*cut, texts[0].strip()])
         host.show(report, cls.hidden.unique_id)
-        if encoded.cut[0]:
-            host.log.warning("%s", report.splitlines()[0])
+        for line in cut:
+            host.log.warning("%s", line)
         return io.NodeOutput([[rows[:1], stamp]], [[rows[1:], dict(stamp)]], report)
 
 
@@ -134,6 +135,8 @@ def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
     return rows
 
 
-def _report(config: FlowConfig, text: str, cut: str) -> str:
-    lines = [f"{config.name} reads {config.prompt.tokens} tokens; left out: {cut}"] if cut else []
-    return "\n".join([*lines, text.strip()])
+def _cut(config: FlowConfig, prompt: str, negative: str) -> list[str]:
+    """A line for each text that was too long."""
+    limit = f"{config.name} reads {config.prompt.tokens} tokens; left out"
+    rests = {"": prompt, " of the negative prompt": negative}
+    return [f"{limit}{of}: {rest}" for of, rest in rests.items() if rest]

@@ -47,7 +47,7 @@ class STARFlowLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[Model.Output(display_name="model", tooltip="The flow, in the host's memory management.")],
+            outputs=[Model.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
         )
 
     @classmethod

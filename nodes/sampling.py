@@ -39,8 +39,8 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     options=list(METHODS),
                     default="balanced",
                     tooltip="fast: fewest sweeps, small differences to the exact answer. balanced: the default. "
-                    "exact: equals autoregressive to 1e-6. autoregressive: token by token, slowest, ignores the "
-                    "numbers below.",
+                    "exact: equals autoregressive to 1e-6 in fp32. autoregressive: token by token, slowest, ignores "
+                    "the numbers below.",
                 ),
                 io.Int.Input(
                     "image_span",

@@ -52,7 +52,7 @@ class STARFlowVideoCombine(io.ComfyNode):
                 io.String.Input(
                     "filename_prefix",
                     default="video/STARFlow",
-                    tooltip="Folder and name below the output folder; takes the host's tokens, such as "
+                    tooltip="Folder and name below the output folder; takes ComfyUI's tokens, such as "
                     "%date:yyyy-MM-dd%.",
                 ),
                 io.Int.Input(

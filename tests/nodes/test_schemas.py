@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -126,6 +127,15 @@ def test_english_says_what_the_nodes_say():
     assert texts == wanted
 
 
+def test_what_the_registry_leaves_out_is_at_the_top():
+    """A pattern without a slash in front would take folders of that name away everywhere."""
+    lines = (pack.ROOT / ".comfyignore").read_text().splitlines()
+    patterns = [line for line in lines if line and not line.startswith("#")]
+    assert "/tests/" in patterns
+    needed = {"nodes", "starflow_core", "web", "locales", "example_workflows", "subgraphs"}
+    assert all(line.startswith("/") and line.strip("/") not in needed for line in patterns)
+
+
 @pytest.mark.parametrize("name", NODES)
 def test_help_page_has_a_picture(name):
     page = (pack.ROOT / "web" / "docs" / f"{name}.md").read_text(encoding="utf-8")
@@ -141,3 +151,32 @@ def test_help_page_explains_every_input(name):
     explained = {cell.strip().replace(" ", "_").lower() for row in rows for cell in row.split(",")} - {"---"}
     info = NODES[name].GET_NODE_INFO_V1()
     assert explained == {given for group in ("required", "optional") for given in info["input"].get(group, {})}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_chinese_help_says_as_much(name):
+    docs = pack.ROOT / "web" / "docs"
+    english, chinese = (path.read_text(encoding="utf-8") for path in (docs / f"{name}.md", docs / name / "zh.md"))
+    assert _outline(chinese) == _outline(english)
+    texts = json.loads((pack.ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[name]
+    assert chinese.startswith(f"# {texts['display_name']}\n")
+    inputs, outputs = (_first_cells(table) for table in chinese.split("\n## ")[1:3])
+    assert inputs == {given["name"] for given in texts["inputs"].values()}
+    assert outputs == {made["name"] for made in texts["outputs"].values()}
+
+
+def _outline(page: str) -> dict:
+    """What a translation keeps: headings, rows and list items by number, code and pictures as they are."""
+    lines = page.splitlines()
+    return {
+        "headings": [line.split()[0] for line in lines if line.startswith("#")],
+        "rows": [line.count("|") for line in lines if line.startswith("|")],
+        "items": sum(line.startswith("- ") for line in lines),
+        "code": sorted(re.findall(r"`[^`]+`", page)),
+        "pictures": re.findall(r"!\[.*\]\((.+)\)", page),
+    }
+
+
+def _first_cells(table: str) -> set[str]:
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| ")][2:]
+    return {cell.strip() for row in rows for cell in row.split("、")}
