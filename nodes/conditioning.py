@@ -86,7 +86,7 @@ class STARFlowTextEncode(io.ComfyNode):
         check_fits(text_encoder.encoder, config)
         job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
         texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
-        host.load(text_encoder.patcher, 0)
+        host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
         stamp = {KEY: MadeFor.of(job)}
         rows = encoded.embeddings.float().to(host.result_device())

@@ -88,14 +88,19 @@ def vae_patcher(module: nn.Module):
     return patcher(_Kept(module), vae_device(), management.vae_offload_device())
 
 
-def load(handle, work: int) -> None:
-    """Bring a patcher's weights to its device, with `work` bytes left free for what it will do.
+def load(handle, work: int, what: str, whole: bool = False) -> None:
+    """Bring a patcher's weights to its device, with `work` bytes left free for `what` it will do.
 
-    Raises OutOfMemoryForecast before any work where that much can't be had.
+    `whole` is for a library's layers, which can't compute with weights that are elsewhere. Raises
+    OutOfMemoryForecast before any work where so much can't be had in main memory; what a card lacks the
+    host makes up for by offloading.
     """
-    management.load_models_gpu([handle], memory_required=work)
+    # The host runs nodes in inference mode; weights moved in it could take part in no gradient, as the
+    # score step needs one.
+    with torch.inference_mode(False), torch.no_grad():
+        management.load_models_gpu([handle], memory_required=work, force_full_load=whole)
     if management.is_device_cpu(handle.load_device):
-        memory.require(work, torch.device("cpu"), "this job")
+        memory.require(work, torch.device("cpu"), what)
 
 
 def check_interrupted() -> None:

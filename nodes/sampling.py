@@ -192,8 +192,10 @@ class STARFlowSampler(io.ComfyNode):
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
         began = time.monotonic()
-        samples, statistics = _sample(model, job, text, uncond, cls.hidden.unique_id)
-        report = _report(statistics, job, time.monotonic() - began)
+        need = memory.forecast(flow.config, job, flow.compute_dtype)
+        work = need.cache + need.activations
+        samples, statistics = _sample(model, job, text, uncond, work, cls.hidden.unique_id)
+        report = _report(statistics, job, work, time.monotonic() - began)
         overlap = context.overlap(flow.config.latent) if context else 0
         result = {"samples": samples, KEY: {"overlap": overlap}}
         return io.NodeOutput(result, report, convergence(statistics, job, flow.config))
@@ -202,12 +204,12 @@ class STARFlowSampler(io.ComfyNode):
 NODES = [STARFlowJacobiSettings, STARFlowSampler]
 
 
-def _sample(model, job: Job, text, uncond, node_id) -> tuple[torch.Tensor, Statistics]:
-    """Latents of the host, streamed, so that finished frames can be shown."""
+def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Tensor, Statistics]:
+    """Latents of the host, streamed, so that finished frames can be shown; `work` bytes beside the weights."""
     flow, device = model.model, model.load_device
-    need = memory.forecast(flow.config, job, flow.compute_dtype)
-    host.load(model, need.cache + need.activations)
     watch = Watch(node_id, Preview(flow.config))
+    watch.bar.say(f"takes about {memory.size(work)} beside the weights")
+    host.load(model, work, "this job")
     generation = Generation(
         flow,
         job,
@@ -259,7 +261,7 @@ class Watch:
         self.bar.update(self.step, self.total, self.preview.picture(latents[0, :, -1]))
 
 
-def _report(statistics: Statistics, job: Job, seconds: float) -> str:
+def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:
     tokens = {first + i for first, change in statistics.deep_changes for i in range(len(change))}
     per_token = statistics.deep_evaluations / max(len(tokens), 1)
     return "\n".join(
@@ -268,5 +270,6 @@ def _report(statistics: Statistics, job: Job, seconds: float) -> str:
             f"deep block: {statistics.deep_sweeps} sweeps, {statistics.deep_evaluations} token evaluations"
             + (f", {per_token:.1f} a token" if tokens else ""),
             f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
+            f"memory: about {memory.size(work)} beside the weights",
         ]
     )

@@ -20,19 +20,18 @@ RESERVE = 0.03  # share of the free memory that is left alone
 @dataclass(frozen=True)
 class Forecast:
     """Bytes that a job holds at its peak: the flow's weights, the deep block's keys and values, and
-    the activations of the largest step. The VAE and the text encoder come before or after."""
+    the activations of the largest step; `vae` while it decodes beside the flow, `text` the text encoder,
+    which is gone before the flow works (both 0 where they aren't counted)."""
 
     weights: int
     cache: int
     activations: int
+    vae: int = 0
+    text: int = 0
 
     @property
     def total(self) -> int:
-        return self.weights + self.cache + self.activations
-
-    def __str__(self) -> str:
-        parts = f"weights {size(self.weights)}, cache {size(self.cache)}, activations {size(self.activations)}"
-        return f"{size(self.total)} ({parts})"
+        return self.weights + self.vae + max(self.cache + self.activations, self.text)
 
 
 def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
@@ -118,7 +117,7 @@ def require(need: int, device: torch.device, what: str) -> None:
     if available is not None and need > available * (1 - RESERVE):
         raise OutOfMemoryForecast(
             f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
-            "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
+            "Use fewer frames, a smaller size or batch, guidance 0, a 16-bit type, or decode in tiles."
         )
 
 

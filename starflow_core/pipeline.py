@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 import torch
@@ -20,8 +20,8 @@ from .media import fit
 from .solvers import Statistics
 from .tasks import Generation, Job
 from .tensorfiles import TensorFile
-from .text import TextEncoder, check_fits, find_text_encoder, wrap
-from .vae import VAE, load_vae
+from .text import TextEncoder, TextEncoderFiles, check_fits, find_text_encoder, wrap
+from .vae import VAE, VAEFile, find_vae
 
 BUNDLED = Path(__file__).parent / "bundled"
 DEMO = "bundled demo"  # the demo's name in every list
@@ -257,26 +257,63 @@ def load_pipeline(
     missing parts.
     """
     place = pick_device(device)
-    dtype = dtype or default_dtype(place)
-    model, text_encoder, vae = find_parts(model, text_encoder, vae)
-    # The flow comes last: where something is wrong with the smaller files, it is known at once.
+    return find_parts(model, text_encoder, vae).load(place, dtype or default_dtype(place), progress)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A flow with its text encoder and VAE, looked at but not loaded."""
+
+    checkpoint: TensorFile
+    config: FlowConfig
+    text: TextEncoderFiles
+    vae: VAEFile
+
+    def forecast(
+        self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
+    ) -> memory.Forecast:
+        """What a job will take with all parts on one device; `tile` is that of decoding."""
+        need = self._with_others(memory.forecast(self.config, job, dtype), job, dtype, None if job.context else tile)
+        return replace(need, weights=need.weights + need.text, text=0) if keep_text_encoder else need
+
+    def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
+        """What it takes to encode the clip of such a job to noise."""
+        return self._with_others(memory.forecast_encode(self.config, job, dtype), job, dtype)
+
+    def _with_others(
+        self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None
+    ) -> memory.Forecast:
+        cells = (side // self.config.latent.spatial for side in (job.height, job.width))
+        vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
+        return replace(need, vae=vae, text=self.text.weight_bytes(dtype))
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
+    ) -> Pipeline:
+        """Read the weights, the flow's last: where something is wrong with a smaller file, it is known at once."""
+        vae = self.vae.load(dtype, device)
+        flow = load_flow(self.checkpoint, dtype=dtype, device=device, progress=progress)
+        text = self.text  # alone: the flow's file isn't kept open
+        return Pipeline(flow, vae, lambda: text.load(dtype, device), device, dtype)
+
+
+def find_parts(model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None) -> Parts:
+    """A flow, its text encoder and its VAE, once they go together; the bundled demo's without arguments.
+
+    Raises InputError for a part that isn't given or isn't there, CheckpointError for one that is
+    something else.
+    """
+    model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
-    config = find_config(checkpoint)
-    text = find_text_encoder(text_encoder)
-    check_fits(text, config)
-    decoder = load_vae(vae, dtype=dtype, device=place)
-    check_vae(decoder, config)
-    flow = load_flow(checkpoint, dtype=dtype, device=place, progress=progress)
-    return Pipeline(flow, decoder, lambda: text.load(dtype, place), place, dtype)
+    parts = Parts(checkpoint, find_config(checkpoint), find_text_encoder(text_encoder), find_vae(vae))
+    check_fits(parts.text, parts.config)
+    check_vae(parts.vae.outline, parts.config)
+    return parts
 
 
-def find_parts(
+def _find_paths(
     model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None
 ) -> tuple[Path, Path, Path]:
-    """Where the flow, its text encoder and its VAE are; the bundled demo's without arguments.
-
-    Raises InputError for one that isn't given or isn't there.
-    """
     parts = {
         "checkpoint": (model, FLOW_FILE),
         "text encoder (flan-t5-xl)": (text_encoder, TEXT_FILE),

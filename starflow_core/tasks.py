@@ -100,7 +100,8 @@ def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int)
     if len(context.latents) not in (1, job.batch):
         raise InputError(f"a context of {len(context.latents)} for a batch of {job.batch}; give one, or one each")
     if context.frames > window:
-        raise InputError(f"the context has {context.frames} latent frames, the window {window}; shorten the clip")
+        remedy = "give fewer of them (keep), or a larger window" if context.task == "extend" else "shorten the clip"
+        raise InputError(f"the context has {context.frames} latent frames, the window {window}; {remedy}")
     if context.frames >= total:
         longest = latent.frames(context.shown)
         raise InputError(f"frames is {job.frames}, but the context alone gives {longest}; ask for more frames")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,6 +138,13 @@ class TextEncoderFiles:
     def dim(self) -> int:
         """Channels of an embedding."""
         return self.config.d_model
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Memory that the weights will take."""
+        return sum(
+            _weight_dtype(name, dtype).itemsize * math.prod(self.checkpoint.shapes[stored])
+            for name, stored in self.names.items()
+        )
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TextEncoder:
         """Read the weights; `dtype` None keeps the file's type."""

@@ -11,6 +11,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safe
 EXPECTED = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
 STEP_COPIES = {"video": 28, "image": 16}  # measured: activations of the widest layer that are held at once
 LEAST_TILE = 4  # in latent cells, half of it shared with the next one
+CLIP_TILE = 32  # below, tiles of a clip save little
 
 Stream = Callable[[Tensor], Tensor]  # takes the chunks (B, C, t, h, w) of one clip in order
 
@@ -111,23 +113,27 @@ class VAE:
                 yield pixels.clamp(-1, 1) if clamp else pixels
                 index += 1
 
-    def step_bytes(self, height: int, width: int) -> int:
-        """About what encoding or decoding one latent frame (or tile) of height x width latent cells
-        takes beside the weights, the memory of the causal layers included."""
+    def step_bytes(self, height: int, width: int, batch: int = 1) -> int:
+        """About what encoding or decoding one latent frame (or tile) of height x width latent cells takes
+        beside the weights, the memory of the causal layers included, for a batch of clips or pictures."""
+        return self.step_values(height, width, batch) * next(self.module.parameters()).element_size()
+
+    def step_values(self, height: int, width: int, batch: int = 1) -> int:
+        """As `step_bytes`, in numbers of the module's type."""
         config = self.module.config
         if self.kind == "video":
             patch = config.patch_size or 1
             width_inside = max(config.base_dim, config.decoder_base_dim or config.base_dim)
         else:
-            patch, width_inside = 1, config.block_out_channels[0]
-        values = height * width * (self.spatial // patch) ** 2 * self.temporal * width_inside
-        return STEP_COPIES[self.kind] * values * next(self.module.parameters()).element_size()
+            patch, width_inside, batch = 1, config.block_out_channels[0], 1  # one picture after the other
+        values = batch * height * width * (self.spatial // patch) ** 2 * self.temporal * width_inside
+        return STEP_COPIES[self.kind] * values
 
     def _encoder(self) -> Stream:
         """A fresh stream from pixel chunks to the latent's mean."""
         module = self.module
         if self.kind == "image":
-            return lambda pixels: module.encode(pixels[:, :, 0]).latent_dist.mean.unsqueeze(2)
+            return _one_by_one(lambda pixels: module.encode(pixels[:, :, 0]).latent_dist.mean.unsqueeze(2))
         from diffusers.models.autoencoders.autoencoder_kl_wan import patchify
 
         cache = _empty_cache(module.encoder)
@@ -143,7 +149,7 @@ class VAE:
         """A fresh stream from single latent frames to pixel frames, not clamped."""
         module = self.module
         if self.kind == "image":
-            return lambda latent: module.decode(latent[:, :, 0]).sample.unsqueeze(2)
+            return _one_by_one(lambda latent: module.decode(latent[:, :, 0]).sample.unsqueeze(2))
         from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
 
         cache = _empty_cache(module.decoder)
@@ -179,6 +185,31 @@ class VAE:
                 low = value - value % self.spatial
                 nearest = f"{low} and {low + self.spatial}" if low else str(self.spatial)
                 raise InputError(f"{name} {value} is not a multiple of {self.spatial}; nearest: {nearest}")
+
+
+class ChannelNorm(nn.Module):
+    """diffusers' `WanRMS_norm` with the norm taken as a sum: over an axis that is not the last one
+    `F.normalize` takes ten times as long on a CPU, more than the convolutions do."""
+
+    def __init__(self, gamma: nn.Parameter):
+        super().__init__()
+        self.gamma = gamma
+
+    def forward(self, x: Tensor) -> Tensor:
+        squares = x.float().square().sum(1, keepdim=True)
+        inverse = squares.clamp_min(1e-24).rsqrt() * len(self.gamma) ** 0.5
+        return (x * inverse).to(x.dtype) * self.gamma.to(x.dtype)
+
+
+def with_fast_norms(module: nn.Module) -> nn.Module:
+    """The same module, every `WanRMS_norm` in it replaced by a `ChannelNorm` of the same weights."""
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    for parent in list(module.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, WanRMS_norm) and child.channel_first and not isinstance(child.bias, nn.Parameter):
+                setattr(parent, name, ChannelNorm(child.gamma))
+    return module
 
 
 class _Tiled:
@@ -237,29 +268,69 @@ class _Tiled:
 
 
 def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
-    """A frozen VAE from a file or folder; `dtype` is float32 unless given, whatever the file holds.
+    """The VAE that `find_vae` finds, frozen; `dtype` is float32 unless given, whatever the file holds.
+
+    Raises NonFiniteError for NaN or infinity in its weights.
+    """
+    return find_vae(path).load(dtype, device)
+
+
+@dataclass(frozen=True)
+class VAEFile:
+    """A VAE that was looked at but not loaded: its tensors' file, their names there, the configuration if
+    the file brings one, and the `outline`, which has shapes but no memory."""
+
+    file: TensorFile
+    names: list[str]
+    config: dict[str, Any] | None
+    outline: VAE
+
+    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
+        """Read the weights, as float32 unless `dtype` is given."""
+        # Weights outlive the caller's inference mode.
+        with torch.inference_mode(False), torch.no_grad():
+            tensors = _rename({name: self.file.tensor(name) for name in self.names})
+            module = _build(tensors, self.config, self.file.path.name)
+            _fill(module, tensors, dtype or torch.float32, device, self.file.path.name)
+        return VAE(module.requires_grad_(False).eval())
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Memory that the weights will take."""
+        return dtype.itemsize * sum(parameter.numel() for parameter in self.outline.module.parameters())
+
+    def step_bytes(self, height: int, width: int, batch: int, dtype: torch.dtype, tile: int | None = None) -> int:
+        """As `VAE.step_bytes`, by tiles if they are given."""
+        if tile:
+            # What causal layers remember is kept for every tile, so that small ones save little more.
+            tile = max(tile, CLIP_TILE) if self.outline.kind == "video" else tile
+            height, width = min(height, tile), min(width, tile)
+        return dtype.itemsize * self.outline.step_values(height, width, batch)
+
+
+def find_vae(path: str | Path) -> VAEFile:
+    """A VAE in a file or folder; no weights are read.
 
     A folder is diffusers' (config.json and diffusion_pytorch_model.safetensors) or a pipeline's
     with such a `vae` in it. A file is safetensors, or a pickle that holds nothing but tensors, in
     the original Wan 2.2 names, the original latent diffusion names (also below
     `first_stage_model.`), or diffusers' own. A single file's configuration is read from its
     metadata (`METADATA_KEY`) or else from its shapes. Raises CheckpointError for anything else and
-    for missing, unexpected or wrongly shaped tensors, NonFiniteError for NaN or infinity in them.
+    for missing, unexpected or wrongly shaped tensors.
     """
     path = Path(path)
     if not path.exists():
         raise CheckpointError(f"no VAE at {path}; give a file or a diffusers folder")
-    # Weights outlive the caller's inference mode.
-    with torch.inference_mode(False), torch.no_grad():
-        if path.is_dir():
-            path, config = _find_in_folder(path)
-            tensors, _ = _read(path)
-        else:
-            tensors, config = _read(path)
-        tensors = _rename(tensors)
-        module = _build(tensors, config, path.name)
-        _fill(module, tensors, dtype or torch.float32, device, path.name)
-    return VAE(module.requires_grad_(False).eval())
+    config = None
+    if path.is_dir():
+        path, config = _find_in_folder(path)
+    file = TensorFile.open(path)
+    if config is None and METADATA_KEY in file.metadata:
+        config = _parse_config(file.metadata[METADATA_KEY], path.name)
+    names = _names(file)
+    shapes = _rename({name: torch.empty(file.shapes[name], device="meta") for name in names})
+    module = _build(shapes, config, path.name)
+    _check_names(module, shapes, path.name)
+    return VAEFile(file, names, config, VAE(module))
 
 
 def _find_in_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -288,15 +359,13 @@ def _parse_config(text: str, where: str | Path) -> dict[str, Any]:
     return config
 
 
-def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any] | None]:
-    """The VAE's tensors in a file, and the configuration in its metadata if there is one."""
-    file = TensorFile.open(path)
-    text = file.metadata.get(METADATA_KEY)
+def _names(file: TensorFile) -> list[str]:
+    """The VAE's tensors in a file, once they are of a readable type."""
     names = [name for name in file.shapes if name.startswith(PREFIX)] or list(file.shapes)
     unknown = next((name for name in names if file.dtypes[name] is None), None)
     if unknown:
-        raise CheckpointError(f"{path.name} is quantised ({unknown}); use a VAE in bf16, fp16 or fp32")
-    return {name: file.tensor(name) for name in names}, _parse_config(text, path.name) if text else None
+        raise CheckpointError(f"{file.path.name} is quantised ({unknown}); use a VAE in bf16, fp16 or fp32")
+    return names
 
 
 # Original names to those of diffusers: every rule is applied in turn.
@@ -386,11 +455,12 @@ def _build(tensors: dict[str, Tensor], config: dict[str, Any] | None, file: str)
     try:
         config = config or (_wan_config if video else _kl_config)(tensors)
         with torch.device("meta"):
-            return model.from_config(config)
+            module = model.from_config(config)
     except KeyError as error:
         raise CheckpointError(f"{file} lacks the tensor {error.args[0]}; {EXPECTED}") from None
     except Exception as error:  # whatever its constructor says to numbers that make no model
         raise CheckpointError(f"{file}: no {model.__name__} has such a configuration: {error}") from None
+    return with_fast_norms(module) if video else module
 
 
 def _describe(tensors: dict[str, Tensor]) -> str:
@@ -441,8 +511,8 @@ def _kl_config(tensors: dict[str, Tensor]) -> dict[str, Any]:
     }
 
 
-def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device, file: str) -> None:
-    """Give the module its weights, taking each out of `tensors`, once all names and shapes agree."""
+def _check_names(module: nn.Module, tensors: dict[str, Tensor], file: str) -> None:
+    """Raise CheckpointError unless names and shapes are the module's."""
     wanted = module.state_dict()
     problems = {
         "missing": [name for name in wanted if name not in tensors],
@@ -456,12 +526,21 @@ def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, dev
     if any(problems.values()):
         parts = [f"{len(names)} {kind} ({', '.join(names[:3])})" for kind, names in problems.items() if names]
         raise CheckpointError(f"{file} doesn't fit a {type(module).__name__}: {'; '.join(parts)}; get the file again")
+
+
+def _fill(module: nn.Module, tensors: dict[str, Tensor], dtype: torch.dtype, device, file: str) -> None:
+    """Give the module its weights, taking each out of `tensors`."""
     weights = {}
-    for name in wanted:
+    for name in module.state_dict():
         weights[name] = tensors.pop(name).to(device=device, dtype=dtype)
         if not torch.isfinite(weights[name]).all():
             raise NonFiniteError(f"{file}: {name} has NaN or infinity as {dtype}; get the file again or use float32")
     module.load_state_dict(weights, assign=True)
+
+
+def _one_by_one(stream: Stream) -> Stream:
+    """Pictures of a batch one after the other: a large batch takes no more memory than a small one."""
+    return lambda batch: torch.cat([stream(one) for one in batch.split(1)])
 
 
 def _empty_cache(coder: nn.Module) -> list[Tensor | None]:

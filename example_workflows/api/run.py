@@ -79,8 +79,9 @@ async def _started(server: str, seconds: int = 60) -> None:
 async def _saved(session: aiohttp.ClientSession, file: dict[str, str], folder: Path) -> Path:
     async with session.get("/view", params=file) as answer:
         answer.raise_for_status()
-        folder.mkdir(parents=True, exist_ok=True)
-        path = folder / Path(file["filename"]).name
+        # A sequence of pictures comes in a folder of its own.
+        path = folder / Path(file.get("subfolder", "")).name / Path(file["filename"]).name
+        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         part.write_bytes(await answer.read())
         part.replace(path)

@@ -18,6 +18,7 @@ from ..tensorfiles import DTYPES, PICKLES, TensorFile
 from .progress import Meter
 from .settings import chosen, size
 
+COUNTED = ("weights", "cache", "activations", "total")  # in the forecast of a flow by itself
 WEIGHTS = (".safetensors", ".json", *PICKLES)
 
 
@@ -73,7 +74,7 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
         "defaults": vars(config.defaults),
         "metadata": {k: v for k, v in checkpoint.metadata.items() if k not in (checkpoints.CONFIG_KEY, "format")},
         "job": {name: getattr(job, name) for name in ("frames", "height", "width", "batch", "guidance")},
-        "memory": {name: {**vars(f), "total": f.total} for name, f in forecasts.items()},
+        "memory": {name: {part: getattr(f, part) for part in COUNTED} for name, f in forecasts.items()},
         "device": str(device),
         "free": memory.free(device),
     }
@@ -109,6 +110,6 @@ def _text(found: dict[str, Any]) -> str:
         f"guidance {job['guidance']:g} (text encoder and VAE not counted)"
     )
     for name, need in found["memory"].items():
-        parts = ", ".join(f"{part} {memory.size(need[part])}" for part in ("weights", "cache", "activations"))
+        parts = ", ".join(f"{part} {memory.size(need[part])}" for part in COUNTED[:-1])
         text.append(f"  {name:18} {memory.size(need['total'])} ({parts})")
     return "\n".join([*text, f"  {'free on ' + found['device']:18} {free}"])

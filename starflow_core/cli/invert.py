@@ -8,7 +8,7 @@ from argparse import Namespace
 from dataclasses import asdict
 from pathlib import Path
 
-from .. import __version__, memory
+from .. import __version__
 from ..control import Control
 from ..errors import InputError
 from ..inversion import Inversion, decode_from_noise, encode_to_noise, inversion_job
@@ -61,7 +61,7 @@ def decode(args: Namespace) -> None:
         "version": __version__,
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
-    model.require(memory.forecast(config, job, model.dtype), "decoding this")
+    model.require(model.parts.forecast(job, model.dtype, args.tile), "decoding this")
     with Meter() as meter:
         pipeline = model.load(meter)
         sampling = meter.sampling(job.frames)
@@ -87,7 +87,7 @@ def _encoded(args: Namespace) -> Inversion:
     if frames < found:
         warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
     pixels = fit(clip.pixels[:frames], height, width)
-    model.require(memory.forecast_encode(config, job, model.dtype), "encoding this")
+    model.require(model.parts.forecast_encode(job, model.dtype), "encoding this")
     with Meter() as meter:
         pipeline = model.load(meter)
         inversion, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps, Control(meter.encoding))

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import __version__, memory, noise
+from .. import __version__, noise
 from ..config import TASK_PREFIX, FlowConfig
 from ..errors import InputError
 from ..media import VideoWriter, check_writable, read_image, read_video
@@ -41,7 +41,8 @@ class Plan:
         settings = {**given.settings, **job_settings(args, model, given, len(captions))}
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(model.config, shapes_only(model.config.latent), **{**settings, **shapes})
-        model.require(memory.forecast(model.config, job, model.dtype), "this job")
+        several = len(captions) > job.batch  # the text encoder is kept for the next batch
+        model.require(model.parts.forecast(job, model.dtype, args.tile, several), "this job")
         source = given.pixels["clip"] if args.join else None
         paths = name_outputs(args, model, job, captions, source)
         writers = [

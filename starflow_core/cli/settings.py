@@ -13,13 +13,12 @@ from typing import Any
 import torch
 
 from .. import memory
-from ..checkpoint import find_config
 from ..config import FlowConfig
 from ..errors import InputError
 from ..media import STILLS
-from ..pipeline import Pipeline, default_dtype, find_parts, load_pipeline, pick_device
+from ..pipeline import Parts, Pipeline, default_dtype, find_parts, pick_device
 from ..solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
-from ..tensorfiles import DTYPES, TensorFile
+from ..tensorfiles import DTYPES
 from ..vae import LEAST_TILE
 from .progress import Meter
 
@@ -31,23 +30,26 @@ OUTPUTS = Path("outputs")
 class Model:
     """What a run will use: the configuration is known, the weights are not loaded yet."""
 
-    config: FlowConfig
+    parts: Parts
     device: torch.device
     dtype: torch.dtype
-    parts: tuple[Path, Path, Path]
 
     @classmethod
     def find(cls, args: Namespace) -> Model:
         device = pick_device(args.device)
         parts = find_parts(args.model, args.text_encoder, args.vae)
-        return cls(find_config(TensorFile.open(parts[0])), device, DTYPES.get(args.dtype, default_dtype(device)), parts)
+        return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
+
+    @property
+    def config(self) -> FlowConfig:
+        return self.parts.config
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""
         memory.require(need.total, self.device, what)
 
     def load(self, meter: Meter) -> Pipeline:
-        pipeline = load_pipeline(*self.parts, device=str(self.device), dtype=self.dtype, progress=meter.bytes)
+        pipeline = self.parts.load(self.device, self.dtype, meter.bytes)
         meter.close()
         return pipeline
 

@@ -19,8 +19,9 @@ from .bank import Bank
 from .loop import Loop
 from .muon import Muon
 
-FLOW_STEPS, DENOISER_STEPS = 4200, 500
-TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 26, 10, 22, 34)
+FLOW_STEPS, DENOISER_STEPS = 4500, 1100
+TASKS, SHARES = ("still", "text", "extend", "edit", "last_frame"), (8, 26, 10, 26, 30)
+WHOLE = 0.8  # share of last-frame batches whose clips have the default's length
 CAPTION_DROP = 0.1
 PREFIX_DROP = 0.25  # later windows of a long video continue under a prompt without `(extend)`
 FPS = 16
@@ -106,8 +107,8 @@ def draw(config: FlowConfig, banks: list[Bank], rng: random.Random, progress: fl
     task = rng.choices(TASKS, weights=SHARES)[0]
     longest = config.window if progress > 0.3 else 3 + int(progress / 0.3 * (config.window - 3))
     if task == "last_frame":
-        # A place in one frame is a small part of a long clip's likelihood: short ones teach to look at it.
-        frames = min(longest, rng.choice((3, 4, rng.randint(3, longest), longest)))
+        # Its end decides a clip's first frames, the others go on as those began: mostly the first are learned.
+        frames = min(longest, rng.choice((3, 3, 4, 5, longest)))
     else:
         frames = rng.choice((longest, longest, longest - 1, max(2, longest // 2)))
     count = 64 if task == "still" else min(36, max(12, 120 // frames))
@@ -150,7 +151,10 @@ def _edits(bank, picks, frames, rng):
 
 
 def _lasts(bank, picks, frames, rng):
-    last = bank.lasts[picks, :, frames - 3 : frames - 2]
+    """Clips of the longest length, mostly: nothing says to the model how long they will be."""
+    longest = bank.lasts.shape[2] + 2
+    length = max(frames, longest if rng.random() < WHOLE else rng.randint(3, longest))
+    last = bank.lasts[picks, :, length - 3 : length - 2]
     return torch.cat((last, bank.clips[picks, :, : frames - 1]), 2), _captions(bank, picks, rng)
 
 

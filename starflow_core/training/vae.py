@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..vae import VAE
+from ..vae import VAE, with_fast_norms
 from . import clips
 from .loop import Loop
 from .muon import Muon
@@ -51,7 +51,7 @@ def build(**overrides):
     from diffusers import AutoencoderKLWan
 
     unit = {"latents_mean": [0.0] * CONFIG["z_dim"], "latents_std": [1.0] * CONFIG["z_dim"]}
-    return AutoencoderKLWan(**{**CONFIG, **unit, **overrides})
+    return with_fast_norms(AutoencoderKLWan(**{**CONFIG, **unit, **overrides}))
 
 
 def draw(rng: random.Random, frames: int, batch: int) -> Tensor:

@@ -14,7 +14,8 @@ import starflow_core
 from starflow_core import pipeline as pipelines
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, CheckpointError, InputError
-from starflow_core.pipeline import Pipeline, load_pipeline
+from starflow_core.memory import forecast
+from starflow_core.pipeline import Pipeline, default_job, find_parts, load_pipeline
 from tests.core import models, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -31,8 +32,12 @@ def folder(tmp_path_factory):
     return tiny.write_model(tmp_path_factory.mktemp("model"))
 
 
+def files(folder):
+    return [folder / name for name in (tiny.FLOW_FILE, tiny.TEXT_FILE, tiny.VAE_FILE)]
+
+
 def load(folder):
-    return load_pipeline(*(folder / name for name in (tiny.FLOW_FILE, tiny.TEXT_FILE, tiny.VAE_FILE)), device="cpu")
+    return load_pipeline(*files(folder), device="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +58,7 @@ def test_importing_the_package_loads_nothing_heavy():
 def test_both_lists_of_requirements_are_one():
     lines = (ROOT / "requirements.txt").read_text().splitlines()
     project = (ROOT / "pyproject.toml").read_text()
-    listed = project.split("dependencies = [", 1)[1].split("]", 1)[0]
+    listed = project.split("\ndependencies = [", 1)[1].split("]", 1)[0]
     assert [line for line in lines if not line.startswith("#")] == [
         line.strip(' ",') for line in listed.splitlines() if line.strip()
     ]
@@ -66,6 +71,21 @@ def test_small_files_are_checked_before_the_flow_is_read(tmp_path, monkeypatch, 
     monkeypatch.setattr(pipelines, "load_flow", lambda *_, **__: pytest.fail("the flow was read"))
     with pytest.raises(CheckpointError, match="truncated"):
         load(tmp_path)
+
+
+def test_the_forecast_counts_all_parts(folder, pipeline):
+    parts, kind = find_parts(*files(folder)), torch.bfloat16
+    job = default_job(parts.config, height=96, width=128)
+    flow, whole, tiled = forecast(parts.config, job, kind), parts.forecast(job, kind), parts.forecast(job, kind, tile=4)
+    weights = 2 * sum(p.numel() for p in pipeline.vae.module.parameters())
+    assert whole.vae - weights == pipeline.vae.step_bytes(6, 8) // 2  # the pipeline's is in float32
+    assert tiled.vae == whole.vae  # a clip of so few cells isn't helped by tiles
+    encoder = parts.text.load()
+    assert whole.text == 2 * sum(p.numel() for p in encoder.model.parameters())
+    assert whole.total == whole.vae + max(flow.total, flow.weights + whole.text)
+    assert parts.forecast(replace(job, batch=3), kind).vae - weights == 3 * (whole.vae - weights)
+    assert parts.forecast(job, kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
+    assert parts.forecast_encode(job, kind).vae == whole.vae
 
 
 def test_a_vae_of_another_compression_in_time_is_refused(pipeline):

@@ -12,7 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from starflow_core.config import WAN22_VAE
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
-from starflow_core.vae import METADATA_KEY, VAE, _kl_config, _Tiled, _wan_config, load_vae
+from starflow_core.vae import (
+    METADATA_KEY,
+    VAE,
+    ChannelNorm,
+    _kl_config,
+    _Tiled,
+    _wan_config,
+    find_vae,
+    load_vae,
+    with_fast_norms,
+)
 
 from . import golden
 
@@ -430,6 +440,46 @@ def test_overflow_in_the_decoder_is_named(latents):
     vae.module.decoder.conv_out.weight.fill_(3e38)
     with pytest.raises(NonFiniteError, match="latent frame 0 decodes to NaN"):
         vae.decode(latents)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("axes", [2, 3])
+def test_fast_norms_are_the_librarys(dtype, axes):
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanRMS_norm
+
+    draw = torch.Generator().manual_seed(axes)
+    norm = WanRMS_norm(8, images=axes == 2).to(dtype)
+    torch.nn.init.normal_(norm.gamma, generator=draw)
+    x = torch.randn(2, 8, *range(3, 3 + axes), generator=draw).to(dtype)
+    x[:, :, 0] = 0
+    expected = norm(x)
+    fast = with_fast_norms(torch.nn.Sequential(norm))[0]
+    assert isinstance(fast, ChannelNorm)
+    assert fast(x).dtype == dtype
+    torch.testing.assert_close(fast(x), expected)
+
+
+def test_a_file_is_looked_at_without_reading_weights(video):
+    found = find_vae(GOLDEN_FILE)
+    assert all(parameter.is_meta for parameter in found.outline.module.parameters())
+    for name in ("kind", "channels", "spatial", "temporal"):
+        assert getattr(found.outline, name) == getattr(video, name)
+    parameters = sum(p.numel() for p in video.module.parameters())
+    assert found.weight_bytes(torch.bfloat16) == 2 * parameters
+    assert found.step_bytes(4, 6, 3, torch.float32) == video.step_bytes(4, 6, 3) == 3 * video.step_bytes(4, 6)
+    for tile in (6, 32):  # what causal layers remember is kept for every tile
+        assert found.step_bytes(4, 60, 1, torch.float32, tile) == video.step_bytes(4, 32)
+    assert found.step_bytes(4, 60, 1, torch.float32, tile=40) == video.step_bytes(4, 40)
+
+
+def test_pictures_of_a_batch_take_the_memory_of_one(image_folder, image_module):
+    found, vae = find_vae(image_folder), VAE(image_module)
+    assert found.step_bytes(8, 8, 32, torch.float32) == vae.step_bytes(8, 8)
+    assert found.step_bytes(8, 8, 1, torch.float32, tile=4) == vae.step_bytes(4, 4)
+    pixels = torch.rand(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    latents = vae.encode(pixels)
+    assert torch.equal(latents[1:2], vae.encode(pixels[1:2]))
+    assert torch.equal(vae.decode(latents)[2:], vae.decode(latents[2:]))
 
 
 def test_missing_file(tmp_path):

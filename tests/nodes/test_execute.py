@@ -146,6 +146,28 @@ def test_tiles_give_nearly_the_same(model, vae, sample):
     assert (whole - tiled).abs().mean() < 0.02
 
 
+@pytest.mark.parametrize("error", ["forecast", "allocation"])
+def test_short_memory_decodes_in_tiles(monkeypatch, vae, sample, latent, clip, error):
+    memory = sys.modules[f"{pack.NAME}.starflow_core.memory"]
+    host = sys.modules[f"{pack.NAME}.nodes.host"]
+    samples, load, most = sample(latent)[0], host.load, vae.core.step_bytes(5, 5)
+
+    def allocate(handle, work, *rest, **options):
+        if work > most:
+            raise host.OUT_OF_MEMORY("no memory left")
+        load(handle, work, *rest, **options)
+
+    if error == "forecast":
+        monkeypatch.setattr(memory, "free", lambda device: most)
+    else:
+        monkeypatch.setattr(host, "load", allocate)
+    assert (decode(vae, samples) - clip).abs().mean() < 0.05
+    monkeypatch.setattr(memory, "free", lambda device: 10)
+    monkeypatch.setattr(host, "load", load)
+    with pytest.raises(Exception, match="decoding this needs about"):
+        decode(vae, samples)
+
+
 def test_first_frame_comes_back(model, vae, sample, latent, clip):
     (context,) = run("STARFlowFirstFrame", image=clip[-1:], vae=vae, latent=latent)
     made = decode(vae, sample(latent, context)[0])
@@ -176,10 +198,17 @@ def test_last_frame_is_no_part_of_the_result(vae, sample, latent, clip):
     assert sample(latent, context)[0]["samples"].shape[2] == 3
 
 
-def test_score_denoising_works_under_inference_mode(model, sample, latent):
-    """A gradient step needs weights that aren't inference tensors."""
+def test_score_denoising_works_under_inference_mode(monkeypatch, model, sample, latent):
+    """A gradient step needs weights that aren't inference tensors, also where the host moves them to a card."""
     from dataclasses import replace
 
+    import comfy.model_management as management
+
+    def move(models, **_):
+        for weight in models[0].model.parameters():
+            weight.data = weight.data.clone()
+
+    monkeypatch.setattr(management, "load_models_gpu", move)
     flow = model.model
     config, flow.config = flow.config, replace(flow.config, denoiser=None)
     try:
