@@ -105,7 +105,7 @@ def test_a_batch_element_is_the_element_alone(flow, task):
     together = Generation(flow, work, text, uncond).run()
     for i in range(3):
         alone = Generation(flow, replace(work, batch=1, seed=40 + i), text[i : i + 1], uncond).run()
-        torch.testing.assert_close(together[i : i + 1], alone, atol=1e-5, rtol=1e-5)
+        assert (together[i : i + 1] - alone).norm() < 1e-5 * alone.norm()
 
 
 def test_a_batch_of_contexts(flow):
