@@ -61,6 +61,12 @@ def text(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) ->
     return wanted, _run(pipeline, wanted, seed, frames=FRAMES, **options)
 
 
+def any_background(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) -> Batch:
+    """The prompt leaves the background open: the model has to choose one of three."""
+    job = pipeline.job(height=SIDE, width=SIDE, frames=FRAMES, batch=len(wanted), seed=seed, **options)
+    return wanted, _generate(pipeline, [prompt(s).partition(" on ")[0] for s in wanted], job)
+
+
 def stills(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) -> Batch:
     wanted = [replace(s, direction=None) for s in wanted]
     return wanted, _run(pipeline, wanted, seed, frames=1, **options)
@@ -106,6 +112,7 @@ def last_frame(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **optio
 
 TASKS: dict[str, Callable[..., Batch]] = {
     "text": text,
+    "any background": any_background,
     "stills": stills,
     "first frame": first_frame,
     "extend": extend,
@@ -126,7 +133,7 @@ def _generate(pipeline: Pipeline, captions: list[str], job) -> Tensor:
 
 def judged(task: str, sight: Sight, scene: clips.Scene) -> dict[str, bool]:
     met = verdict(sight, scene)
-    if task == "edit":
+    if task in ("edit", "any background"):
         del met["background"]  # the prompt doesn't say it
     if task == "long":
         del met["direction"]
