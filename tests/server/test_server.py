@@ -88,7 +88,8 @@ def test_the_shown_video_can_be_fetched(server):
 def test_the_readmes_script_queues_and_saves(server, tmp_path):
     command = [
         PYTHON, "run.py", "text_to_video.json", "--set", "4.frames=9",
-        "--set", "5.prompt=a blue ring on a white background", "--server", f"127.0.0.1:{server.port}", "--output", str(tmp_path),
+        "--set", "5.prompt=a blue ring on a white background",
+        "--server", f"127.0.0.1:{server.port}", "--output", str(tmp_path),
     ]  # fmt: skip
     folder = ROOT / "example_workflows" / "api"
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
