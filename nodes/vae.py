@@ -79,14 +79,16 @@ class HostVAE:
         done = False
         while True:
             try:
-                self._load(len(samples), min(height, tile or height), min(width, tile or width), "decoding this")
+                self._load(len(samples), height, width, tile, "decoding this")
                 for frames in self.core.decode_frames(samples, tile=tile):
                     host.check_interrupted()
                     done = True
                     yield _to_images(frames)
                 return
-            except (host.OUT_OF_MEMORY, OutOfMemoryForecast):
-                if done or (tile or max(height, width)) <= LEAST_TILE:
+            except (host.OUT_OF_MEMORY, OutOfMemoryForecast) as error:
+                # A clip that was forecast not to fit wouldn't fit in tiles.
+                refused = self.core.kind == "video" and isinstance(error, OutOfMemoryForecast)
+                if done or refused or (tile or max(height, width)) <= LEAST_TILE:
                     raise
             tile = max(LEAST_TILE, (tile or max(height, width)) // 2)
             host.log.warning("VAE: out of memory, decoding in tiles of %d latent cells", tile)
@@ -95,7 +97,7 @@ class HostVAE:
     def _encode(self, pixels: Tensor, tile: int | None) -> Tensor:
         clip = self._clip(pixels[..., :3])
         cells = [side // self.core.spatial for side in clip.shape[-2:]]
-        self._load(len(clip), *(min(side, tile or side) for side in cells), "encoding this")
+        self._load(len(clip), *cells, tile, "encoding this")
         control = Control(lambda _: host.check_interrupted())
         return self.core.encode(clip * 2 - 1, tile, control).to(host.result_device())
 
@@ -114,8 +116,8 @@ class HostVAE:
         clip = (pixels if pixels.ndim == 5 else pixels.unsqueeze(0)).movedim(-1, 1)
         return clip[:, :, : (clip.shape[2] - 1) // t * t + 1]
 
-    def _load(self, batch: int, height: int, width: int, what: str) -> None:
-        host.load(self.patcher, self.core.step_bytes(height, width, batch), what, whole=True)
+    def _load(self, batch: int, height: int, width: int, tile: int | None, what: str) -> None:
+        host.load(self.patcher, self.core.step_bytes(height, width, batch, tile), what, whole=True)
 
     def _joined(self, stream: Iterator[Tensor]) -> Tensor:
         frames = torch.cat(list(stream), 1)

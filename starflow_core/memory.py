@@ -117,7 +117,7 @@ def require(need: int, device: torch.device, what: str) -> None:
     if available is not None and need > available * (1 - RESERVE):
         raise OutOfMemoryForecast(
             f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
-            "Use fewer frames, a smaller size or batch, guidance 0, a 16-bit type, or decode in tiles."
+            "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
         )
 
 

@@ -27,7 +27,6 @@ METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safe
 EXPECTED = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
 STEP_COPIES = {"video": 28, "image": 16}  # measured: activations of the widest layer that are held at once
 LEAST_TILE = 4  # in latent cells, half of it shared with the next one
-CLIP_TILE = 32  # below, tiles of a clip save little
 
 Stream = Callable[[Tensor], Tensor]  # takes the chunks (B, C, t, h, w) of one clip in order
 
@@ -113,12 +112,13 @@ class VAE:
                 yield pixels.clamp(-1, 1) if clamp else pixels
                 index += 1
 
-    def step_bytes(self, height: int, width: int, batch: int = 1) -> int:
-        """About what encoding or decoding one latent frame (or tile) of height x width latent cells takes
-        beside the weights, the memory of the causal layers included, for a batch of clips or pictures."""
-        return self.step_values(height, width, batch) * next(self.module.parameters()).element_size()
+    def step_bytes(self, height: int, width: int, batch: int = 1, tile: int | None = None) -> int:
+        """About what encoding or decoding one latent frame of height x width latent cells takes beside the
+        weights, for a batch of clips or pictures. `tile` counts for pictures alone: tiles of a clip keep
+        what their causal layers remember, which is most of it."""
+        return self.step_values(height, width, batch, tile) * next(self.module.parameters()).element_size()
 
-    def step_values(self, height: int, width: int, batch: int = 1) -> int:
+    def step_values(self, height: int, width: int, batch: int = 1, tile: int | None = None) -> int:
         """As `step_bytes`, in numbers of the module's type."""
         config = self.module.config
         if self.kind == "video":
@@ -126,6 +126,7 @@ class VAE:
             width_inside = max(config.base_dim, config.decoder_base_dim or config.base_dim)
         else:
             patch, width_inside, batch = 1, config.block_out_channels[0], 1  # one picture after the other
+            height, width = (min(side, tile or side) for side in (height, width))
         values = batch * height * width * (self.spatial // patch) ** 2 * self.temporal * width_inside
         return STEP_COPIES[self.kind] * values
 
@@ -299,12 +300,8 @@ class VAEFile:
         return dtype.itemsize * sum(parameter.numel() for parameter in self.outline.module.parameters())
 
     def step_bytes(self, height: int, width: int, batch: int, dtype: torch.dtype, tile: int | None = None) -> int:
-        """As `VAE.step_bytes`, by tiles if they are given."""
-        if tile:
-            # What causal layers remember is kept for every tile, so that small ones save little more.
-            tile = max(tile, CLIP_TILE) if self.outline.kind == "video" else tile
-            height, width = min(height, tile), min(width, tile)
-        return dtype.itemsize * self.outline.step_values(height, width, batch)
+        """As `VAE.step_bytes`."""
+        return dtype.itemsize * self.outline.step_values(height, width, batch, tile)
 
 
 def find_vae(path: str | Path) -> VAEFile:

@@ -146,24 +146,35 @@ def test_tiles_give_nearly_the_same(model, vae, sample):
     assert (whole - tiled).abs().mean() < 0.02
 
 
-@pytest.mark.parametrize("error", ["forecast", "allocation"])
-def test_short_memory_decodes_in_tiles(monkeypatch, vae, sample, latent, clip, error):
-    memory = sys.modules[f"{pack.NAME}.starflow_core.memory"]
+def test_short_memory_decodes_in_tiles(monkeypatch, vae, sample, latent, clip):
     host = sys.modules[f"{pack.NAME}.nodes.host"]
-    samples, load, most = sample(latent)[0], host.load, vae.core.step_bytes(5, 5)
+    samples, decode_frames, tried = sample(latent)[0], vae.core.decode_frames, []
 
-    def allocate(handle, work, *rest, **options):
-        if work > most:
+    def allocate(latents, tile=None):
+        tried.append(tile)
+        if tile != 4:
             raise host.OUT_OF_MEMORY("no memory left")
-        load(handle, work, *rest, **options)
+        return decode_frames(latents, tile)
 
-    if error == "forecast":
-        monkeypatch.setattr(memory, "free", lambda device: most)
-    else:
-        monkeypatch.setattr(host, "load", allocate)
+    monkeypatch.setattr(vae.core, "decode_frames", allocate)
     assert (decode(vae, samples) - clip).abs().mean() < 0.05
-    monkeypatch.setattr(memory, "free", lambda device: 10)
-    monkeypatch.setattr(host, "load", load)
+    assert tried == [None, 4]
+
+
+def test_a_clip_that_cannot_fit_is_refused_and_a_picture_tiled(monkeypatch, vae, sample, latent):
+    """What a clip's tiles remember is as much as the whole needs; a picture's tiles are all there is."""
+    from diffusers import AutoencoderKL
+
+    samples = sample(latent)[0]
+    modules = [
+        sys.modules[f"{pack.NAME}.{name}"] for name in ("starflow_core.memory", "starflow_core.vae", "nodes.vae")
+    ]
+    memory, core, nodes = modules
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
+    module = AutoencoderKL(**blocks, block_out_channels=[8, 16], norm_num_groups=4).requires_grad_(False).eval()
+    picture = nodes.HostVAE(core.VAE(module))
+    monkeypatch.setattr(memory, "free", lambda device: picture.core.step_bytes(9, 9))
+    assert picture.decode(torch.zeros(2, 4, 16, 16)).shape == (2, 32, 32, 3)
     with pytest.raises(Exception, match="decoding this needs about"):
         decode(vae, samples)
 
