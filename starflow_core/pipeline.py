@@ -273,7 +273,7 @@ class Parts:
         self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
     ) -> memory.Forecast:
         """What a job will take with all parts on one device; `tile` is that of decoding."""
-        need = self._with_others(memory.forecast(self.config, job, dtype), job, dtype, None if job.context else tile)
+        need = self._with_others(memory.forecast(self.config, job, dtype), job, dtype, tile)
         return replace(need, weights=need.weights + need.text, text=0) if keep_text_encoder else need
 
     def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
