@@ -7,7 +7,6 @@ other clips: what a model that ignored its prompts would reach.
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judge import Sight, look, verdict
+from benchmarks.solver import write_json
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training import clips
 
@@ -48,10 +48,11 @@ def scenes(count: int, seed: int, moving: bool = True) -> list[clips.Scene]:
 
 
 def prompt(scene: clips.Scene) -> str:
-    """One fixed wording, always with the background."""
+    """One fixed wording, with the background if there is one."""
     motion = f" moving {scene.direction}" if scene.direction else ""
     article = "an" if scene.colour == "orange" else "a"
-    return f"{article} {scene.colour} {scene.kind}{motion} on a {scene.background} background"
+    place = f" on a {scene.background} background" if scene.background else ""
+    return f"{article} {scene.colour} {scene.kind}{motion}{place}"
 
 
 Batch = tuple[list[clips.Scene], Tensor]  # what is expected of each clip, and the clips (B, F, 3, H, W)
@@ -63,8 +64,7 @@ def text(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) ->
 
 def any_background(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) -> Batch:
     """The prompt leaves the background open: the model has to choose one of three."""
-    job = pipeline.job(height=SIDE, width=SIDE, frames=FRAMES, batch=len(wanted), seed=seed, **options)
-    return wanted, _generate(pipeline, [prompt(s).partition(" on ")[0] for s in wanted], job)
+    return wanted, _run(pipeline, [replace(s, background=None) for s in wanted], seed, frames=FRAMES, **options)
 
 
 def stills(pipeline: Pipeline, wanted: list[clips.Scene], seed: int, **options) -> Batch:
@@ -186,7 +186,7 @@ def main() -> None:
             print(f"  {name:12} {share:6.1%}   shuffled {results[task]['shuffled'][name]:6.1%}{target}", flush=True)
     if options.json:
         report = {"torch": torch.__version__, "settings": settings, "results": results}
-        options.json.write_text(json.dumps(report, indent=1) + "\n")
+        write_json(options.json, report)
 
 
 if __name__ == "__main__":

@@ -191,14 +191,7 @@ class Bench:
 
 
 def random_flow(config: FlowConfig, device: torch.device, dtype: torch.dtype) -> Flow:
-    """Made on the device: matrices of unit gain, small output layers, so that Jacobi contracts."""
-    flow = Flow(config, dtype=dtype, device="meta").to_empty(device=device).requires_grad_(False)
-    for name, weight in flow.named_parameters():
-        if weight.ndim == 2:
-            weight.normal_(std=(GAIN if "proj_out" in name else 1.0) * weight.shape[1] ** -0.5)
-        else:
-            weight.fill_(1.0 if name.endswith("norm.weight") and "final" not in name else 0.0)
-    return flow.eval()
+    return fill(Flow(config, dtype=dtype, device="meta"), device)
 
 
 def random_text_encoder(config: FlowConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
@@ -217,15 +210,21 @@ def random_vae(small: bool, device: torch.device, dtype: torch.dtype) -> VAE:
 
 
 def filled(kind: type[nn.Module], device: torch.device, dtype: torch.dtype, *settings, **named) -> nn.Module:
-    """A library's model, made on the device with random matrices and kernels of unit gain."""
+    """A library's model, made on the device."""
     with torch.device("meta"):
         module = kind(*settings, **named)
-    module = module.to(dtype).to_empty(device=device).requires_grad_(False)
+    return fill(module.to(dtype), device)
+
+
+def fill(module: nn.Module, device: torch.device) -> nn.Module:
+    """Memory on the device, random matrices and kernels of unit gain; a flow's output layers have less, so that
+    Jacobi contracts."""
+    module = module.to_empty(device=device).requires_grad_(False)
     for name, weight in module.named_parameters():
         if weight.ndim > 1 and weight[0].numel() > 1:
-            weight.normal_(std=weight[0].numel() ** -0.5)
+            weight.normal_(std=(GAIN if "proj_out" in name else 1.0) * weight[0].numel() ** -0.5)
         else:
-            weight.fill_(0.0 if name.endswith("bias") else 1.0)
+            weight.fill_(0.0 if name.endswith(("bias", "final_norm.weight")) else 1.0)
     return module.eval()
 
 

@@ -9,12 +9,12 @@ clean ones, relative to the noise that was added, over the frames of later chunk
 from __future__ import annotations
 
 import argparse
-import json
 import random
 from pathlib import Path
 
 import torch
 
+from benchmarks.solver import write_json
 from starflow_core.context import later_factors, to_flow_space
 from starflow_core.denoising import denoise
 from starflow_core.pipeline import load_pipeline
@@ -53,7 +53,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:12} {value:.4f} of the noise is left")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ The bundled VAE as diffusers builds it, and as `load_vae` does, take turns at en
 from __future__ import annotations
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +14,7 @@ from statistics import median
 import torch
 from diffusers import AutoencoderKLWan
 
+from benchmarks.solver import write_json
 from starflow_core.pipeline import BUNDLED, VAE_FILE
 from starflow_core.vae import VAE, load_vae
 
@@ -57,7 +57,7 @@ def main() -> None:
     for name, value in results.items():
         print(f"{name:18} {value:.3g}")
     if options.json:
-        options.json.write_text(json.dumps(results, indent=1) + "\n")
+        write_json(options.json, results)
 
 
 if __name__ == "__main__":
