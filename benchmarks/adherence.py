@@ -20,7 +20,7 @@ from torch import Tensor
 from benchmarks.judge import Sight, look, verdict
 from benchmarks.solver import write_json
 from starflow_core.pipeline import Pipeline, load_pipeline
-from starflow_core.training import clips
+from starflow_core.training.demo import clips
 
 SIDE, FRAMES, EDIT_FRAMES = 96, 33, 17
 NEAR = 8.0  # pixels between where the last frame was given and where the clip ends

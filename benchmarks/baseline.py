@@ -11,8 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow_core.flow import BlockRun, DeepRun, Flow
-from starflow_core.solvers import Evaluate, Statistics
+from starflow_core.model.flow import Flow
+from starflow_core.solve.runs import BlockRun, DeepRun
+from starflow_core.solve.solvers import Evaluate, Statistics
 
 GROWTH = 4  # of the deep block's chunks after a video's first frame
 

@@ -22,8 +22,9 @@ from pathlib import Path
 
 import torch
 
-from starflow_core.checkpoint import convert, expected_shapes, load_flow
-from starflow_core.config import Defaults, FlowConfig, LatentFormat, PromptFormat
+from starflow_core.model.config import Defaults, FlowConfig, PromptFormat
+from starflow_core.model.latent import LatentFormat
+from starflow_core.weights.flow import convert, expected_shapes, load_flow
 
 CONFIG = FlowConfig(
     name="memory benchmark",

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from benchmarks.baseline import Baseline, iterate_chunks
 from benchmarks.solver import GAIN, machine, write_json
-from starflow_core.config import PRESETS as MODELS
-from starflow_core.config import Denoiser, FlowConfig, PromptFormat
-from starflow_core.flow import DeepRun, Flow
-from starflow_core.memory import parameters
-from starflow_core.pipeline import default_job, pick_device
-from starflow_core.solvers import Sequence, SolverSettings, Statistics, solve_span
-from starflow_core.tasks import Generation, Job
-from starflow_core.vae import VAE, with_fast_norms
+from starflow_core.jobs.build import default_job
+from starflow_core.jobs.memory import parameters
+from starflow_core.jobs.tasks import Generation, Job
+from starflow_core.model.config import PRESETS as MODELS
+from starflow_core.model.config import Denoiser, FlowConfig, PromptFormat
+from starflow_core.model.flow import Flow
+from starflow_core.model.placement import pick_device
+from starflow_core.model.vae.codec import VAE
+from starflow_core.model.vae.norms import with_fast_norms
+from starflow_core.solve.runs import DeepRun
+from starflow_core.solve.solvers import Sequence, SolverSettings, Statistics, solve_span
 
 LONG = 30.0  # seconds after which a first run counts
 WAN22 = {

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from starflow_core.errors import InputError
-from starflow_core.training import clips
+from starflow_core.training.demo import clips
 
 # Colours are RGB in [0, 1] and their distances Euclidean.
 MIN_CONTRAST = 0.2  # a frame whose brightest difference from the background is less shows nothing

@@ -15,10 +15,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.solver import write_json
-from starflow_core.context import later_factors, to_flow_space
-from starflow_core.denoising import denoise
+from starflow_core.jobs.context import later_factors
+from starflow_core.model.latent import to_flow_space
 from starflow_core.pipeline import load_pipeline
-from starflow_core.training import clips
+from starflow_core.solve.denoising import denoise
+from starflow_core.training.demo import clips
 
 
 @torch.no_grad()

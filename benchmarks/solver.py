@@ -33,13 +33,14 @@ from torch import Tensor
 
 from benchmarks.baseline import Baseline, sample_baseline
 from benchmarks.convert_memory import MB, AnonymousPeak
-from starflow_core import noise as noises
-from starflow_core.config import FlowConfig, LatentFormat, PromptFormat
-from starflow_core.flow import Flow
+from starflow_core.model.config import FlowConfig, PromptFormat
+from starflow_core.model.flow import Flow
+from starflow_core.model.latent import LatentFormat
 from starflow_core.pipeline import load_pipeline
-from starflow_core.sampling import sample
-from starflow_core.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
-from starflow_core.training import clips
+from starflow_core.solve import noise as noises
+from starflow_core.solve.sampling import sample
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from starflow_core.training.demo import clips
 
 THRESHOLDS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
 QUICK_THRESHOLDS = (3e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)

@@ -15,8 +15,9 @@ import torch
 from diffusers import AutoencoderKLWan
 
 from benchmarks.solver import write_json
-from starflow_core.pipeline import BUNDLED, VAE_FILE
-from starflow_core.vae import VAE, load_vae
+from starflow_core.bundled import BUNDLED, VAE_FILE
+from starflow_core.model.vae.codec import VAE
+from starflow_core.weights.vae import load_vae
 
 
 @torch.no_grad()

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..starflow_core.config import FlowConfig
 from ..starflow_core.errors import InputError
-from ..starflow_core.pipeline import default_job, wrapped
-from ..starflow_core.tasks import Job
-from ..starflow_core.text import check_fits
+from ..starflow_core.jobs.build import check_fits, default_job
+from ..starflow_core.jobs.prompts import wrapped
+from ..starflow_core.jobs.tasks import Job
+from ..starflow_core.model.config import FlowConfig
 from . import host
 from .types import CATEGORY, Context, Model, TextEncoder
 

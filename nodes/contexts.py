@@ -6,10 +6,10 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..starflow_core import context as contexts
-from ..starflow_core.config import LatentFormat
 from ..starflow_core.errors import InputError
+from ..starflow_core.jobs import context as contexts
 from ..starflow_core.media import fit
+from ..starflow_core.model.latent import LatentFormat
 from .types import CATEGORY, Context, Model
 
 LATENT_TIP = "Says the size: pictures are scaled to cover it, and their edges cut off."

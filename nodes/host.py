@@ -23,8 +23,8 @@ import folder_paths
 import torch
 from torch import Tensor, nn
 
-from ..starflow_core import memory
-from ..starflow_core.pipeline import DEMO
+from ..starflow_core.bundled import DEMO
+from ..starflow_core.jobs import memory
 
 log = logging.getLogger("starflow")
 
@@ -189,7 +189,7 @@ def find(folder: str, name: str) -> Path | None:
 
 def tokenizer_for(encoder: Path) -> Path | None:
     """The T5 tokenizer that every host has on disk, where an encoder has none of its own beside it."""
-    from ..starflow_core.text import TOKENIZER_FILES
+    from ..starflow_core.weights.text import TOKENIZER_FILES
 
     folder = encoder if encoder.is_dir() else encoder.parent
     places = (folder, folder / "tokenizer", folder.parent / "tokenizer")

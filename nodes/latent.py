@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from comfy_api.latest import io
 
-from ..starflow_core.config import ASPECTS
 from ..starflow_core.errors import InputError
-from ..starflow_core.pipeline import default_job
-from ..starflow_core.tasks import layout
+from ..starflow_core.jobs.build import default_job
+from ..starflow_core.jobs.tasks import layout
+from ..starflow_core.model.config import ASPECTS
 from . import host
 from .types import CATEGORY, Model
 

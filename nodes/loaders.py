@@ -9,8 +9,8 @@ from pathlib import Path
 
 from comfy_api.latest import io
 
-from ..starflow_core.pipeline import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
-from ..starflow_core.tensorfiles import DTYPES, PICKLES
+from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
+from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
 from . import host
 from .types import CATEGORY, Model, TextEncoder
 
@@ -58,7 +58,7 @@ class STARFlowLoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
-        from ..starflow_core.checkpoint import load_flow
+        from ..starflow_core.weights.flow import load_flow
 
         device = host.flow_device()
         flow = load_flow(
@@ -102,7 +102,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
 
     @classmethod
     def execute(cls, encoder_name: str, weight_type: str) -> io.NodeOutput:
-        from ..starflow_core.text import load_text_encoder
+        from ..starflow_core.weights.text import load_text_encoder
 
         path = _path("text_encoders", encoder_name, TEXT_FILE)
         encoder = load_text_encoder(path, host.tokenizer_for(path), dtype=_dtype(weight_type, host.text_device()))
@@ -136,7 +136,7 @@ class STARFlowLoadVAE(io.ComfyNode):
 
     @classmethod
     def execute(cls, vae_name: str, weight_type: str) -> io.NodeOutput:
-        from ..starflow_core.vae import load_vae
+        from ..starflow_core.weights.vae import load_vae
         from .vae import HostVAE
 
         dtype = _dtype(weight_type, host.vae_device())
@@ -161,7 +161,7 @@ def _is_flow(path: Path) -> bool:
 @lru_cache(maxsize=4096)
 def _looks_like_flow(path: str, modified: int, size: int) -> bool:
     """Whether this version of a file is a STARFlow; lists are made often, headers change seldom."""
-    from ..starflow_core.checkpoint import quick_look
+    from ..starflow_core.weights.flow import quick_look
 
     return quick_look(path) is not None
 

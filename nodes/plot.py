@@ -6,9 +6,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..starflow_core.config import FlowConfig
-from ..starflow_core.solvers import Statistics
-from ..starflow_core.tasks import Job
+from ..starflow_core.jobs.tasks import Job
+from ..starflow_core.model.config import FlowConfig
+from ..starflow_core.solve.solvers import Statistics
 
 WIDTH, HEIGHT = 768, 432
 LEFT, TOP, RIGHT, BOTTOM = 64, 44, 24, 48

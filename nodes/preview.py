@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..starflow_core.config import FlowConfig
-from ..starflow_core.context import to_flow_space
+from ..starflow_core.model.config import FlowConfig
+from ..starflow_core.model.latent import to_flow_space
 from . import host
 
 

@@ -7,11 +7,11 @@ import time
 import torch
 from comfy_api.latest import io
 
-from ..starflow_core import memory
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
-from ..starflow_core.solvers import AUTOREGRESSIVE, PRESETS, Statistics
-from ..starflow_core.tasks import Generation, Job
+from ..starflow_core.jobs import memory
+from ..starflow_core.jobs.tasks import Generation, Job
+from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import embeddings_for, job_of
 from .latent import KEY

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..starflow_core.control import Control
 from ..starflow_core.errors import InputError, OutOfMemoryForecast
-from ..starflow_core.vae import LEAST_TILE, VAE
+from ..starflow_core.model.vae.codec import VAE
+from ..starflow_core.model.vae.tiles import LEAST_TILE
 from . import host
 
 

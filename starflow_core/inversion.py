@@ -9,15 +9,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from . import memory
-from .config import FlowConfig
-from .context import to_flow_space
 from .control import Control
 from .errors import CheckpointError, InputError
-from .pipeline import Pipeline, default_job
-from .solvers import PRESETS, SolverSettings
-from .tasks import Generation, Job, layout
-from .tensorfiles import TensorFile, save_tensors
+from .jobs import memory
+from .jobs.build import default_job
+from .jobs.tasks import Generation, Job, layout
+from .model.config import FlowConfig
+from .model.latent import to_flow_space
+from .pipeline import Pipeline
+from .solve.solvers import PRESETS, SolverSettings
+from .weights.tensorfiles import TensorFile, save_tensors
 
 SCHEMA = 1  # version of the noise file
 KEY = "starflow_noise"

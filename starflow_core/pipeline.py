@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from . import context as contexts
-from . import memory
-from .checkpoint import find_config, load_flow
-from .config import FlowConfig, LatentFormat
+from .bundled import BUNDLED, FLOW_FILE, TEXT_FILE, VAE_FILE
 from .control import Control, Progress
 from .errors import InputError
-from .flow import Flow
-from .media import fit
-from .solvers import Statistics
-from .tasks import Generation, Job
-from .tensorfiles import TensorFile
-from .text import TextEncoder, TextEncoderFiles, check_fits, find_text_encoder, wrap
-from .vae import VAE, VAEFile, find_vae
-
-BUNDLED = Path(__file__).parent / "bundled"
-DEMO = "bundled demo"  # the demo's name in every list
-FLOW_FILE, TEXT_FILE, VAE_FILE = "flow.safetensors", "text.safetensors", "vae.safetensors"
+from .jobs import memory
+from .jobs.build import check_fits, check_vae, default_job, job_with_context
+from .jobs.prompts import wrapped
+from .jobs.tasks import Generation, Job
+from .model.config import FlowConfig
+from .model.flow import Flow
+from .model.placement import default_dtype, pick_device
+from .model.text import TextEncoder
+from .model.vae.codec import VAE
+from .solve.solvers import Statistics
+from .weights.flow import find_config, load_flow
+from .weights.tensorfiles import TensorFile
+from .weights.text import TextEncoderFiles, find_text_encoder
+from .weights.vae import VAEFile, find_vae
 
 
 @dataclass(frozen=True)
@@ -146,102 +146,6 @@ class Pipeline:
             yield frames.transpose(1, 2).float().cpu()
 
 
-def check_vae(vae: VAE, config: FlowConfig) -> None:
-    """Raise InputError unless the model samples this VAE's latents."""
-    found = (vae.channels, vae.spatial, vae.temporal)
-    wanted = (config.latent.channels, config.latent.spatial, config.latent.temporal)
-    if found != wanted:
-        channels, spatial, temporal = found
-        raise InputError(
-            f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; {config.name} "
-            f"needs {wanted[0]}, 1/{wanted[1]} and 1/{wanted[2]}"
-        )
-
-
-def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
-    """Captions in the wrapping the model was trained with, for the job's task or another."""
-    fps = job.fps if job.frames > 1 else 0
-    aspect = config.nearest_aspect(job.height, job.width)
-    return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
-
-
-def default_job(config: FlowConfig, **settings) -> Job:
-    """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
-    defaults = config.defaults
-    size = _taken(settings, "height", "width", "aspect", "size")
-    unknown = settings.keys() - {field.name for field in fields(Job)}
-    if unknown:
-        raise InputError(f"unknown setting {', '.join(sorted(unknown))} of a job")
-    context = settings.get("context")
-    if context is not None and not any(size.values()):
-        size |= {name: n * config.latent.spatial for name, n in zip(size, context.latents.shape[-2:], strict=False)}
-    height, width = chosen_size(config, **size)
-    chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
-    return Job(height, width, **chosen)
-
-
-def chosen_size(
-    config: FlowConfig, given: Tensor | None = None, *, height: int | None = None, width: int | None = None,
-    aspect: str | None = None, size: int | None = None,
-) -> tuple[int, int]:  # fmt: skip
-    """Height and width as asked for; else in the trained ratio nearest to `given` pixels (.., H, W), or
-    the model's own. Raises InputError where sides and ratio are mixed, or don't fit the model."""
-    if (height is None) != (width is None):
-        raise InputError("height and width go together; give both, or aspect and size")
-    if height is not None and (aspect or size):
-        raise InputError("height and width leave nothing to aspect and size; give one pair")
-    if height is None:
-        if aspect is None and given is not None:
-            aspect = config.nearest_aspect(*given.shape[-2:])
-        height, width = config.size(aspect, size)
-    config.check_size(height, width)
-    return height, width
-
-
-def job_with_context(
-    config: FlowConfig, encode: contexts.Encode, task: str, *, image: Tensor | None = None, last: Tensor | None = None,
-    clip: Tensor | None = None, keep_latents: int | None = None, **settings,
-) -> Job:  # fmt: skip
-    """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
-
-    Without a size or ratio the trained ratio nearest to the given frames is taken. `keep_latents`
-    limits how many latent frames of an extended clip are given. With `shapes_only` for `encode` the
-    job can be checked and its memory forecast before anything is loaded.
-    """
-    given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
-    size = _taken(settings, "height", "width", "aspect", "size")
-    settings["height"], settings["width"] = place = chosen_size(config, given, **size)
-    job, latent = default_job(config, **settings), config.latent
-    if task == "text":
-        return job
-    if task == "first_frame":
-        context = contexts.first_frame(encode, _batched(fit(image, *place), 4))
-    elif task == "last_frame":
-        first = None if image is None else _batched(fit(image, *place), 4)
-        context = contexts.last_frame(encode, _batched(fit(last, *place), 4), first)
-    else:
-        pixels = _batched(fit(clip, *place), 5).transpose(1, 2)
-        if task == "edit":
-            context = contexts.edit(encode, pixels, latent)
-            settings.setdefault("frames", latent.frames(context.hidden))
-        else:
-            if keep_latents is None:
-                _, keep_latents = config.sliding_window(latent.latent_frames(job.frames), job.window, job.keep)
-            context = contexts.extend(encode, pixels, latent, keep_latents)
-    return default_job(config, **settings, context=context)
-
-
-def shapes_only(latent: LatentFormat) -> contexts.Encode:
-    """An encoder that gives latents of the right shape and no values."""
-
-    def encode(pixels: Tensor) -> Tensor:
-        batch, _, frames, height, width = pixels.shape
-        cells = (height // latent.spatial, width // latent.spatial)
-        return torch.empty(batch, latent.channels, latent.latent_frames(frames), *cells, device="meta")
-
-    return encode
-
-
 def load_pipeline(
     model: str | Path | None = None,
     text_encoder: str | Path | None = None,
@@ -327,31 +231,3 @@ def _find_paths(
         if not path.exists():
             raise InputError(f"no {name} at {path}; check the path")
     return found
-
-
-def default_dtype(device: torch.device) -> torch.dtype:
-    """The type that the network runs in where nobody says otherwise."""
-    return torch.float32 if device.type == "cpu" else torch.bfloat16
-
-
-def pick_device(name: str | None = None) -> torch.device:
-    """The named device, or the best there is. Raises InputError for one that isn't there."""
-    found = ["cpu"]
-    if torch.cuda.is_available():
-        found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] + found
-    if torch.backends.mps.is_available():
-        found = ["mps", *found]
-    if name is None:
-        return torch.device(found[0])
-    if name not in found and f"{name}:0" not in found:
-        raise InputError(f"device {name!r} isn't there; this machine has {', '.join(found)}")
-    return torch.device(name)
-
-
-def _taken(settings: dict, *names: str) -> dict:
-    """These settings, taken out of the others; None for those that aren't given."""
-    return {name: settings.pop(name, None) for name in names}
-
-
-def _batched(pixels: Tensor, dims: int) -> Tensor:
-    return pixels if pixels.ndim == dims else pixels.unsqueeze(0)

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return INTERRUPTED
     except (MemoryError, RuntimeError) as error:
-        from ..memory import ran_out
+        from ..jobs.memory import ran_out
 
         if not ran_out(error):
             raise

@@ -9,12 +9,14 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .. import checkpoint as checkpoints
-from .. import memory, pipeline
-from ..config import FlowConfig
+from .. import pipeline
+from ..jobs import memory
+from ..jobs.build import default_job
 from ..media import read_metadata
-from ..pipeline import default_job, pick_device
-from ..tensorfiles import DTYPES, PICKLES, TensorFile
+from ..model.config import FlowConfig
+from ..model.placement import pick_device
+from ..weights import flow as checkpoints
+from ..weights.tensorfiles import DTYPES, PICKLES, TensorFile
 from .progress import Meter
 from .settings import chosen, size
 

@@ -10,10 +10,10 @@ from dataclasses import replace
 from torch import Tensor
 
 from ..control import Control
+from ..jobs.tasks import Generation, Job
 from ..media import VideoWriter
 from ..pipeline import Pipeline
-from ..solvers import Statistics
-from ..tasks import Generation, Job
+from ..solve.solvers import Statistics
 from .plan import Plan
 from .progress import Meter, Sampling
 from .settings import warn_of_cut

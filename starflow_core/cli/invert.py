@@ -12,9 +12,9 @@ from .. import __version__
 from ..control import Control
 from ..errors import InputError
 from ..inversion import Inversion, decode_from_noise, encode_to_noise, inversion_job
+from ..jobs.build import chosen_size
 from ..media import VideoWriter, check_writable, fit, read_video
-from ..pipeline import chosen_size
-from ..tensorfiles import check_target
+from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
 from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, warn, warn_of_cut

@@ -9,12 +9,14 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import __version__, noise
-from ..config import TASK_PREFIX, FlowConfig
+from .. import __version__
 from ..errors import InputError
+from ..jobs.build import chosen_size, job_with_context, shapes_only
+from ..jobs.prompts import TASK_PREFIX
+from ..jobs.tasks import Job, layout
 from ..media import VideoWriter, check_writable, read_image, read_video
-from ..pipeline import chosen_size, job_with_context, shapes_only
-from ..tasks import Job, layout
+from ..model.config import FlowConfig
+from ..solve import noise
 from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
 
 

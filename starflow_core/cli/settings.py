@@ -12,14 +12,15 @@ from typing import Any
 
 import torch
 
-from .. import memory
-from ..config import FlowConfig
 from ..errors import InputError
+from ..jobs import memory
 from ..media import STILLS
-from ..pipeline import Parts, Pipeline, default_dtype, find_parts, pick_device
-from ..solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
-from ..tensorfiles import DTYPES
-from ..vae import LEAST_TILE
+from ..model.config import FlowConfig
+from ..model.placement import default_dtype, pick_device
+from ..model.vae.tiles import LEAST_TILE
+from ..pipeline import Parts, Pipeline, find_parts
+from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from ..weights.tensorfiles import DTYPES
 from .progress import Meter
 
 NUMBERS = tuple(f.name for f in fields(SolverSettings) if f.name != "method")

@@ -9,11 +9,12 @@ import argparse
 import time
 from pathlib import Path
 
-from ..pipeline import BUNDLED, pick_device
-from ..tensorfiles import DTYPES
-from . import bank, bundle, flow, vae
+from ..bundled import BUNDLED
+from ..model.placement import pick_device
+from ..weights.tensorfiles import DTYPES
+from .demo import bank, bundle, flow, vae
+from .demo.tokenizer import build_tokenizer
 from .loop import Loop
-from .tokenizer import build_tokenizer
 
 
 def main() -> None:

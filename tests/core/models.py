@@ -6,8 +6,9 @@ import random
 
 import torch
 
-from starflow_core.config import ROUNDINGS, Denoiser, FlowConfig, LatentFormat, PromptFormat
-from starflow_core.flow import Flow
+from starflow_core.model.config import ROUNDINGS, Denoiser, FlowConfig, PromptFormat
+from starflow_core.model.flow import Flow
+from starflow_core.model.latent import LatentFormat
 
 
 def config(kind="video", layers=(1, 1, 2), channels=4, patch_size=1, **overrides) -> FlowConfig:

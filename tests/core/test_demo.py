@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from benchmarks.adherence import measure, prompt, scenes
-from starflow_core.context import later_factors, to_flow_space
-from starflow_core.pipeline import BUNDLED, load_pipeline
-from starflow_core.solvers import AUTOREGRESSIVE, PRESETS
-from starflow_core.tasks import Generation
-from starflow_core.training import clips
+from starflow_core.bundled import BUNDLED
+from starflow_core.jobs.context import later_factors
+from starflow_core.jobs.tasks import Generation
+from starflow_core.model.latent import to_flow_space
+from starflow_core.pipeline import load_pipeline
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
+from starflow_core.training.demo import clips
 from tests.core.models import relative_error
 
 

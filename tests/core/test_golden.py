@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from starflow_core.config import FlowConfig
-from starflow_core.denoising import denoise, score_denoise
-from starflow_core.flow import Flow
-from starflow_core.sampling import sample
-from starflow_core.solvers import AUTOREGRESSIVE, PRESETS
+from starflow_core.model.config import FlowConfig
+from starflow_core.model.flow import Flow
+from starflow_core.solve.denoising import denoise, score_denoise
+from starflow_core.solve.sampling import sample
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
 from tests.core import golden
 
 TOLERANCE = 2e-4

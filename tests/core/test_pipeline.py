@@ -14,8 +14,9 @@ import starflow_core
 from starflow_core import pipeline as pipelines
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, CheckpointError, InputError
-from starflow_core.memory import forecast
-from starflow_core.pipeline import Pipeline, default_job, find_parts, load_pipeline
+from starflow_core.jobs.build import default_job
+from starflow_core.jobs.memory import forecast
+from starflow_core.pipeline import Pipeline, find_parts, load_pipeline
 from tests.core import models, tiny
 
 ROOT = Path(__file__).parents[2]

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from starflow_core.checkpoint import save_flow
-from starflow_core.config import Defaults, FlowConfig, PromptFormat
-from starflow_core.pipeline import FLOW_FILE, TEXT_FILE, VAE_FILE
-from starflow_core.text import EMBEDDING_ALIAS, T5_CONFIG_KEY
-from starflow_core.training.tokenizer import build_tokenizer
-from starflow_core.vae import METADATA_KEY
+from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
+from starflow_core.model.config import Defaults, FlowConfig, PromptFormat
+from starflow_core.training.demo.tokenizer import build_tokenizer
+from starflow_core.weights.flow import save_flow
+from starflow_core.weights.text import EMBEDDING_ALIAS, T5_CONFIG_KEY
+from starflow_core.weights.vae import METADATA_KEY
 from tests.core import models
 
 CHANNELS = 4

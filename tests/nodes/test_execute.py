@@ -167,7 +167,8 @@ def test_a_clip_that_cannot_fit_is_refused_and_a_picture_tiled(monkeypatch, vae,
 
     samples = sample(latent)[0]
     modules = [
-        sys.modules[f"{pack.NAME}.{name}"] for name in ("starflow_core.memory", "starflow_core.vae", "nodes.vae")
+        sys.modules[f"{pack.NAME}.{name}"]
+        for name in ("starflow_core.jobs.memory", "starflow_core.model.vae.codec", "nodes.vae")
     ]
     memory, core, nodes = modules
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2}
@@ -253,7 +254,7 @@ def test_cancel_gives_everything_back(monkeypatch, sample, latent):
     def held() -> tuple[int, int]:
         """Caches of keys and values, and models that the host has loaded."""
         gc.collect()
-        kind = sys.modules[f"{pack.NAME}.starflow_core.cache"].Cache
+        kind = sys.modules[f"{pack.NAME}.starflow_core.model.cache"].Cache
         return sum(isinstance(thing, kind) for thing in gc.get_objects()), len(management.current_loaded_models)
 
     def cancelled() -> bool:

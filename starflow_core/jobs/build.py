@@ -1,0 +1,126 @@
+"""Jobs from a model's defaults, a size and given frames."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import torch
+from torch import Tensor
+
+from ..errors import InputError
+from ..media import fit
+from ..model.config import FlowConfig
+from ..model.latent import LatentFormat
+from ..model.text import TextEncoder
+from ..model.vae.codec import VAE
+from ..weights.text import TextEncoderFiles
+from . import context as contexts
+from .tasks import Job
+
+
+def check_fits(encoder: TextEncoder | TextEncoderFiles, config: FlowConfig) -> None:
+    """Raise InputError unless the model reads embeddings of the encoder's width."""
+    if encoder.dim == config.text_dim:
+        return
+    wanted = "flan-t5-xl" if config.text_dim == 2048 else "the text encoder that came with it (others: flan-t5-xl)"
+    raise InputError(
+        f"the text encoder gives {encoder.dim} channels, {config.name} reads {config.text_dim}: use {wanted}"
+    )
+
+
+def check_vae(vae: VAE, config: FlowConfig) -> None:
+    """Raise InputError unless the model samples this VAE's latents."""
+    found = (vae.channels, vae.spatial, vae.temporal)
+    wanted = (config.latent.channels, config.latent.spatial, config.latent.temporal)
+    if found != wanted:
+        channels, spatial, temporal = found
+        raise InputError(
+            f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; {config.name} "
+            f"needs {wanted[0]}, 1/{wanted[1]} and 1/{wanted[2]}"
+        )
+
+
+def default_job(config: FlowConfig, **settings) -> Job:
+    """A job with the model's defaults; give `height` and `width`, or `aspect` and `size`."""
+    defaults = config.defaults
+    size = _taken(settings, "height", "width", "aspect", "size")
+    unknown = settings.keys() - {field.name for field in fields(Job)}
+    if unknown:
+        raise InputError(f"unknown setting {', '.join(sorted(unknown))} of a job")
+    context = settings.get("context")
+    if context is not None and not any(size.values()):
+        size |= {name: n * config.latent.spatial for name, n in zip(size, context.latents.shape[-2:], strict=False)}
+    height, width = chosen_size(config, **size)
+    chosen = {"frames": defaults.frames, "fps": defaults.fps or 16, "guidance": defaults.guidance} | settings
+    return Job(height, width, **chosen)
+
+
+def chosen_size(
+    config: FlowConfig, given: Tensor | None = None, *, height: int | None = None, width: int | None = None,
+    aspect: str | None = None, size: int | None = None,
+) -> tuple[int, int]:  # fmt: skip
+    """Height and width as asked for; else in the trained ratio nearest to `given` pixels (.., H, W), or
+    the model's own. Raises InputError where sides and ratio are mixed, or don't fit the model."""
+    if (height is None) != (width is None):
+        raise InputError("height and width go together; give both, or aspect and size")
+    if height is not None and (aspect or size):
+        raise InputError("height and width leave nothing to aspect and size; give one pair")
+    if height is None:
+        if aspect is None and given is not None:
+            aspect = config.nearest_aspect(*given.shape[-2:])
+        height, width = config.size(aspect, size)
+    config.check_size(height, width)
+    return height, width
+
+
+def job_with_context(
+    config: FlowConfig, encode: contexts.Encode, task: str, *, image: Tensor | None = None, last: Tensor | None = None,
+    clip: Tensor | None = None, keep_latents: int | None = None, **settings,
+) -> Job:  # fmt: skip
+    """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
+
+    Without a size or ratio the trained ratio nearest to the given frames is taken. `keep_latents`
+    limits how many latent frames of an extended clip are given. With `shapes_only` for `encode` the
+    job can be checked and its memory forecast before anything is loaded.
+    """
+    given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
+    size = _taken(settings, "height", "width", "aspect", "size")
+    settings["height"], settings["width"] = place = chosen_size(config, given, **size)
+    job, latent = default_job(config, **settings), config.latent
+    if task == "text":
+        return job
+    if task == "first_frame":
+        context = contexts.first_frame(encode, _batched(fit(image, *place), 4))
+    elif task == "last_frame":
+        first = None if image is None else _batched(fit(image, *place), 4)
+        context = contexts.last_frame(encode, _batched(fit(last, *place), 4), first)
+    else:
+        pixels = _batched(fit(clip, *place), 5).transpose(1, 2)
+        if task == "edit":
+            context = contexts.edit(encode, pixels, latent)
+            settings.setdefault("frames", latent.frames(context.hidden))
+        else:
+            if keep_latents is None:
+                _, keep_latents = config.sliding_window(latent.latent_frames(job.frames), job.window, job.keep)
+            context = contexts.extend(encode, pixels, latent, keep_latents)
+    return default_job(config, **settings, context=context)
+
+
+def shapes_only(latent: LatentFormat) -> contexts.Encode:
+    """An encoder that gives latents of the right shape and no values."""
+
+    def encode(pixels: Tensor) -> Tensor:
+        batch, _, frames, height, width = pixels.shape
+        cells = (height // latent.spatial, width // latent.spatial)
+        return torch.empty(batch, latent.channels, latent.latent_frames(frames), *cells, device="meta")
+
+    return encode
+
+
+def _taken(settings: dict, *names: str) -> dict:
+    """These settings, taken out of the others; None for those that aren't given."""
+    return {name: settings.pop(name, None) for name in names}
+
+
+def _batched(pixels: Tensor, dims: int) -> Tensor:
+    return pixels if pixels.ndim == dims else pixels.unsqueeze(0)

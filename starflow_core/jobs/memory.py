@@ -1,0 +1,135 @@
+"""How much memory a job takes, said before it runs."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import OutOfMemoryForecast
+from ..model.cache import Cache
+from ..model.config import Denoiser, FlowConfig
+from ..model.flow import SHALLOW_TOKENS
+from .tasks import Job, layout
+
+RESERVE = 0.03  # share of the free memory that is left alone
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """Bytes that a job holds at its peak: the flow's weights, the deep block's keys and values, and
+    the activations of the largest step; `vae` while it decodes beside the flow, `text` the text encoder,
+    which is gone before the flow works (both 0 where they aren't counted)."""
+
+    weights: int
+    cache: int
+    activations: int
+    vae: int = 0
+    text: int = 0
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.vae + max(self.cache + self.activations, self.text)
+
+
+def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
+    """What a job will take in the compute type `dtype`. Raises InputError for an impossible job."""
+    plan = layout(config, job)
+    item = dtype.itemsize
+    frame_tokens = (job.height // config.cell) * (job.width // config.cell)
+    rows = job.batch * (2 if job.guidance else 1)
+    slots = config.prompt.tokens + min(plan.window, plan.total) * frame_tokens
+    cache = Cache.bytes(config.layers[-1], rows, config.deep_width, slots, item)
+    shallow = min(SHALLOW_TOKENS, job.batch * plan.total * frame_tokens)
+    span = min(max(job.solver.span, job.solver.first_span, job.solver.image_span), slots)
+    absorbed = plan.given if plan.total <= plan.window else max(plan.keep, plan.given)
+    deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
+    # An MLP holds its input, four times its width twice (before and after GELU) and its output.
+    activations = 10 * item * max(shallow * config.width, deep * config.deep_width)
+    if job.denoise and config.denoiser:
+        activations += item * job.batch * frame_tokens * _denoiser_values(config.denoiser, min(plan.window, plan.total))
+    elif job.denoise:
+        activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
+    latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
+    return Forecast(parameters(config) * item, cache, activations + latents)
+
+
+def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
+    """What it takes to encode the clip of such a job to noise."""
+    plan = layout(config, job)
+    tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
+    shallow = min(SHALLOW_TOKENS, job.batch * tokens) * config.width
+    deep = job.batch * (config.prompt.tokens + tokens) * config.deep_width
+    # Latents, and a log-determinant of their size for each block, all in float32.
+    latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
+    return Forecast(parameters(config) * dtype.itemsize, 0, 10 * dtype.itemsize * max(shallow, deep) + latents)
+
+
+def _denoiser_values(denoiser: Denoiser, frames: int) -> int:
+    """Keys and values in sight, in every layer, for one token's place in the frame."""
+    return 2 * denoiser.layers * denoiser.width * min(denoiser.window + 1, frames)
+
+
+def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
+    """One sample's gradient: a hidden state per layer, and one layer's activations, twice."""
+    tokens += config.prompt.tokens
+    hidden = sum(n * (config.deep_width if i == len(config.layers) - 1 else config.width)
+                 for i, n in enumerate(config.layers))  # fmt: skip
+    return item * tokens * (hidden + 2 * 16 * max(config.width, config.deep_width))
+
+
+def parameters(config: FlowConfig) -> int:
+    """Parameters of the flow and its denoiser, from the shapes alone."""
+    channels = config.token_channels
+
+    def layers(width: int, count: int) -> int:
+        return count * (12 * width**2 + 13 * width)
+
+    total = 0
+    for index, count in enumerate(config.layers):
+        deep = index == len(config.layers) - 1
+        width = config.deep_width if deep else config.width
+        total += layers(width, count) + 2 * width + channels + 3 * channels * width + 2 * channels
+        total += (config.text_dim + 1) * width if deep else 0
+    if config.denoiser:
+        width = config.denoiser.width
+        total += layers(width, config.denoiser.layers) + 2 * width + 2 * channels * width + channels
+        total += (config.text_dim + 1) * width
+    return total
+
+
+def free(device: torch.device) -> int | None:
+    """Bytes that are free on a device; None where nobody can tell."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type == "cpu" and Path("/proc/meminfo").exists():
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        values = dict(line.split(":", 1) for line in lines)
+        return int(values["MemAvailable"].split()[0]) * 1024
+    return None
+
+
+def require(need: int, device: torch.device, what: str) -> None:
+    """Raise OutOfMemoryForecast where `need` bytes are more than is free."""
+    available = free(device)
+    if available is not None and need > available * (1 - RESERVE):
+        raise OutOfMemoryForecast(
+            f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
+            "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
+        )
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception says that there is no memory left, on any device."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
+
+
+def size(count: int) -> str:
+    """Bytes for a person: 1.5 GB."""
+    for unit, scale in (("GB", 1e9), ("MB", 1e6)):
+        if count >= scale:
+            return f"{count / scale:.1f} {unit}"
+    return f"{count / 1e3:.0f} kB"

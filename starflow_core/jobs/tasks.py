@@ -1,0 +1,251 @@
+"""A job from prompts and given frames to latents in VAE space: the layer that converts.
+
+Text to image and video, first frame, extend, edit and last frame are one path: a `Job` with or
+without a `Context`, run by a `Generation`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..control import Control, Progress
+from ..errors import InputError
+from ..model.config import FlowConfig
+from ..model.flow import Flow
+from ..model.latent import to_flow_space, to_vae_space
+from ..solve import noise
+from ..solve.denoising import DenoiseStream, score_denoise
+from ..solve.sampling import Sampler
+from ..solve.solvers import PRESETS, SolverSettings, Statistics
+from .context import Context, later_factors
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to make. Sizes in pixels, frames 4n + 1 (1: an image), times in frames a second.
+
+    `frames` counts the result's frames, given ones included. Element i of a batch uses seed + i.
+    `window` and `keep` are latent frames (None: the model's own).
+    """
+
+    height: int
+    width: int
+    frames: int = 1
+    fps: float = 16
+    seed: int = 0
+    batch: int = 1
+    guidance: float = 0.0
+    denoise: bool = True
+    context: Context | None = None
+    window: int | None = None
+    keep: int | None = None
+    solver: SolverSettings = field(default_factory=lambda: PRESETS["balanced"])
+
+    @property
+    def task(self) -> str:
+        return self.context.task if self.context else "text"
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A job in latent frames: `hidden` given ones that are not shown, then the result's `frames`."""
+
+    frames: int
+    hidden: int
+    given: int
+    window: int
+    keep: int
+    shape: tuple[int, int, int]
+    factors: Tensor
+
+    @property
+    def total(self) -> int:
+        return self.hidden + self.frames
+
+
+def layout(config: FlowConfig, job: Job) -> Layout:
+    """Check a job against a model and lay it out; InputError names what is wrong and the nearest
+    valid value."""
+    config.check_size(job.height, job.width)
+    if job.batch < 1:
+        raise InputError(f"batch is {job.batch}, the least is 1")
+    if not 0 <= job.guidance < math.inf:
+        raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
+    if config.kind == "image" and job.frames != 1:
+        raise InputError(f"{config.name} makes images: frames is {job.frames}, expected 1")
+    frames = config.latent.latent_frames(job.frames)
+    context = job.context
+    hidden, given = (context.hidden, context.frames) if context else (0, 0)
+    total = hidden + frames
+    window, keep = config.sliding_window(total, job.window, job.keep)
+    size = tuple(side // config.latent.spatial for side in (job.height, job.width))
+    shape = (config.latent.channels, *size)
+    if context:
+        _check_context(config, job, shape, window, total)
+    factors = later_factors(config, job.task, hidden, total)
+    return Layout(frames, hidden, given, window, keep, shape, factors)
+
+
+def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int) -> None:
+    context, latent = job.context, config.latent
+    if config.kind == "image":
+        raise InputError(f"{config.name} makes images; a context needs a video model")
+    found = (context.latents.shape[1], *context.latents.shape[3:])
+    if found != shape:
+        raise InputError(f"the context's latents are {found} (channels, height, width), the job's are {shape}")
+    if len(context.latents) not in (1, job.batch):
+        raise InputError(f"a context of {len(context.latents)} for a batch of {job.batch}; give one, or one each")
+    if context.frames > window:
+        remedy = "give fewer of them (keep), or a larger window" if context.task == "extend" else "shorten the clip"
+        raise InputError(f"the context has {context.frames} latent frames, the window {window}; {remedy}")
+    if context.frames >= total:
+        longest = latent.frames(context.shown)
+        raise InputError(f"frames is {job.frames}, but the context alone gives {longest}; ask for more frames")
+    if context.hidden and total > window:
+        if window < 2:
+            remedy = "give a window of at least 2"
+        elif context.hidden > window // 2:
+            remedy = f"the source may have at most {latent.frames(window // 2)} frames"
+        else:
+            remedy = f"the longest result is {latent.frames(window - context.hidden)} frames"
+        raise InputError(f"{context.task} needs source and result within {window} latent frames; {remedy}")
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Latent frames (B, C, n, h, w) in VAE space that begin at latent frame `first` of the result.
+    Not `final`: sampled, but not denoised yet."""
+
+    first: int
+    latents: Tensor
+    final: bool
+
+
+class Generation:
+    """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
+    (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given."""
+
+    def __init__(
+        self,
+        flow: Flow,
+        job: Job,
+        text: Tensor,
+        uncond: Tensor | None = None,
+        control: Control | None = None,
+        noise: Tensor | None = None,
+    ):
+        self.flow, self.job, self.control = flow, job, control or Control()
+        self.layout = layout(flow.config, job)
+        if len(text) not in (1, job.batch):
+            raise InputError(f"{len(text)} prompts for a batch of {job.batch}; give one, or one each")
+        self.text = text.expand(job.batch, -1, -1)
+        self.given = self._given()
+        self.sampler = Sampler(
+            flow,
+            self._noise(noise),
+            self.text,
+            uncond,
+            guidance=job.guidance,
+            context=self._noisy_context(),
+            window=self.layout.window,
+            keep=self.layout.keep,
+            settings=job.solver,
+            control=self.control,
+        )
+
+    @property
+    def statistics(self) -> Statistics:
+        return self.sampler.statistics
+
+    def run(self) -> Tensor:
+        """All latents at once: (B, C, T, h, w) in VAE space."""
+        sampled = self.sampler.sample().latents
+        hidden = self.layout.hidden
+        return self._convert(self._denoised(sampled)[:, hidden:], hidden)
+
+    def stream(self) -> Iterator[Piece]:
+        """Pieces as they are made. Final ones come in order and together are what `run` gives; where
+        there is a denoiser, each frame is first shown as provisional."""
+        denoiser = self._denoise_stream() if self._learned else None
+        whole = self.job.denoise and not self._learned
+        sampled, done, first = [], 0, 0
+        for frames in self.sampler.stream():
+            count = frames.shape[1]
+            if denoiser or whole:
+                yield from self._piece(first, frames, False)
+            if denoiser:
+                final = self._push(denoiser, frames, first)
+            elif whole:
+                sampled.append(frames)
+                final = self._denoised(torch.cat(sampled, 1)) if first + count == self.layout.total else frames[:, :0]
+            else:
+                final = frames
+            first += count
+            yield from self._piece(done, final, True)
+            done += final.shape[1]
+
+    @property
+    def _learned(self) -> bool:
+        return self.job.denoise and self.flow.config.denoiser is not None
+
+    def _piece(self, first: int, frames: Tensor, final: bool) -> Iterator[Piece]:
+        hidden = self.layout.hidden
+        frames = frames[:, max(hidden - first, 0) :]
+        if frames.shape[1]:
+            first = max(first, hidden)
+            yield Piece(first - hidden, self._convert(frames, first), final)
+
+    def _convert(self, frames: Tensor, first: int) -> Tensor:
+        """Flow-space frames of the deep sequence to VAE space, given ones replaced by the clean."""
+        stop = first + frames.shape[1]
+        given = self.given[:, first : min(stop, self.layout.given)]
+        frames = torch.cat((given, frames[:, given.shape[1] :]), 1)
+        return to_vae_space(self.flow.config.latent, frames, self.layout.factors[first:stop])
+
+    def _given(self) -> Tensor:
+        """The context's clean latents in flow space (B, given, C, h, w), on the text's device."""
+        context, device = self.job.context, self.text.device
+        if context is None:
+            return torch.zeros(self.job.batch, 0, *self.layout.shape, device=device)
+        factors = self.layout.factors[: context.frames]
+        clean = to_flow_space(self.flow.config.latent, context.latents.to(device), factors)
+        return clean.expand(self.job.batch, -1, -1, -1, -1)
+
+    def _noise(self, sampled: Tensor | None) -> Tensor:
+        """Noise by frame of the result; hidden frames are given and need none."""
+        shape = (self.job.batch, self.layout.frames, *self.layout.shape)
+        if sampled is None:
+            sampled = noise.draw(self.job.seed, self.job.batch, self.layout.frames, self.layout.shape)
+        elif sampled.shape != shape:
+            raise InputError(f"noise of shape {tuple(sampled.shape)}, the job's latents are {shape}")
+        hidden = sampled.new_zeros(self.job.batch, self.layout.hidden, *self.layout.shape)
+        return torch.cat((hidden, sampled), 1).to(self.text.device)
+
+    def _noisy_context(self) -> Tensor | None:
+        if not self.layout.given:
+            return None
+        drawn = noise.draw_context(self.job.seed, self.job.batch, self.layout.given, self.layout.shape)
+        return self.given + self.flow.config.noise_std * drawn.to(self.given)
+
+    def _denoised(self, latents: Tensor) -> Tensor:
+        if not self.job.denoise:
+            return latents
+        if self._learned:
+            return self._push(self._denoise_stream(), latents, 0)
+        return score_denoise(self.flow, latents, self.text, self.control)
+
+    def _denoise_stream(self) -> DenoiseStream:
+        return DenoiseStream(self.flow, self.sampler.grid, self.text, self.layout.window)
+
+    def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
+        """Hand the denoiser the frames of the deep sequence from `first` on; gives those that are done."""
+        total, stop = self.layout.total, first + frames.shape[1]
+        self.control.report(Progress("denoise", first, total))
+        tokens = stream.push(self.flow.tokens(frames), last=stop == total)
+        self.control.report(Progress("denoise", stop, total))
+        return self.flow.latents(tokens, self.sampler.grid)

@@ -1,0 +1,248 @@
+"""The flow: an exactly invertible map between latents and noise, block by block.
+
+Module names are those of the reference's checkpoints. Latents are (B, T, C, H, W) in flow space, an
+image has T = 1; tokens are (B, T, N, c) in row-major order, N = H W / patch_size^2.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from einops import rearrange
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import InputError, NonFiniteError
+from .config import FlowConfig
+from .denoiser import DenoiserNet
+from .rope import Rotary, joined, text_rotary, token_rotary
+from .transformer import FinalNorm, Layer, causal
+
+UNIT = 0.541324854612918  # softplus(UNIT) = 1
+SHALLOW_TOKENS = 32768  # tokens that pass a shallow block at once, to bound its activations
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Frames, rows and columns of tokens."""
+
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.height * self.width
+
+    def with_frames(self, frames: int) -> Grid:
+        return Grid(frames, self.height, self.width)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Noise of some latents, with what the way there cost in volume.
+
+    `noise` has the latents' shape. `logdets` holds one log-determinant per element and block,
+    (B, T, N, c) in the block's own order (frames reversed inside where the block reverses).
+    """
+
+    noise: Tensor
+    logdets: list[Tensor]
+
+    @property
+    def log_likelihood(self) -> Tensor:
+        """log p(x | text) in nats, summed over a sample's elements: (B,)."""
+        gauss = -0.5 * (self.noise.square() + math.log(2 * math.pi))
+        return gauss.flatten(1).sum(1) + sum(d.flatten(1).sum(1) for d in self.logdets)
+
+    @property
+    def bits_per_dim(self) -> Tensor:
+        """Negative log-likelihood in bits per latent element: (B,)."""
+        return -self.log_likelihood / (self.noise[0].numel() * math.log(2))
+
+
+class Block(nn.Module):
+    """One autoregressive affine map (STARFlow, section 3.1); the deep one also reads text."""
+
+    def __init__(self, config: FlowConfig, index: int, operations, **factory):
+        super().__init__()
+        self.index = index
+        deep = index == len(config.layers) - 1
+        width = config.deep_width if deep else config.width
+        channels = config.token_channels
+        self.width, self.soft_clip = width, config.soft_clip
+        self.recompute = False  # for a gradient: keep one hidden state a layer, not its activations
+        self.reverses = (index % 2 == 0) == (config.seq_order == "L2R")
+        self.sos_embed = nn.Parameter(torch.zeros(1, 1, channels, **factory))
+        self.proj_in = operations.Linear(channels, width, **factory)
+        self.proj_out = operations.Linear(width, 2 * channels, **factory)
+        if deep:
+            self.proj_txt = operations.Linear(config.text_dim, width, **factory)
+        self.attn_blocks = nn.ModuleList(
+            Layer(width, config.head_dim, operations, **factory) for _ in range(config.layers[index])
+        )
+        self.final_norm = FinalNorm(width, **factory)
+
+    def ordered(self, tokens: Tensor) -> Tensor:
+        """Tokens (..., N, c) into this block's order, or back: reversal is its own inverse."""
+        return tokens.flip(-2) if self.reverses else tokens
+
+    def start(self, tokens: Tensor) -> Tensor:
+        """The start token, (rows, 1, c) for tokens (rows, L, c)."""
+        return self.sos_embed.to(tokens).expand(len(tokens), 1, -1)
+
+    def shifted(self, tokens: Tensor) -> Tensor:
+        """Inputs of the slots: the token before each, the start token first."""
+        return torch.cat((self.start(tokens), tokens[:, :-1]), 1)
+
+    def layers(self, hidden: Tensor, rotary: Rotary, attend) -> Tensor:
+        """All layers; `attend(i)` gives layer i's attention."""
+        for index, layer in enumerate(self.attn_blocks):
+            if self.recompute:
+                hidden = checkpoint(layer, hidden, rotary, attend(index), use_reentrant=False)
+            else:
+                hidden = layer(hidden, rotary, attend(index))
+        return hidden
+
+    def affine(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale a > 0 and shift b of each slot, float32 (rows, L, c)."""
+        out = self.proj_out(self.final_norm(hidden)).float()
+        raw, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, -1)
+        return softplus(raw + UNIT), shift
+
+
+class Flow(nn.Module):
+    """STARFlow or STARFlow-V.
+
+    `operations` makes the layers that hold large weights (`torch.nn`, or a host's namespace that
+    casts and offloads). `compute_dtype` is the type the network runs in; the affine maps, the noise
+    and the likelihood are float32 always.
+    """
+
+    def __init__(self, config: FlowConfig, operations=torch.nn, dtype=torch.float32, device=None):
+        super().__init__()
+        self.config = config
+        self.compute_dtype = dtype
+        factory = {"dtype": dtype, "device": device}
+        self.blocks = nn.ModuleList(Block(config, i, operations, **factory) for i in range(len(config.layers)))
+        if config.denoiser:
+            self.learnable_self_denoiser = DenoiserNet(config, operations, **factory)
+
+    @property
+    def deep(self) -> Block:
+        return self.blocks[-1]
+
+    @property
+    def shallow(self) -> list[Block]:
+        return list(self.blocks[:-1])
+
+    def grid(self, latents: Tensor) -> Grid:
+        frames, channels, height, width = latents.shape[1:]
+        patch = self.config.patch_size
+        if channels != self.config.latent.channels or height % patch or width % patch:
+            raise InputError(
+                f"latents of {channels} channels, {height} x {width}: {self.config.name} takes "
+                f"{self.config.latent.channels} channels and sizes divisible by {patch}"
+            )
+        return Grid(frames, height // patch, width // patch)
+
+    def tokens(self, latents: Tensor) -> Tensor:
+        """(B, T, C, H, W) -> (B, T, N, c), float32."""
+        p = self.config.patch_size
+        return rearrange(latents.float(), "b t c (h p1) (w p2) -> b t (h w) (p1 p2 c)", p1=p, p2=p)
+
+    def latents(self, tokens: Tensor, grid: Grid) -> Tensor:
+        """The inverse of `tokens`."""
+        p = self.config.patch_size
+        return rearrange(tokens, "b t (h w) (p1 p2 c) -> b t c (h p1) (w p2)", h=grid.height, p1=p, p2=p)
+
+    def rotary(self, grid: Grid, device) -> Rotary:
+        c = self.config
+        return token_rotary(
+            grid.frames, grid.height, grid.width,
+            length=c.rope_length, head_dim=c.head_dim, rounding=c.rounding, device=device,
+        )  # fmt: skip
+
+    def frame_rotary(self, grid: Grid, device) -> Rotary:
+        """For shallow blocks, where every frame is at time 0."""
+        return self.rotary(grid.with_frames(1), device)
+
+    def text_rotary(self, tokens: int, device) -> Rotary:
+        c = self.config
+        return text_rotary(tokens, length=c.rope_length, head_dim=c.head_dim, rounding=c.rounding, device=device)
+
+    def shallow_affine(self, block: Block, tokens: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        """a, b of frames (rows, N, c) in the block's order, each frame a sequence of its own."""
+        rows = max(1, SHALLOW_TOKENS // tokens.shape[1])
+        parts = [self._affine(block, part, rotary) for part in tokens.split(rows)]
+        return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
+
+    def _affine(self, block: Block, tokens: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+        hidden = block.proj_in(block.shifted(tokens).to(self.compute_dtype))
+        return block.affine(block.layers(hidden, rotary, lambda _: causal))
+
+    def deep_affine(self, tokens: Tensor, text: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+        """a, b of a whole clip (B, T N, c) in the deep block's order, after text (B, L, D)."""
+        block, device = self.deep, tokens.device
+        prefix = block.proj_txt(text.to(self.compute_dtype))
+        hidden = torch.cat((prefix, block.proj_in(block.shifted(tokens).to(self.compute_dtype))), 1)
+        rotary = joined(self.text_rotary(text.shape[1], device), self.rotary(grid, device))
+        hidden = block.layers(hidden, rotary, lambda _: causal)
+        return block.affine(hidden[:, text.shape[1] :])
+
+    def encode_shallow(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Latents to the deep block's input, tokens (B, T, N, c) in row-major order, and the
+        log-determinants of the shallow blocks."""
+        grid = self.grid(latents)
+        rotary = self.frame_rotary(grid, latents.device)
+        tokens, logdets = self.tokens(latents), []
+        require_finite(tokens, "the given latents", grid)
+        for block in self.shallow:
+            x = block.ordered(tokens).flatten(0, 1)
+            a, b = self.shallow_affine(block, x, rotary)
+            tokens = block.ordered(((x - b) / a).unflatten(0, tokens.shape[:2]))
+            logdets.append(-a.log().unflatten(0, tokens.shape[:2]))
+            require_finite(tokens, f"block {block.index}", grid)
+        return tokens, logdets
+
+    def encode(self, latents: Tensor, text: Tensor) -> Encoding:
+        """Data to noise. Latents (B, T, C, H, W) or (B, C, H, W), text (B, L, D) embeddings.
+
+        Raises NonFiniteError that names the block and the token where NaN or infinity began.
+        """
+        if latents.ndim == 4:
+            encoding = self.encode(latents.unsqueeze(1), text)
+            return Encoding(encoding.noise.squeeze(1), encoding.logdets)
+        grid, block = self.grid(latents), self.deep
+        tokens, logdets = self.encode_shallow(latents)
+        x = block.ordered(tokens).flatten(1, 2)
+        a, b = self.deep_affine(x, text, grid)
+        noise = block.ordered(((x - b) / a).unflatten(1, tokens.shape[1:3]))
+        logdets.append(-a.log().unflatten(1, tokens.shape[1:3]))
+        require_finite(noise, f"block {block.index}", grid)
+        return Encoding(self.latents(noise, grid), logdets)
+
+    def nats(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
+        """Training loss per sample (B,): mean over elements of 0.5 z^2 + sum over blocks of log a. The
+        first `given` frames are a context, which what comes after them sees but which isn't learned."""
+        encoding = self.encode(latents, text)
+        z = encoding.noise[:, given:]
+        logdet = sum(d[:, given:].flatten(1).sum(1) for d in encoding.logdets)
+        return 0.5 * z.flatten(1).square().mean(1) - logdet / z[0].numel()
+
+
+def require_finite(tokens: Tensor, where: str, grid: Grid, first: int = 0) -> None:
+    """Raise NonFiniteError unless tokens (B, T, N, c) are finite; names the first bad token. `first` is
+    the clip's frame that they begin with."""
+    bad = ~torch.isfinite(tokens).all(-1)
+    if not bad.any():
+        return
+    element, frame, token = bad.nonzero()[0].tolist()
+    row, col = divmod(token, grid.width)
+    raise NonFiniteError(
+        f"NaN or infinity in {where}: batch element {element}, latent frame {first + frame}, token {token} "
+        f"(row {row}, column {col}). Check the weights, or run in float32 or bfloat16."
+    )

@@ -1,0 +1,118 @@
+"""Taking the noise out of samples: the learned denoiser in chunks, or one score step."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+from torch import Tensor
+
+from ..control import Control, Progress
+from ..errors import InputError
+from ..model.denoiser import DenoiserRun
+from ..model.flow import Flow, Grid
+
+STEP = 0.3  # share of the denoiser's output that is taken off, trained with the model
+
+
+class DenoiseStream:
+    """Learned denoising (STARFlow-V, section 3.3) of frames as they come.
+
+    Clips longer than the window are denoised in chunks of `window` frames; each next chunk begins
+    with the last frames of the one before, as they were sampled, and only its new frames are kept.
+    `overlap` "denoised" hands over those frames denoised instead, as the reference does.
+    """
+
+    def __init__(self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy"):
+        config = flow.config
+        if config.denoiser is None:
+            raise InputError(f"{config.name} has no learned denoiser; use score_denoise")
+        if overlap not in ("noisy", "denoised"):
+            raise InputError(f"overlap is {overlap!r}, expected noisy or denoised")
+        self.flow, self.text, self.overlap = flow, text, overlap
+        self.window = window or config.window
+        self.lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
+        self.text_rotary = flow.text_rotary(text.shape[1], text.device)
+        self.rotary = flow.rotary(grid.with_frames(self.window), text.device)
+        self.recent = deque(maxlen=self.lead)  # the frames that the next chunk begins with
+        self._begin()
+
+    def push(self, tokens: Tensor, last: bool = False) -> Tensor:
+        """Take sampled frames (B, n, N, c); give the denoised ones that are final, in order."""
+        done = [tokens[:, :0]]
+        while tokens.shape[1]:
+            if self.run.taken == self.window:
+                self._begin()
+            room = self.window - self.run.taken
+            part, tokens = tokens[:, :room], tokens[:, room:]
+            done.append(self._advance(part))
+        if last:
+            done.append(self._run(tokens, True))
+        return torch.cat(done, 1)
+
+    def _begin(self) -> None:
+        config = self.flow.config
+        net, dtype = self.flow.learnable_self_denoiser, self.flow.compute_dtype
+        self.run = DenoiserRun(net, config.denoiser, self.text, self.text_rotary, self.rotary, dtype)
+        self.pending, self.known = [], len(self.recent)
+        if self.recent:
+            self._run(torch.stack(list(self.recent), 1), False)
+
+    def _advance(self, part: Tensor) -> Tensor:
+        if self.overlap == "noisy":
+            self.recent.extend(part.unbind(1))
+        clean = self._run(part, self.run.taken + part.shape[1] == self.window)
+        if self.overlap == "denoised":
+            self.recent.extend(clean.unbind(1))
+        return clean
+
+    def _run(self, part: Tensor, last: bool) -> Tensor:
+        """Frames through the chunk's run; gives the clean ones that are final and new."""
+        self.pending += part.unbind(1)
+        output = self.run.push(part, last)
+        count = output.shape[1]
+        noisy, self.pending = self.pending[:count], self.pending[count:]
+        new = noisy[self.known :]
+        output, self.known = output[:, self.known :], max(self.known - count, 0)
+        return torch.stack(new, 1) - STEP * output if new else output
+
+
+def denoise(flow: Flow, latents: Tensor, text: Tensor, *, window=None, overlap="noisy") -> Tensor:
+    """Learned denoising of a whole clip (B, T, C, H, W), conditional text (B, L, D)."""
+    grid = flow.grid(latents)
+    stream = DenoiseStream(flow, grid, text, window, overlap)
+    return flow.latents(stream.push(flow.tokens(latents), last=True), grid)
+
+
+def score_denoise(flow: Flow, latents: Tensor, text: Tensor, control: Control | None = None) -> Tensor:
+    """One Tweedie step x + sigma^2 grad log p(x | text) (STARFlow, section 3.2), no guidance.
+
+    Latents (B, T, C, H, W) or (B, C, H, W). Samples are done one at a time and keep one hidden
+    state a layer plus one layer's activations. May be called inside `torch.inference_mode()`.
+    """
+    control = control or Control()
+    clean = []
+    with torch.inference_mode(False), torch.enable_grad(), _recomputing(flow):
+        for index in range(len(latents)):
+            control.report(Progress("denoise", index, len(latents)))
+            x = latents[index : index + 1].detach().clone().requires_grad_()
+            y = text[index : index + 1].detach().clone()
+            (score,) = torch.autograd.grad(flow.encode(x, y).log_likelihood.sum(), x)
+            clean.append((x + flow.config.noise_std**2 * score).detach())
+    control.report(Progress("denoise", len(latents), len(latents)))
+    return torch.cat(clean)
+
+
+class _recomputing:
+    """Blocks keep no activations for the gradient while this is open."""
+
+    def __init__(self, flow: Flow):
+        self.blocks = flow.blocks
+
+    def __enter__(self):
+        for block in self.blocks:
+            block.recompute = True
+
+    def __exit__(self, *_):
+        for block in self.blocks:
+            block.recompute = False

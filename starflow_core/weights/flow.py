@@ -1,0 +1,392 @@
+"""Checkpoints of flows: recognise, check, load, convert and save, one tensor at a time.
+
+Tensors carry the reference's names; what holds them is opened and written by `tensorfiles`.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..control import Progress
+from ..errors import CheckpointError, InputError
+from ..model.config import PRESETS, FlowConfig
+from ..model.flow import Flow
+from .tensorfiles import (
+    DTYPES,
+    INDEX,
+    Report,
+    TensorFile,
+    cast,
+    check_space,
+    check_target,
+    hash_files,
+    parse_dtype,
+    reading,
+    save_tensors,
+    write_tensors,
+)
+
+CONVERTER_VERSION = "1"  # raised when the files that `convert` writes change their meaning
+CONFIG_KEY = "starflow_config"
+APPLE_LICENSE = (
+    "Apple Machine Learning Research Model is licensed under the "
+    "Apple Machine Learning Research Model License Agreement."
+)
+READABLE = (*DTYPES.values(), torch.float64)
+
+# Buffers of the reference that follow from the configuration.
+IGNORED = re.compile(r"var|blocks\.\d+\.attn_mask|feat_rope\.freqs_(cos|sin)")
+BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
+LAYER = re.compile(r"blocks\.(\d{1,4})\.attn_blocks\.(\d{1,4})\.")
+DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d{1,4})\.")
+# What people have lying in the same folders, the first match counts.
+FOREIGN = (
+    (("lora_", ".lora.", "hada_w1"), "a LoRA"),
+    (("double_blocks.",), "a Flux-like diffusion model"),
+    (("joint_blocks.",), "a Stable Diffusion 3 model"),
+    (("model.diffusion_model.",), "a Stable Diffusion checkpoint"),
+    (("decoder.upsamples.", "decoder.up_blocks.", "decoder.up."), "a VAE"),
+    (("transformer_blocks.", "down_blocks.", ".self_attn.q."), "a diffusion model"),
+    (("encoder.block.",), "a T5 text encoder"),
+    (("text_model.encoder.",), "a CLIP text encoder"),
+    (("model.layers.", "transformer.h."), "a language model"),
+)
+
+
+def find_config(checkpoint: TensorFile) -> FlowConfig:
+    """The configuration from the file's metadata, a JSON beside it, or the known models' shapes.
+
+    Raises CheckpointError if the file is no STARFlow (says what it looks like), if a configuration
+    contradicts the tensors, or if there is none.
+    """
+    structure = _structure(checkpoint)
+    for where, text in _config_texts(checkpoint):
+        config = _parse_config(text, where)
+        if config:
+            _check_structure(checkpoint, config, where)
+            return config
+    presets = [preset for preset in PRESETS.values() if not _differences(structure, preset)]
+    if presets:
+        return presets[0]
+    raise CheckpointError(
+        f"{checkpoint.path.name}: no known model has these shapes: {_text(structure)}. {_nearest(structure)}"
+        f"For a model of your own put its configuration beside it, as {config_file(checkpoint).name}: "
+        "JSON of FlowConfig.to_dict() or the reference's constructor arguments."
+    )
+
+
+def config_file(checkpoint: TensorFile) -> Path:
+    """Where a configuration beside this checkpoint is looked for first."""
+    name = checkpoint.path.name
+    stem = name.removesuffix(INDEX) if name.endswith(INDEX) else checkpoint.path.stem
+    return checkpoint.path.with_name(f"{stem}.json")
+
+
+def expected_shapes(config: FlowConfig) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of all weights of such a model."""
+    return {name: tuple(tensor.shape) for name, tensor in Flow(config, device="meta").state_dict().items()}
+
+
+def check_keys(checkpoint: TensorFile, config: FlowConfig) -> dict[str, tuple[int, ...]]:
+    """The weights' names and shapes, once the checkpoint has exactly these. Raises CheckpointError
+    that names the first missing, unexpected, wrongly shaped and wrongly typed ones."""
+    expected, shapes, dtypes = expected_shapes(config), checkpoint.shapes, checkpoint.dtypes
+    problems = {
+        "missing": [name for name in expected if name not in shapes],
+        "unexpected": [name for name in shapes if name not in expected and not IGNORED.fullmatch(name)],
+        "wrongly shaped": [
+            f"{name} {shapes[name]} instead of {shape}"
+            for name, shape in expected.items()
+            if shapes.get(name, shape) != shape
+        ],
+        "of a type other than bf16, fp16 and fp32": [
+            f"{name} {dtypes[name]}" for name in expected if name in dtypes and dtypes[name] not in READABLE
+        ],
+    }
+    if not any(problems.values()):
+        return expected
+    parts = [
+        f"{len(names)} {problem} ({', '.join(names[:5])}{', ..' if len(names) > 5 else ''})"
+        for problem, names in problems.items()
+        if names
+    ]
+    raise CheckpointError(
+        f"{checkpoint.path.name} does not fit {config.name}: {'; '.join(parts)}. "
+        "Get the file again, or correct its configuration."
+    )
+
+
+def load_flow(
+    source: str | Path | TensorFile,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    operations=torch.nn,
+    config: FlowConfig | None = None,
+    progress: Report | None = None,
+) -> Flow:
+    """A flow with a checkpoint's weights, frozen and in eval mode, never twice in memory.
+
+    `dtype` None takes the type that most of the file is in. `progress` counts bytes of the file; it
+    may raise to stop. Raises CheckpointError, InputError for an unusable type or device, and
+    NonFiniteError naming the first tensor with NaN or infinity.
+    """
+    checkpoint, config, expected = _resolve(source, config)
+    dtype = dtype or _main_dtype(checkpoint, expected)
+    if dtype not in DTYPES.values():
+        raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
+    _check_device(device, dtype)
+    # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
+    with torch.inference_mode(False), torch.no_grad():
+        flow = Flow(config, operations, dtype=dtype, device="meta")
+        for name in _counted(checkpoint, expected, "load", progress):
+            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(device)
+            module, _, attribute = name.rpartition(".")
+            setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+    return flow.eval()
+
+
+def convert(
+    source: str | Path | TensorFile,
+    target: str | Path,
+    dtype: str = "bf16",
+    config: FlowConfig | None = None,
+    overwrite: bool = False,
+    progress: Report | None = None,
+) -> None:
+    """Write a checkpoint as one safetensors file in `dtype` ("bf16", "fp16" or "fp32").
+
+    The metadata of the source is kept and gets the configuration (`starflow_config`), `source_name`,
+    `source_sha256` (of shards: a JSON object of name and hash), `license` and `converter_version`.
+    `progress` counts bytes in two phases, "hash" and "convert"; it may raise to stop. Nothing is
+    left behind on an error. Raises CheckpointError, NonFiniteError, and InputError for a target that
+    exists or cannot be written.
+    """
+    torch_dtype, target = parse_dtype(dtype), Path(target)
+    checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
+    check_target(target, checkpoint, overwrite)
+    checkpoint, config, expected = _resolve(checkpoint, config)
+    check_space(target, expected, torch_dtype)
+    metadata = {
+        **checkpoint.metadata,
+        **_own_metadata(config),
+        "source_name": checkpoint.path.name,
+        "source_sha256": hash_files(checkpoint.files, progress),
+    }
+    if CONFIG_KEY not in checkpoint.metadata:  # else the file says itself what its licence is
+        metadata.setdefault("license", APPLE_LICENSE)
+    names = _counted(checkpoint, expected, "convert", progress)
+    weights = (cast(checkpoint.tensor(name), torch_dtype, name, checkpoint.path) for name in names)
+    write_tensors(target, expected, torch_dtype, metadata, weights)
+
+
+def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:
+    """Write a flow's weights and configuration; errors as in `save_tensors`.
+
+    `metadata` is added to the file's; give `license` there.
+    """
+    save_tensors(flow.state_dict(), path, dtype, {**(metadata or {}), **_own_metadata(flow.config)})
+
+
+def quick_look(path: str | Path) -> str | None:
+    """The name of the STARFlow in a safetensors file or index, None if it is something else.
+
+    Reads headers only and never raises: made for file lists.
+    """
+    if not str(path).lower().endswith((".safetensors", INDEX)):
+        return None
+    try:
+        checkpoint = TensorFile.open(path)
+        _structure(checkpoint)
+        try:
+            return find_config(checkpoint).name
+        except CheckpointError:
+            return "STARFlow without a configuration"
+    except Exception:  # a list shows what it can
+        return None
+
+
+# Recognising
+
+
+def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
+    """Where a configuration may be, and its text."""
+    for key in (CONFIG_KEY, "config"):
+        if key in checkpoint.metadata:
+            yield f"metadata {key} of {checkpoint.path.name}", checkpoint.metadata[key]
+    for file in (config_file(checkpoint), checkpoint.path.with_name("config.json")):
+        if file.is_file():
+            with reading(file):
+                text = file.read_text(encoding="utf-8", errors="replace")
+            yield file.name, text
+
+
+def _parse_config(text: str, where: str) -> FlowConfig | None:
+    """A configuration in our form or the reference's, None for JSON that is about something else."""
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{where} is not JSON: {error}") from None
+    if not isinstance(values, dict):
+        return None
+    try:
+        if "layers_per_block" in values:
+            return _from_reference(values)
+        return FlowConfig.from_dict(values) if "schema" in values else None
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{where} is incomplete or wrong: {type(error).__name__} {error}") from None
+
+
+def _from_reference(values: dict[str, Any]) -> FlowConfig:
+    """Constructor arguments say nothing of VAE and noise: these are the released model's of this kind."""
+    config = FlowConfig.from_reference(values)
+    for preset in PRESETS.values():
+        if (preset.kind, preset.latent.channels) == (config.kind, config.latent.channels):
+            config = replace(config, latent=preset.latent, noise_std=preset.noise_std, defaults=preset.defaults)
+    given = {key: values[key] for key in ("noise_std", "rounding") if key in values}
+    return replace(config, **given)
+
+
+def _structure(checkpoint: TensorFile) -> dict[str, Any]:
+    """What the shapes tell of the model, None where a tensor is missing. Raises CheckpointError if
+    it is no STARFlow."""
+    shapes = checkpoint.shapes
+    blocks = sorted({int(match[1]) for name in shapes if (match := BLOCK.match(name))})
+    layers = {match.groups() for name in shapes if (match := LAYER.match(name))}
+    if not layers or not any(f"blocks.{block}.sos_embed" in shapes for block in blocks):
+        raise CheckpointError(_foreign(checkpoint))
+    counts = Counter(int(block) for block, _ in layers)
+    denoiser = {match[1] for name in shapes if (match := DENOISER_LAYER.match(name))}
+
+    def size(name: str, axis: int) -> int | None:
+        shape = shapes.get(name, ())
+        return shape[axis] if len(shape) > axis else None
+
+    first, deep = f"blocks.{blocks[0]}", f"blocks.{blocks[-1]}"
+    structure = {
+        "layers per block": tuple(counts[block] for block in blocks),
+        "shallow width": size(f"{first}.proj_in.weight", 0),
+        "deep width": size(f"{deep}.proj_in.weight", 0),
+        "channels per token": size(f"{first}.proj_in.weight", 1),
+        "text width": size(f"{deep}.proj_txt.weight", 1),
+        "layers of the denoiser": len(denoiser),
+        "width of the denoiser": size("learnable_self_denoiser.proj_in.weight", 0),
+    }
+    if "var" in shapes:
+        structure["rows of var (pt_seq_len^2)"] = size("var", 0)
+    if "feat_rope.freqs_cos" in shapes:
+        structure["rows of freqs_cos (pt_seq_len^2 + txt_size)"] = size("feat_rope.freqs_cos", 0)
+    return structure
+
+
+def _differences(structure: dict[str, Any], config: FlowConfig) -> dict[str, tuple[Any, Any]]:
+    """What the file has and what the configuration wants, where these differ."""
+    positions = round(config.rope_length**2)
+    wanted = {
+        "layers per block": config.layers,
+        "shallow width": config.width,
+        "deep width": config.deep_width,
+        "channels per token": config.token_channels,
+        "text width": config.text_dim,
+        "layers of the denoiser": config.denoiser.layers if config.denoiser else 0,
+        "width of the denoiser": config.denoiser.width if config.denoiser else None,
+        "rows of var (pt_seq_len^2)": positions,
+        "rows of freqs_cos (pt_seq_len^2 + txt_size)": positions + config.prompt.tokens,
+    }
+    return {what: (found, wanted[what]) for what, found in structure.items() if found != wanted[what]}
+
+
+def _check_structure(checkpoint: TensorFile, config: FlowConfig, where: str) -> None:
+    differences = _differences(_structure(checkpoint), config)
+    if differences:
+        raise CheckpointError(
+            f"{where} contradicts the tensors of {checkpoint.path.name}: {_comparison(differences)}. "
+            "Give the configuration that belongs to this file."
+        )
+
+
+def _nearest(structure: dict[str, Any]) -> str:
+    """A sentence about the known model that this one seems to be a part or a variant of."""
+    for preset in PRESETS.values():
+        differences = _differences(structure, preset)
+        if not differences.keys() & {"shallow width", "channels per token"}:
+            return f"It is not the whole {preset.name}: {_comparison(differences)}. "
+    return ""
+
+
+def _foreign(checkpoint: TensorFile) -> str:
+    names = list(checkpoint.shapes)
+    kind = next((kind for marks, kind in FOREIGN if any(mark in name for name in names for mark in marks)), None)
+    return (
+        f"{checkpoint.path.name} is no STARFlow checkpoint: it looks like {kind or 'something else'} "
+        f"({len(names)} tensors: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}). Expected tensors such as "
+        "blocks.0.sos_embed and blocks.0.attn_blocks.0.attention.qkv.weight."
+    )
+
+
+def _text(structure: dict[str, Any]) -> str:
+    return "; ".join(f"{what} {_value(value)}" for what, value in structure.items())
+
+
+def _comparison(differences: dict[str, tuple[Any, Any]]) -> str:
+    return "; ".join(
+        f"{what} {_value(found)} instead of {_value(wanted)}" for what, (found, wanted) in differences.items()
+    )
+
+
+def _value(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, tuple) else "none" if value is None else str(value)
+
+
+# Loading and converting
+
+
+def _resolve(source, config: FlowConfig | None) -> tuple[TensorFile, FlowConfig, dict[str, tuple[int, ...]]]:
+    """The opened checkpoint, its configuration and its weights' shapes, all in agreement."""
+    checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
+    if config:
+        _check_structure(checkpoint, config, f"configuration {config.name}")
+    else:
+        config = find_config(checkpoint)
+    return checkpoint, config, check_keys(checkpoint, config)
+
+
+def _main_dtype(checkpoint: TensorFile, names) -> torch.dtype:
+    sizes = Counter()
+    for name in names:
+        sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])
+    dtype = sizes.most_common(1)[0][0]
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:
+    try:
+        torch.zeros(1, device=device, dtype=dtype)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError) as error:
+        reason = str(error).strip().partition("\n")[0]
+        raise InputError(f"device {device} cannot be used with {dtype}: {reason}") from None
+
+
+def _counted(checkpoint: TensorFile, names, phase: str, progress: Report | None) -> Iterator[str]:
+    """The names, one by one; reports the bytes of each when the next one is asked for."""
+    done, total = 0, sum(checkpoint.nbytes(name) for name in names)
+    for name in names:
+        yield name
+        done += checkpoint.nbytes(name)
+        if progress:
+            progress(Progress(phase, done, total))
+
+
+def _own_metadata(config: FlowConfig) -> dict[str, str]:
+    return {"format": "pt", "converter_version": CONVERTER_VERSION, CONFIG_KEY: json.dumps(config.to_dict())}

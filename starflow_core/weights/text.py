@@ -1,0 +1,242 @@
+"""Prompts: the wrapping that a model was trained with, and the T5 encoder that reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ..errors import CheckpointError
+from ..model.text import EOS, PAD, TextEncoder
+from .tensorfiles import DTYPES, TensorFile
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+    from transformers import T5Config
+
+T5_CONFIG_KEY = "starflow_t5_config"  # metadata of a single file: T5Config's arguments as JSON
+TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
+EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
+FIRST_BLOCK = "encoder.block.0.layer."
+EXPECTED = "expected the encoder of flan-t5-xl or another T5"
+# T5 pads its embedding to a round number of rows; beyond this it is another model's tokenizer.
+MOST_SPARE_ROWS = 1024
+
+
+def load_text_encoder(
+    path: str | Path,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+) -> TextEncoder:
+    """The T5 encoder that `find_text_encoder` finds; `dtype` None keeps the file's type."""
+    return find_text_encoder(path, tokenizer).load(dtype, device)
+
+
+@dataclass(frozen=True)
+class TextEncoderFiles:
+    """A T5 encoder that was looked at but not loaded: its weights' file, their names there, the
+    configuration and the tokenizer."""
+
+    checkpoint: TensorFile
+    names: dict[str, str]
+    config: T5Config
+    tokenizer: Tokenizer
+
+    @property
+    def dim(self) -> int:
+        """Channels of an embedding."""
+        return self.config.d_model
+
+    def weight_bytes(self, dtype: torch.dtype) -> int:
+        """Memory that the weights will take."""
+        return sum(
+            _weight_dtype(name, dtype).itemsize * math.prod(self.checkpoint.shapes[stored])
+            for name, stored in self.names.items()
+        )
+
+    def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TextEncoder:
+        """Read the weights; `dtype` None keeps the file's type."""
+        return TextEncoder(_load_model(self.checkpoint, self.names, self.config, dtype, device), self.tokenizer)
+
+
+def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextEncoderFiles:
+    """A T5 encoder in a transformers folder (or one with `text_encoder/` and `tokenizer/`) or a single file.
+
+    The decoder of a full T5 is skipped. `tokenizer` is a folder with tokenizer.json or spiece.model,
+    by default the weights' own or a folder `tokenizer` in or beside it. Nothing is downloaded, no
+    weights are read. Raises CheckpointError.
+    """
+    path = Path(path)
+    if path.is_dir() and (path / "text_encoder").is_dir():
+        path = path / "text_encoder"
+    checkpoint = TensorFile.open(path)
+    names = _encoder_names(checkpoint)
+    config = _find_config(path, checkpoint, names)
+    folder = _find_tokenizer(path if path.is_dir() else path.parent, tokenizer)
+    loaded_tokenizer = load_tokenizer(folder)
+    spare = checkpoint.shapes[names[EMBEDDING]][0] - loaded_tokenizer.get_vocab_size()
+    if not 0 <= spare <= MOST_SPARE_ROWS:
+        raise CheckpointError(
+            f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {checkpoint.path.name} "
+            f"{checkpoint.shapes[names[EMBEDDING]][0]}: give the tokenizer that belongs to it"
+        )
+    return TextEncoderFiles(checkpoint, names, config, loaded_tokenizer)
+
+
+def load_tokenizer(folder: str | Path) -> Tokenizer:
+    """T5's tokenizer from tokenizer.json or, where there is none, spiece.model.
+
+    Raises CheckpointError if it can't be read, or isn't a T5's.
+    """
+    file = Path(folder) / "tokenizer.json"
+    tokenizer = _read_tokenizer(file) if file.is_file() else _convert_spiece(file.with_name("spiece.model"))
+    missing = [name for name in (PAD, EOS) if tokenizer.token_to_id(name) is None]
+    if missing:
+        raise CheckpointError(f"the tokenizer in {folder} is not a T5's: it has no {', '.join(missing)}")
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _read_tokenizer(file: Path) -> Tokenizer:
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises nothing more specific
+        raise CheckpointError(f"{file} is not a readable tokenizer ({error}); get it again") from error
+
+
+def _convert_spiece(file: Path) -> Tokenizer:
+    try:
+        import google.protobuf  # noqa: F401
+        import sentencepiece  # noqa: F401
+        from transformers import T5TokenizerFast
+
+        return T5TokenizerFast.from_pretrained(file.parent, local_files_only=True).backend_tokenizer
+    except Exception as error:  # as many kinds as packages take part
+        raise CheckpointError(
+            f"{file} could not be converted, it is damaged or the packages sentencepiece and protobuf are missing; "
+            "put the tokenizer.json of the same model beside it"
+        ) from error
+
+
+def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
+    places = [folder, folder / "tokenizer", folder.parent / "tokenizer"] if given is None else [Path(given)]
+    for place in places:
+        if any((place / name).is_file() for name in TOKENIZER_FILES):
+            return place
+    raise CheckpointError(
+        f"no {' or '.join(TOKENIZER_FILES)} in {', '.join(map(str, places))}: put the tokenizer.json of the "
+        "encoder (google/flan-t5-xl has one) beside its weights, or give its folder"
+    )
+
+
+def _encoder_names(checkpoint: TensorFile) -> dict[str, str]:
+    """The file's names by T5EncoderModel's, once they look like a T5's and are of a readable type."""
+    names = {
+        EMBEDDING if name == EMBEDDING_ALIAS else name: name
+        for name in checkpoint.shapes
+        if not name.startswith(("decoder.", "lm_head."))
+    }
+    if EMBEDDING not in names or not any(name.startswith(FIRST_BLOCK) for name in names):
+        found = ", ".join(list(names)[:3]) or "no encoder"
+        raise CheckpointError(f"{checkpoint.path.name} is not a T5 text encoder: {EXPECTED}, found {found}")
+    for name in names.values():
+        if checkpoint.dtypes[name] not in DTYPES.values():
+            raise CheckpointError(
+                f"{checkpoint.path.name} is quantised ({name} is {checkpoint.dtypes[name] or 'of an unknown type'}); "
+                "use a text encoder in bf16, fp16 or fp32"
+            )
+    return names
+
+
+def _find_config(path: Path, checkpoint: TensorFile, names: dict[str, str]) -> T5Config:
+    """The configuration from the file's metadata, the folder's config.json, or the shapes."""
+    from transformers import T5Config
+
+    file = path / "config.json"
+    if T5_CONFIG_KEY in checkpoint.metadata:
+        where, text = checkpoint.path.name, checkpoint.metadata[T5_CONFIG_KEY]
+    elif file.is_file():
+        where, text = str(file), file.read_text(encoding="utf-8", errors="replace")
+    else:
+        return T5Config(**_config_from_shapes({name: checkpoint.shapes[source] for name, source in names.items()}))
+    try:
+        values = json.loads(text)
+        kind = values.get("model_type", "t5")
+    except (ValueError, AttributeError):
+        raise CheckpointError(f"the text encoder's configuration in {where} is not readable; get it again") from None
+    if kind != "t5":
+        raise CheckpointError(f"{where} describes a {kind} model: {EXPECTED}")
+    try:
+        return T5Config(**values)
+    except Exception as error:  # transformers 5 has error classes of its own
+        raise CheckpointError(f"the text encoder's configuration in {where} is wrong: {error}") from error
+
+
+def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+    try:
+        vocabulary, width = shapes[EMBEDDING]
+        buckets, heads = shapes[FIRST_BLOCK + "0.SelfAttention.relative_attention_bias.weight"]
+        inner, _ = shapes[FIRST_BLOCK + "0.SelfAttention.q.weight"]
+        _, hidden = shapes[FIRST_BLOCK + "1.DenseReluDense.wo.weight"]
+        head_dim = inner // heads
+    except (KeyError, ValueError, ZeroDivisionError):
+        raise CheckpointError(f"the text encoder's weights are incomplete or not a T5's: {EXPECTED}") from None
+    blocks = (re.match(r"encoder\.block\.(\d{1,4})\.", name) for name in shapes)
+    gated = FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": head_dim,
+        "d_ff": hidden,
+        "num_layers": 1 + max(int(block[1]) for block in blocks if block),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "feed_forward_proj": "gated-gelu" if gated else "relu",
+    }
+
+
+def _load_model(
+    checkpoint: TensorFile, names: dict[str, str], config: T5Config, dtype: torch.dtype | None, device
+) -> nn.Module:
+    from transformers import T5EncoderModel
+
+    # Weights outlive the caller's inference mode: training may go on from them.
+    with torch.inference_mode(False), torch.no_grad():
+        with torch.device("meta"):
+            model = T5EncoderModel(config)
+        model.set_input_embeddings(model.shared)  # one parameter, also where transformers ties two later
+        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name != EMBEDDING_ALIAS}
+        _check_names(checkpoint, names, expected)
+        weights = {}
+        for name in expected:
+            weight = checkpoint.tensor(names[name])
+            weights[name] = weight.to(device=device, dtype=_weight_dtype(name, dtype or weight.dtype))
+        weights[EMBEDDING_ALIAS] = weights[EMBEDDING]
+        model.load_state_dict(weights, assign=True)
+    return model.eval()
+
+
+def _weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
+    # T5 leaves float16's range in this layer; transformers keeps it in float32 too.
+    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+
+
+def _check_names(checkpoint: TensorFile, names: dict[str, str], expected: dict[str, tuple[int, ...]]) -> None:
+    problems = {
+        "missing": [name for name in expected if name not in names],
+        "unexpected": [name for name in names if name not in expected],
+        "wrongly shaped": [n for n in expected if n in names and checkpoint.shapes[names[n]] != expected[n]],
+    }
+    parts = [f"{len(found)} {problem} ({', '.join(found[:3])})" for problem, found in problems.items() if found]
+    if parts:
+        raise CheckpointError(f"{checkpoint.path.name} is not a whole T5 encoder: {'; '.join(parts)}; {EXPECTED}")

@@ -1,0 +1,658 @@
+"""The command line, in-process, on tiny models: every task, every refusal, what is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from starflow_core import pipeline
+from starflow_core.cli import arguments, generate, main, settings
+from starflow_core.cli.progress import Sampling
+from starflow_core.control import Progress
+from starflow_core.jobs import memory
+from starflow_core.media import fit, read_metadata, read_video, write_video, writing
+from starflow_core.model.vae.codec import VAE
+from starflow_core.solve import solvers
+from starflow_core.weights.flow import CONFIG_KEY, load_flow
+from starflow_core.weights.tensorfiles import TensorFile
+from starflow_core.weights.vae import load_vae
+from tests.core import models, tiny
+
+PROMPT = "a red circle moving left"
+FLAGS = {
+    "generate": "aspect batch denoise device dtype first-span fps frames guidance height image image-span join keep "
+    "last-image "
+    "max-sweeps model negative no-denoise output preset prompt-file quality seed shallow-tolerance size solver span "
+    "task text-encoder tile tolerance vae video width window",
+    "encode": "aspect device dtype fps frames height model output prompt size text-encoder vae width",
+    "decode": "device dtype first-span image-span max-sweeps model output preset quality shallow-tolerance solver span "
+    "text-encoder tile tolerance vae",
+    "score": "aspect device dtype fps frames height json model prompt size text-encoder vae width",
+    "convert": "dtype overwrite",
+    "inspect": "aspect batch device dtype frames guidance height json size width",
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def demo(tmp_path_factory):
+    """A tiny model in the bundled one's place."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "BUNDLED", tiny.write_model(tmp_path_factory.mktemp("video")))
+        yield pipeline.BUNDLED
+
+
+@pytest.fixture(scope="module")
+def image_model(tmp_path_factory):
+    return parts(tiny.write_model(tmp_path_factory.mktemp("image"), "image"))
+
+
+@pytest.fixture(scope="module")
+def given(tmp_path_factory):
+    """A picture, a short and a long clip, and files that are none."""
+    folder = tmp_path_factory.mktemp("given")
+    pixels = models.randn(21, 3, 8, 8).repeat_interleave(4, -1).repeat_interleave(4, -2).mul(0.4).clamp(-1, 1)
+    write_video(folder / "picture.png", pixels[:1], 0)
+    write_video(folder / "other.png", pixels[1:2], 0)
+    write_video(folder / "clip.mp4", pixels[:9], 12)
+    write_video(folder / "long.mp4", pixels, 12)
+    (folder / "noise.png").write_bytes(b"no picture")
+    (folder / "cut.mp4").write_bytes((folder / "clip.mp4").read_bytes()[:-300])
+    (folder / "empty.txt").write_text("")
+    (folder / "gap.txt").write_text("one\n \nthree\n")
+    (folder / "latin.txt").write_bytes(b"caf\xe9\n")
+    return folder
+
+
+def parts(folder: Path) -> list[str]:
+    """Options that name a model's three files."""
+    files = {"--model": pipeline.FLOW_FILE, "--text-encoder": pipeline.TEXT_FILE, "--vae": pipeline.VAE_FILE}
+    return [word for option, file in files.items() for word in (option, str(folder / file))]
+
+
+@pytest.fixture
+def run(capsys, tmp_path, monkeypatch):
+    """Runs a command in an empty folder; gives stdout's lines, and demands silence on stderr unless
+    `err` says what has to be there."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*argv, code=0, err=""):
+        found = main([str(word) for word in argv])
+        out, errors = capsys.readouterr()
+        assert found == code, errors
+        assert re.search(err, errors) if err else not errors, errors
+        return out.splitlines()
+
+    return call
+
+
+@pytest.fixture
+def refused(run, tmp_path, monkeypatch):
+    """Runs a command that must fail with one line, before anything is loaded, leaving nothing."""
+
+    def call(*argv, err):
+        with monkeypatch.context() as patch:
+            patch.setattr(pipeline.Parts, "load", lambda *_, **__: pytest.fail("the model was loaded"))
+            before = sorted(tmp_path.rglob("*"))
+            assert run(*argv, code=2, err=rf"^error: [^\n]*{err}[^\n]*\n$") == []
+            assert sorted(tmp_path.rglob("*")) == before
+
+    return call
+
+
+def pixels(path) -> torch.Tensor:
+    return read_video(path).pixels
+
+
+# The whole
+
+
+def test_help_is_quick():
+    """No heavy import."""
+    code = "import sys; from starflow_core.cli import main\ntry: main(['generate', '-h'])\nfinally: print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "--guidance" in out
+    assert not {"torch", "numpy", "transformers", "diffusers", "av", "PIL"} & set(out.splitlines()[-1].split())
+
+
+def test_runs_as_a_module():
+    result = subprocess.run([sys.executable, "-m", "starflow_core"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert "COMMAND" in result.stderr
+
+
+def test_flags_are_stable():
+    commands = arguments.parser()._subparsers._group_actions[0].choices
+    found = {
+        name: sorted(o[2:] for a in command._actions for o in a.option_strings if o.startswith("--") and o != "--help")
+        for name, command in commands.items()
+    }
+    assert found == {name: flags.split() for name, flags in FLAGS.items()}
+
+
+def test_choices_are_the_cores():
+    args = arguments.parser().parse_args(["generate", "x"])
+    assert settings.solver(args) == solvers.PRESETS["balanced"]
+    for preset, numbers in solvers.PRESETS.items():
+        assert settings.solver(arguments.parser().parse_args(["generate", "x", "--preset", preset])) == numbers
+    given = [
+        "--image-span",
+        "2",
+        "--first-span",
+        "3",
+        "--span",
+        "4",
+        "--tolerance",
+        "0.1",
+        "--shallow-tolerance",
+        "0.2",
+        "--max-sweeps",
+        "5",
+    ]
+    found = settings.solver(arguments.parser().parse_args(["generate", "--preset", "fast", *given, "x"]))
+    assert found == solvers.SolverSettings(2, 3, 4, 0.1, 0.2, 5)
+
+
+# Tasks
+
+
+TASKS = {
+    "text": ([], "text", 9),
+    "still": (["--frames", 1], "text", 1),
+    "sliding": (["--frames", 25, "--keep", 2], "text", 25),
+    "plain": (["--no-denoise", "--guidance", 0, "--solver", "autoregressive"], "text", 9),
+    "first frame": (["--image", "picture.png"], "first_frame", 9),
+    "last frame": (["--last-image", "picture.png", "--tile", 4], "last_frame", 9),
+    "first and last": (["--image", "picture.png", "--last-image", "other.png"], "last_frame", 9),
+    "extend": (["--video", "clip.mp4", "--task", "extend"], "extend", 9),
+    "joined": (["--video", "clip.mp4", "--task", "extend", "--join"], "extend", 13),
+    "edit": (["--video", "clip.mp4", "--task", "edit", "--window", 6], "edit", 9),
+    "edit of a part": (["--video", "long.mp4", "--task", "edit", "--frames", 5], "edit", 5),
+    "picture sequence": (["-o", "frames/"], "text", 9),
+}
+
+
+@pytest.mark.parametrize("case", TASKS)
+def test_every_task(run, given, case):
+    options, task, frames = TASKS[case]
+    options = [given / o if str(o).endswith((".png", ".mp4")) else o for o in options]
+    out = run("generate", PROMPT, *options)
+    clip = read_video(out[0])
+    assert clip.pixels.shape == (frames, 3, 32, 32)
+    assert frames == 1 or clip.fps == (12 if task in ("extend", "edit") else 16)
+    assert re.fullmatch(r"[\d.]+ s, [1-9]\d* deep sweeps \(\d+ token evaluations\), \d+ shallow sweeps", out[1])
+    assert read_metadata(out[0])["task"] == task
+    assert len(out) == 2
+    assert not list(Path().rglob("*.part"))
+
+
+def test_the_given_frames_are_shown(run, given):
+    """A joined clip is its source and then what the clip alone shows after the overlap."""
+    options = ("--video", given / "clip.mp4", "--task", "extend", "--window", 5)
+    run("generate", PROMPT, *options, "-o", "alone/%05d.png")
+    run("generate", PROMPT, *options, "--join", "-o", "joined/%05d.png")
+    alone, joined = pixels("alone/%05d.png"), pixels("joined/%05d.png")
+    source = fit(pixels(given / "clip.mp4"), 32, 32)
+    assert len(alone) == 9
+    torch.testing.assert_close(joined[:9], source, atol=1 / 127, rtol=0)
+    assert torch.equal(joined[9:], alone[5:])
+    assert read_metadata("joined/")["joined"] is True
+
+
+def test_size_follows_what_is_given(run, tmp_path):
+    write_video(tmp_path / "wide.png", torch.zeros(1, 3, 90, 160), 0)
+    out = run("generate", PROMPT, "--image", "wide.png", "--size", 64)
+    assert pixels(out[0]).shape[-2:] == (48, 80)
+    out = run("generate", PROMPT, "--image", "wide.png", "--height", 48, "--width", 32)
+    assert pixels(out[0]).shape[-2:] == (48, 32)
+
+
+def test_image_model(run, image_model):
+    out = run("generate", "a red circle", *image_model, "--aspect", "3:2", "--batch", 2, "--guidance", 2)
+    assert out[:2] == ["outputs/a-red-circle-0.png", "outputs/a-red-circle-1.png"]
+    assert pixels(out[1]).shape == (1, 3, 24, 40)
+
+
+def test_batch_is_each_alone(run):
+    run("generate", PROMPT, "--seed", 5, "--batch", 2, "--preset", "exact", "-o", "many/")
+    run("generate", PROMPT, "--seed", 6, "--preset", "exact", "-o", "one/")
+    assert (pixels("many-1/") - pixels("one/")).abs().max() <= 1.01 / 127.5
+    assert not torch.equal(pixels("many-0/"), pixels("one/"))
+    assert [read_metadata(f"many-{i}/")["seed"] for i in (0, 1)] == [5, 6]
+
+
+def test_prompt_file(run, tmp_path):
+    """Three prompts, two at a time; each as it would be alone."""
+    (tmp_path / "prompts.txt").write_text("a red circle\na blue square\r\nsomething green\n", encoding="utf-8-sig")
+    common = ("--frames", 1, "--preset", "exact")
+    out = run("generate", "--prompt-file", "prompts.txt", "--batch", 2, "--seed", 7, *common, "-o", "x.png")
+    assert out[:3] == ["x-0.png", "x-1.png", "x-2.png"]
+    found = [(read_metadata(p)["prompt"], read_metadata(p)["seed"]) for p in out[:3]]
+    assert found == [("a red circle", 7), ("a blue square", 8), ("something green", 9)]
+    run("generate", "something green", "--seed", 9, *common, "-o", "alone.png")
+    assert (pixels("x-2.png") - pixels("alone.png")).abs().max() <= 1.01 / 127.5
+    names = run("generate", "a red circle", "a blue square", "--frames", 1)[:2]
+    assert names == ["outputs/a-red-circle-0.png", "outputs/a-blue-square-1.png"]
+
+
+def test_metadata_tells_how_to_make_it_again(run, given):
+    first = ("--image", given / "picture.png", "--negative", "blue", "--guidance", 1.5, "--window", 4, "--keep", 3)
+    numbers = ("--preset", "fast", "--span", 7, "--no-denoise", "--fps", "23.976", "--frames", 13)
+    run("generate", PROMPT, "--seed", 11, *first, *numbers, "-o", "a/")
+    found = read_metadata("a/")
+    solver = found.pop("solver")
+    assert solver == {
+        "image_span": 18, "first_span": 32, "span": 7, "tolerance": 0.01, "shallow_tolerance": 3e-4,
+        "max_sweeps": 64, "method": "jacobi",
+    }  # fmt: skip
+    assert found == {
+        "prompt": PROMPT, "negative": "blue", "seed": 11, "task": "first_frame", "height": 32, "width": 32,
+        "frames": 13, "fps": 23.976, "guidance": 1.5, "denoise": False, "window": 4, "keep": 3, "image": "picture.png",
+        "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": "0.1.0",
+    }  # fmt: skip
+    again = [f"--{name.replace('_', '-')}={solver[name]}" for name in settings.NUMBERS]
+    again += [
+        f"--{name}={found[name]}" for name in ("negative", "seed", "height", "width", "frames", "fps", "guidance")
+    ]
+    again += [f"--{name}={found[name]}" for name in ("window", "keep")]
+    run("generate", found["prompt"], *again, "--no-denoise", "--image", given / found["image"], "-o", "b/")
+    assert torch.equal(pixels("a/"), pixels("b/"))
+
+
+def test_seeds(run):
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        run("generate", PROMPT, "--frames", 1, "--seed", seed, "-o", f"{name}.png")
+    assert torch.equal(pixels("a.png"), pixels("b.png"))
+    assert not torch.equal(pixels("a.png"), pixels("c.png"))
+
+
+@pytest.mark.parametrize(("text", "name"), [
+    ("A red circle, moving LEFT!", "a-red-circle-moving-left"), ("word " * 30, "-".join(["word"] * 8)),
+    ("x" * 99, "x" * 40), ("../../etc", "etc"), ("?!", "clip"), ("été", "été"),
+])  # fmt: skip
+def test_slug(text, name):
+    assert settings.slug(text) == name
+
+
+@pytest.mark.parametrize(("path", "name"), [
+    ("a/b.mp4", "a/b-3.mp4"), ("a/b", "a/b-3/"), ("a/b/", "a/b-3/"), ("a/b/%05d.png", "a/b-3/%05d.png"),
+])  # fmt: skip
+def test_numbered(path, name):
+    assert settings.numbered(path, 3) == name
+
+
+# Warnings
+
+
+def test_task_that_was_not_trained(run, given, tmp_path):
+    folder = tiny.write_model(tmp_path / "model", tasks=("text", "extend"))
+    options = (*parts(folder), "--video", given / "clip.mp4", "--window", 6, "-o", "a.mp4")
+    message = r"^warning: tiny video was not trained for the task edit \(v2v\), only for text, extend; .*\n$"
+    run("generate", "make it blue", "--task", "edit", *options, err=message)
+    run("generate", PROMPT, "--task", "extend", *options)
+
+
+def test_what_the_text_encoder_cut_off(run):
+    long = " ".join(["red"] * 40 + ["circle"] * 9)
+    message = r"^warning: tiny video reads 48 tokens; of 'red .*' this was left out: .*circle"
+    run("generate", long, "--frames", 1, "--batch", 2, "-o", "a.png", err=message)
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ("--height 33 --width 32", "height 33 is not a multiple of 16; nearest are 32 and 48"),
+    ("--height 32 --width 5", "width 5 .* nearest are 16 and 32"),
+    ("--height 32", "height and width go together"),
+    ("--height 32 --width 32 --aspect 1:1", "give one pair"),
+    ("--size 8", "size 8 is smaller than one token; the least is 16"),
+    ("--aspect 16x9", "'16x9': expected width:height"),
+    ("--aspect 0:1", "too extreme"),
+    ("--aspect 1:0", "'1:0': expected width:height"),
+    ("--frames 10", "10 frames: .* nearest are 9 and 13"),
+    ("--frames 0", "0 frames: .* nearest are 1 and 5"),
+    ("--guidance -1", "guidance is -1.0; 0 is off, typical is 1"),
+    ("--guidance nan", "guidance is nan"),
+    ("--window 0", "window is 0 latent frames, the least is 1"),
+    ("--window 3 --keep 3 --frames 17", "keep is 3; a window of 3 latent frames keeps 1 to 2"),
+    ("--span 0", "span is 0, the least is 1"),
+    ("--tolerance 2", "tolerance is 2.0, expected 0 <= tolerance < 1"),
+    ("--solver autoregressive --preset exact", "autoregressive solver has no settings"),
+    ("--solver autoregressive --span 3", "autoregressive solver has no settings"),
+    ("--device cuda:99", "device 'cuda:99' isn't there; this machine has .*cpu"),
+    ("--device toaster", "device 'toaster' isn't there"),
+    ("--model nowhere.safetensors", r"needs a text encoder \(flan-t5-xl\) and a VAE; only the bundled demo"),
+    ("--model a.pth --vae b --text-encoder c", "no checkpoint at a.pth; check the path"),
+    ("--vae b", "no VAE at b; check the path"),
+    ("--tile 3", "tile is 3 latent cells, the least is 4"),
+    ("--quality 101", "quality 101: expected 0 to 100"),
+    ("--fps 99 -o a.gif", "frame rate 99.*: .gif takes"),
+    ("-o a.xyz", "a.xyz: unknown format '.xyz'"),
+    ("-o a.png", "a.png: .png holds one picture, not 9"),
+    ("-o {given}/clip.mp4/a.mp4", "cannot be written"),
+    ("--image missing.png", "missing.png: no such file"),
+    ("--image {given}/noise.png", "noise.png cannot be read as a picture"),
+    ("--last-image {given}/noise.png", "noise.png cannot be read as a picture"),
+    ("--video missing.mp4 --task extend", "missing.mp4: no such file"),
+    ("--video {given}/cut.mp4 --task edit", "cut.mp4 is truncated"),
+    ("--video {given}/clip.mp4", "--video needs --task extend, .* or --task edit"),
+    ("--task edit", "--task edit needs a clip; give it with --video"),
+    ("--join", "--join puts a source before its continuation"),
+    ("--video {given}/clip.mp4 --task edit --image {given}/picture.png", "cannot be combined"),
+    ("--video {given}/clip.mp4 --task edit", "within 5 latent frames; the source may have at most 5 frames"),
+    ("--video {given}/long.mp4 --task extend --keep 9 --frames 41", r"keep is 9; .* keeps 1 to 4"),
+    ("--video {given}/long.mp4 --task extend --keep 5 --window 4 --frames 17", "keep is 5; .* keeps 1 to 3"),
+    ("--video {given}/long.mp4 --task extend --frames 13", "context alone gives 13; ask for more frames"),
+    ("--video {given}/picture.png --task extend", "extend needs a clip of at least 5 frames"),
+    ("--last-image {given}/picture.png --frames 41", "longest result is 13 frames"),
+])  # fmt: skip
+def test_impossible_jobs(refused, given, options, message):
+    refused("generate", PROMPT, *options.format(given=given).split(), err=message)
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ([], "no prompt; give one, or --prompt-file"),
+    (["one", " "], "prompt 2 is empty"),
+    (["one", "--prompt-file", "gap.txt"], "give one of them"),
+    (["--prompt-file", "empty.txt"], "empty.txt is empty; write one prompt a line"),
+    (["--prompt-file", "gap.txt"], "gap.txt: line 2 is empty"),
+    (["--prompt-file", "latin.txt"], "latin.txt is no text in UTF-8"),
+    (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
+])  # fmt: skip
+def test_prompts(refused, given, words, message):
+    refused("generate", *(given / w if w.endswith(".txt") else w for w in words), err=message)
+
+
+@pytest.mark.parametrize("options", [
+    "--batch 0", "--size 0", "--fps 0", "--fps fast", "--frames many", "--task dance", "--solver magic", "--no-such",
+])  # fmt: skip
+def test_arguments(options):
+    with pytest.raises(SystemExit) as leaving:
+        main(["generate", PROMPT, *options.split()])
+    assert leaving.value.code == 2
+
+
+def test_image_models_make_no_clips(refused, given, image_model):
+    refused("generate", PROMPT, *image_model, "--frames", 9, err="makes images: frames is 9, expected 1")
+    refused("generate", PROMPT, *image_model, "--image", given / "picture.png", err="needs a video model")
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="a superuser may write anywhere")
+def test_folder_without_permission(refused, tmp_path):
+    (tmp_path / "shut").mkdir(mode=0o500)
+    refused("generate", PROMPT, "-o", "shut/a.mp4", err="cannot be written .Permission denied")
+
+
+def test_memory_is_forecast(refused, monkeypatch, given):
+    monkeypatch.setattr(memory, "free", lambda device: 1000)
+    refused("generate", PROMPT, err=r"this job needs about \d+\.\d MB, but 1 kB are free on cpu\. Use fewer frames")
+    refused("score", given / "clip.mp4", err="encoding this needs about")
+
+
+def test_out_of_memory(run, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+
+    monkeypatch.setattr(pipeline.Pipeline, "frames", fail)
+    run("generate", PROMPT, "-o", "a.mp4", code=2, err="^error: out of memory; use fewer frames[^\n]*\n$")
+
+
+def test_other_failures_keep_their_traceback(run, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("shapes do not match")
+
+    monkeypatch.setattr(pipeline.Pipeline, "frames", fail)
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        run("generate", PROMPT)
+
+
+def test_full_disk(run, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(writing, "_publish", full)
+    run("generate", PROMPT, "-o", "a.mp4", code=2, err="^error: a.mp4: the disk is full")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_nan_in_weights(run, tmp_path, demo):
+    folder = tiny.write_model(tmp_path / "model")
+    weights = load_file(folder / pipeline.FLOW_FILE)
+    weights["blocks.1.proj_in.weight"][3, 1] = float("nan")
+    save_file(weights, folder / pipeline.FLOW_FILE, TensorFile.open(demo / pipeline.FLOW_FILE).metadata)
+    run("generate", PROMPT, *parts(folder), code=2, err=r"^error: blocks\.1\.proj_in\.weight .* has NaN or infinity")
+
+
+def test_nan_in_latents(run, given, monkeypatch):
+    """What the VAE made of a picture; the flow says where it met it."""
+    latents = torch.zeros(1, 4, 1, 2, 2)
+    latents[0, 2, 0, 1, 0] = float("nan")
+    monkeypatch.setattr(VAE, "encode", lambda *_, **__: latents)
+    message = (
+        r"^error: NaN or infinity in the given latents: batch element 0, latent frame 0, token 2 \(row 1, column 0\)"
+    )
+    run("generate", PROMPT, "--image", given / "picture.png", code=2, err=message)
+    assert not Path("outputs").exists()
+
+
+@pytest.mark.parametrize("moment", ["__call__", "wrote"])
+def test_interruption(run, monkeypatch, tmp_path, moment):
+    """Ctrl-C while the solver sweeps, and while frames are being written."""
+    calls = []
+
+    def interrupt(*_):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Sampling, moment, interrupt)
+    out = run("generate", PROMPT, "-o", "a.mp4", code=130, err="^interrupted; nothing unfinished was left behind\n$")
+    assert out == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interruption_keeps_what_is_complete(run, monkeypatch, tmp_path):
+    starts = []
+
+    def start(*args, **options):
+        if starts:
+            raise KeyboardInterrupt
+        starts.append(1)
+        return original(*args, **options)
+
+    original = generate.start
+    monkeypatch.setattr(generate, "start", start)
+    run("generate", "one", "two", "--frames", 1, "-o", "a.png", code=130, err="^interrupted")
+    assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
+
+
+# Progress
+
+
+def test_the_bar_shows_the_solver_and_then_the_frames():
+    shown = []
+
+    def show(key, done, total, phase, note, unit):
+        shown.append((key, done, total, phase.strip(), note))
+
+    sampling = Sampling(show, frames=9)
+    sampling(Progress("deep", 10, 40, settled=10, tokens=40, residual=0.013))
+    sampling(Progress("shallow", 1, 2, 1, 2, 0.5))
+    sampling.wrote(1)
+    sampling(Progress("deep", 40, 40, settled=40, tokens=40))
+    sampling.wrote(4)
+    assert shown == [
+        ("tokens", 10, 40, "deep", "residual 1e-02, 1 sweeps, 0/9 frames"),
+        ("tokens", 10, 40, "shallow", "residual 5e-01, 1 sweeps, 0/9 frames"),
+        ("tokens", 10, 40, "decode", "1 sweeps, 1/9 frames"),
+        ("frames", 1, 9, "deep", ""),
+        ("frames", 5, 9, "decode", ""),
+    ]
+
+
+# Encode, decode, score
+
+
+def vae_round_trip(path, folder, frames) -> torch.Tensor:
+    vae = load_vae(folder / pipeline.VAE_FILE)
+    clip = pixels(path)[:frames].transpose(0, 1).unsqueeze(0)
+    with torch.no_grad():
+        return vae.decode(vae.encode(clip))[0].transpose(0, 1)
+
+
+@pytest.mark.parametrize("solver", [[], ["--solver", "autoregressive"]])
+def test_noise_and_back(run, given, demo, solver):
+    out = run("encode", given / "clip.mp4", "--prompt", PROMPT, "-o", "noise.safetensors")
+    assert out[0] == "noise.safetensors"
+    assert re.fullmatch(r"log-likelihood -?[\d.]+ nats", out[1])
+    assert re.fullmatch(r"bits per dimension -?[\d.]+", out[2])
+    assert load_file("noise.safetensors")["noise"].shape == (1, 3, 4, 2, 2)
+    run("decode", "noise.safetensors", *solver, "-o", "back/%05d.png")
+    assert (pixels("back/") - vae_round_trip(given / "clip.mp4", demo, 9)).abs().max() <= 1.01 / 127.5
+    assert read_metadata("back/")["prompt"] == PROMPT
+    assert read_video("back/").fps == 12
+
+
+def test_a_picture_and_back(run, given, demo):
+    run("encode", given / "picture.png", "-o", "n.safetensors")
+    run("decode", "n.safetensors", "-o", "back.png")
+    assert (pixels("back.png") - vae_round_trip(given / "picture.png", demo, 1)).abs().max() <= 1.01 / 127.5
+
+
+def test_a_picture_and_back_by_an_image_model(run, given, image_model):
+    out = run("encode", given / "picture.png", *image_model)
+    assert out[0] == "outputs/picture.safetensors"
+    out = run("decode", out[0], *image_model)
+    assert pixels(out[0]).shape == (1, 3, 32, 32)
+    message = r"^warning: outputs/picture.safetensors is noise of tiny image; tiny video will make something else"
+    run("decode", "outputs/picture.safetensors", err=message)
+
+
+def test_score(run, given):
+    options = (given / "clip.mp4", "--prompt", PROMPT)
+    text = run("score", *options)
+    found = json.loads(run("score", *options, "--json")[0])
+    assert found["dimensions"] == 3 * 4 * 2 * 2
+    assert text[0] == f"log-likelihood {found['log_likelihood']:.2f} nats"
+    bits = -found["log_likelihood"] / (found["dimensions"] * torch.log(torch.tensor(2.0)).item())
+    assert found["bits_per_dim"] == pytest.approx(bits)
+    assert text[1] == f"bits per dimension {bits:.4f}"
+    assert run("score", given / "clip.mp4") != text
+
+
+def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
+    write_video(tmp_path / "seven.gif", pixels(given / "clip.mp4")[:7], 10)
+    run("encode", "seven.gif", err="^warning: the last 2 of 7 frames don't fill a latent frame and were left out\n$")
+    assert json.loads(run("score", given / "clip.mp4", "--frames", 5, "--json")[0])["dimensions"] == 2 * 4 * 2 * 2
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("encode missing.png", "missing.png: no such file"),
+    ("encode {given}/noise.png", "cannot be read"),
+    ("encode {given}/clip.mp4 --frames 10", "has 9 frames; ask for no more"),
+    ("encode {given}/clip.mp4 --frames 6", "6 frames: .* nearest are 5 and 9"),
+    ("encode {given}/long.mp4", "longer than the window of 5 latent frames; shorten it to 17 frames"),
+    ("encode {given}/clip.mp4 -o noise.bin", "does not end in .safetensors"),
+    ("encode {given}/clip.mp4 -o {given}/clip.mp4/n.safetensors", "cannot be written"),
+    ("decode missing.safetensors", "no checkpoint at missing.safetensors"),
+    ("decode {demo}/flow.safetensors", "flow.safetensors holds no noise; make it with encode"),
+    ("score {given}/clip.mp4 --height 30 --width 30", "height 30 .* nearest are 16 and 32"),
+])  # fmt: skip
+def test_what_cannot_be_inverted(refused, given, demo, words, message):
+    refused(*words.format(given=given, demo=demo).split(), err=message)
+
+
+def test_nan_in_noise(run, given):
+    run("encode", given / "picture.png", "-o", "n.safetensors")
+    noise = load_file("n.safetensors")["noise"]
+    metadata = TensorFile.open("n.safetensors").metadata
+    noise[0, 0, 0, 0, 0] = float("nan")
+    save_file({"noise": noise}, "n.safetensors", metadata)
+    run("decode", "n.safetensors", code=2, err="^error: NaN or infinity in the given noise")
+    save_file({"noise": torch.zeros(1, 1, 7, 2, 2)}, "n.safetensors", metadata)
+    run("decode", "n.safetensors", code=2, err=r"^error: noise of shape \(1, 1, 7, 2, 2\), the job's latents are")
+
+
+# Checkpoints
+
+
+def test_convert(run, demo):
+    source = demo / pipeline.FLOW_FILE
+    assert run("convert", source, "half.safetensors", "--dtype", "fp16") == ["half.safetensors"]
+    assert load_flow("half.safetensors").compute_dtype == torch.float16
+    run("convert", source, "half.safetensors", code=2, err="^error: half.safetensors exists")
+    run("convert", source, "half.safetensors", "--overwrite")
+    assert load_flow("half.safetensors").compute_dtype == torch.bfloat16
+    found = json.loads(run("inspect", "half.safetensors", "--json")[0])
+    assert found["metadata"]["source_name"] == "flow.safetensors"
+    assert len(found["metadata"]["source_sha256"]) == 64
+    run("convert", demo / pipeline.TEXT_FILE, "b.safetensors", code=2, err="it looks like a T5 text encoder")
+
+
+def test_inspect_reads_the_header_alone(run, monkeypatch):
+    monkeypatch.setattr(TensorFile, "tensor", lambda *_: pytest.fail("weights were read"))
+    text = "\n".join(run("inspect"))
+    assert "tiny video" in text.splitlines()[0]
+    for part in (
+        "text, first_frame, extend, edit, last_frame",
+        "license            none",
+        "guidance 1",
+        "bf16",
+        "fp32",
+    ):
+        assert part in text
+    assert CONFIG_KEY not in text
+
+
+def test_inspect_forecasts(run):
+    small, large = (
+        json.loads(run("inspect", "--json", "--frames", n, "--batch", b, "--guidance", 2, "--size", 64)[0])
+        for n, b in ((5, 1), (17, 3))
+    )
+    assert large["job"] == {"frames": 17, "height": 64, "width": 64, "batch": 3, "guidance": 2.0}
+    assert large["memory"]["bf16"]["total"] > small["memory"]["bf16"]["total"]
+    for need in small["memory"].values():
+        assert need["total"] == need["weights"] + need["cache"] + need["activations"]
+    assert set(small["memory"]) == {"bf16", "fp32"}
+    assert small["memory"]["fp32"]["weights"] == 4 * small["parameters"] == 2 * small["memory"]["bf16"]["weights"]
+    assert set(json.loads(run("inspect", "--json", "--dtype", "fp16")[0])["memory"]) == {"fp16"}
+    assert small["free"] > 0
+
+
+def test_inspect_a_result(run, tmp_path):
+    metadata = {"prompt": PROMPT, "seed": 3}
+    for name in ("a.mp4", "a.png", "a/%03d.jpg"):
+        write_video(name, torch.zeros(1, 3, 32, 32), 8, metadata)
+        assert json.loads(run("inspect", tmp_path / name.partition("/%")[0], "--json")[0]) == metadata
+    assert run("inspect", "a.png") == [f"prompt         {PROMPT}", "seed           3"]
+    write_video("b.png", torch.zeros(1, 3, 32, 32), 0)
+    assert run("inspect", "b.png") == ["no metadata in b.png"]
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("missing.safetensors", "no checkpoint at missing.safetensors"),
+    ("missing.mp4", "missing.mp4: no such file"),
+    ("{given}/noise.png", "cannot be read"),
+    ("{demo}/vae.safetensors", "no STARFlow checkpoint: it looks like a"),
+    ("{demo}/flow.safetensors --frames 6", "nearest are 5 and 9"),
+    ("{demo}/flow.safetensors --device toaster", "device 'toaster' isn't there"),
+])  # fmt: skip
+def test_what_cannot_be_inspected(refused, given, demo, words, message):
+    refused("inspect", *words.format(given=given, demo=demo).split(), err=message)
+
+
+def test_model_is_found_before_it_is_loaded(demo):
+    args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None)
+    model = settings.Model.find(args)
+    assert (model.config.name, model.dtype) == ("tiny video", torch.bfloat16)
+    assert model.parts.checkpoint.path == demo / pipeline.FLOW_FILE

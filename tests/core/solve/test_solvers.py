@@ -1,0 +1,135 @@
+"""Jacobi against the autoregressive answer, and the solver's parts."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from starflow_core.control import Control
+from starflow_core.errors import Cancelled, InputError
+from starflow_core.solve.sampling import Sampler, sample
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Sequence, SolverSettings, _same_place, linear_scan
+from tests.core import models
+
+EXACT = PRESETS["exact"]
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_jacobi_equals_autoregressive(seed):
+    flow, z = models.random_case(seed)
+    text, uncond = models.text(flow, len(z)), models.text(flow, 1, seed=7)
+    exact = sample(flow, z, text, uncond, guidance=2.0, settings=AUTOREGRESSIVE).latents
+    for first_span, span in ((1, 1), (3, 5), (1000, 1000)):
+        settings = replace(EXACT, image_span=first_span, first_span=first_span, span=span)
+        solved = sample(flow, z, text, uncond, guidance=2.0, settings=settings).latents
+        assert models.relative_error(solved, exact) < 1e-6
+
+
+def test_tolerance_bounds_the_error():
+    flow = models.flow()
+    z, text, uncond = models.randn(1, 5, 4, 5, 5), models.text(flow), models.text(flow, seed=7)
+    exact = sample(flow, z, text, uncond, guidance=3.0, settings=AUTOREGRESSIVE).latents
+    errors, sweeps = [], []
+    for tolerance in (1e-1, 1e-3, 1e-5, 1e-7):
+        settings = SolverSettings(tolerance=tolerance, shallow_tolerance=tolerance / 10)
+        solved = sample(flow, z, text, uncond, guidance=3.0, settings=settings)
+        errors.append(models.relative_error(solved.latents, exact))
+        sweeps.append(solved.statistics.deep_sweeps)
+    assert errors == sorted(errors, reverse=True)
+    assert sweeps == sorted(sweeps)
+    assert errors[-1] < 1e-5
+
+
+def test_one_sweep_a_token_at_most():
+    flow = models.flow()
+    z, text = models.randn(1, 3, 4, 3, 3), models.text(flow)
+    statistics = sample(flow, z, text, settings=replace(EXACT, tolerance=0.0, shallow_tolerance=0.0)).statistics
+    assert statistics.deep_sweeps <= 27
+    assert statistics.shallow_sweeps <= 2 * 9
+
+
+def test_max_sweeps_settles_tokens():
+    flow = models.flow()
+    z, text = models.randn(1, 4, 4, 4, 4), models.text(flow)
+    settings = SolverSettings(first_span=16, span=16, tolerance=0.0, shallow_tolerance=0.0, max_sweeps=2)
+    statistics = sample(flow, z, text, settings=settings).statistics
+    assert statistics.deep_evaluations <= 2 * 64 + 16
+    assert statistics.shallow_sweeps == 2 * 2
+
+
+def test_statistics_add_up():
+    flow = models.flow()
+    z, text = models.randn(1, 3, 4, 4, 4), models.text(flow)
+    statistics = sample(flow, z, text).statistics
+    assert len(statistics.deep_changes) == statistics.deep_sweeps
+    assert sum(len(change) for _, change in statistics.deep_changes) == statistics.deep_evaluations
+    starts = [first for first, _ in statistics.deep_changes]
+    assert starts == sorted(starts)
+    assert len(set(starts)) == len(starts)
+
+
+def test_statistics_name_tokens_of_the_whole_clip():
+    """Also where the window slides: a token is never counted as one of the first window's again."""
+    flow = models.flow()
+    z, text = models.randn(1, 6, 4, 4, 4), models.text(flow)
+    changes = sample(flow, z, text, window=3, keep=2).statistics.deep_changes
+    starts = [first for first, _ in changes]
+    assert starts == sorted(set(starts))
+    assert {first + i for first, change in changes for i in range(len(change))} == set(range(6 * 16))
+
+
+def test_scan_equals_the_loop():
+    slope, step = models.randn(2, 13, 1).clamp(-0.9, 0.9), models.randn(2, 13, 3, seed=1)
+    expected = step.clone()
+    for j in range(1, 13):
+        expected[:, j] = step[:, j] + slope[:, j] * expected[:, j - 1]
+    torch.testing.assert_close(linear_scan(slope, step), expected)
+
+
+def test_same_place_is_the_last_known_period():
+    slots = torch.arange(20, 30)
+    for period in (3, 7, 20, 25):
+        expected = [
+            max((s - k * period for k in range(1, 20) if s - k * period < 20), default=None) for s in range(20, 30)
+        ]
+        assert _same_place(slots, 20, period).tolist() == expected
+
+
+def test_progress_and_cancel():
+    flow = models.flow()
+    z, text = models.randn(1, 3, 4, 4, 4), models.text(flow)
+    seen = []
+    sample(flow, z, text, control=Control(progress=seen.append))
+    deep = [p for p in seen if p.phase == "deep"]
+    assert deep[-1].settled == deep[-1].tokens == 48
+    assert all(p.residual >= 0 for p in deep)
+    asked = []
+
+    def cancelled():
+        asked.append(1)
+        return len(asked) == 3
+
+    sampler = Sampler(flow, z, text, control=Control(cancelled=cancelled))
+    with pytest.raises(Cancelled):
+        sampler.sample()
+    assert sampler.statistics.deep_sweeps == 3
+
+
+@pytest.mark.parametrize("numbers", [
+    {"span": 0}, {"first_span": -1}, {"max_sweeps": 0}, {"tolerance": -1.0}, {"shallow_tolerance": 2.0},
+    {"method": "newton"}, {"tolerance": float("nan")},
+])  # fmt: skip
+def test_impossible_settings_are_refused(numbers):
+    with pytest.raises(InputError, match=next(iter(numbers))):
+        SolverSettings(**numbers)
+
+
+def test_sequence_inputs_keep_the_left_neighbour():
+    flow = models.flow()
+    sequence = Sequence(models.randn(1, 6, 4), frame_tokens=3, width=3)
+    assert torch.equal(sequence.inputs(flow.deep, 2, 5), sequence.x[:, 1:4])
+    first = sequence.inputs(flow.deep, 0, 3)
+    assert torch.equal(first[:, :1], flow.deep.sos_embed)
+    assert torch.equal(first[:, 1:], sequence.x[:, :2])
