@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from starflow_core.model.flow import Flow
-from starflow_core.solve.runs import BlockRun, DeepRun
+from starflow_core.solve.runs import DeepRun, block_run
 from starflow_core.solve.solvers import Evaluate, Statistics
 
 GROWTH = 4  # of the deep block's chunks after a video's first frame
@@ -42,7 +42,7 @@ def sample_baseline(
     rotary = flow.frame_rotary(grid, z.device)
     for block in reversed(flow.shallow):
         z = block.ordered(tokens).flatten(0, 1)
-        x, sweeps, evaluations = iterate_chunks(BlockRun(flow, block, rotary, len(z)), z, settings)
+        x, sweeps, evaluations = iterate_chunks(block_run(flow, block, rotary, len(z)), z, settings)
         statistics.shallow_sweeps += sweeps
         statistics.shallow_evaluations += evaluations * len(z)
         tokens = block.ordered(x.unflatten(0, tokens.shape[:2]))

@@ -31,7 +31,7 @@ from starflow_core.model.placement import pick_device
 from starflow_core.model.vae.codec import VAE
 from starflow_core.model.vae.norms import with_fast_norms
 from starflow_core.solve.runs import DeepRun
-from starflow_core.solve.solvers import Sequence, SolverSettings, Statistics, solve_span
+from starflow_core.solve.solvers import SolverSettings, Statistics, Window, solve_span
 
 LONG = 30.0  # seconds after which a first run counts
 WAN22 = {
@@ -127,7 +127,7 @@ class Bench:
             statistics = Statistics()
             run = DeepRun(self.flow, grid, text, uncond, job.guidance)
             tokens = self.flow.deep.ordered(self.flow.tokens(z)).flatten(1, 2)
-            for _ in solve_span(run, Sequence(tokens, grid.frame_tokens, grid.width), self.settings, statistics):
+            for _ in solve_span(run, Window(tokens, grid.frame_tokens, grid.width), self.settings, statistics):
                 pass
             return statistics, None
 

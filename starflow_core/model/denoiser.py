@@ -1,23 +1,25 @@
-"""The learned denoiser: a transformer over text and frames with a band of frames in sight.
+"""The learned denoiser: a transformer over text and frames, each of which sees a band of frames.
 
-A frame sees the text, `look_ahead` frames after itself and `window - look_ahead` before. It is run
-as a pipeline: each layer takes a frame as soon as the frames it sees have left the layer below, so
-that frames can be given as they are made. All at once is the same pipeline, filled in one step.
+A frame sees the text, `look_ahead` frames after itself and `window - look_ahead` before. The layers form a
+pipeline: each passes a frame on as soon as the frames it sees have arrived, so that frames can be denoised while
+later ones are still being sampled. A whole clip goes through the same pipeline in one step.
 """
 
 from __future__ import annotations
+
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import Denoiser, FlowConfig
-from .rope import Rotary
+from .rope import Rotary, joined
 from .transformer import FinalNorm, Layer
 
 
 class DenoiserNet(nn.Module):
-    """Weights of the denoiser; `DenoiserRun` runs it."""
+    """The denoiser's weights; `DenoiserRun` feeds it frame by frame."""
 
     def __init__(self, config: FlowConfig, operations, **factory):
         super().__init__()
@@ -30,80 +32,106 @@ class DenoiserNet(nn.Module):
         self.final_norm = FinalNorm(width, **factory)
         self.proj_out = operations.Linear(width, channels, **factory)
 
+    def forward(self, tokens: Tensor, bands: list[Band], last: bool, text: Tensor | None = None) -> Tensor:
+        """Tokens (B, n, c) of new frames in, outputs (B, m, c), float32, of the frames that are complete by now.
+
+        `bands` holds what each layer has seen so far. `text` (B, L, D) goes in once, before the first frame;
+        `last` says that no more frames will come. Tokens and text are in the compute type.
+        """
+        hidden = self.proj_in(tokens)
+        if text is not None:
+            hidden = torch.cat((self.proj_txt(text), hidden), 1)
+        for layer, band in zip(self.attn_blocks, bands, strict=True):
+            rotary = band.next_rotary(hidden.shape[1])
+            hidden = layer(hidden, rotary, partial(band.attend, last=last), band.residual)
+        return self.proj_out(self.final_norm(hidden)).float()
+
 
 class DenoiserRun:
-    """One pass over up to as many frames as `rotary` has positions for."""
+    """One pass over text (B, L, D) and at most as many frames of `frame_tokens` as `rotary` has positions for."""
 
-    def __init__(self, net: DenoiserNet, config: Denoiser, text: Tensor, text_rotary: Rotary, rotary: Rotary, dtype):
-        self.net, self.dtype, self.rotary = net, dtype, rotary
-        self.layers = [BandedLayer(layer, config, text_rotary) for layer in net.attn_blocks]
-        self.text = net.proj_txt(text.to(dtype))
-        self.taken = 0
+    def __init__(
+        self, net: DenoiserNet, config: Denoiser, text: Tensor, frame_tokens: int, text_rotary: Rotary, rotary: Rotary,
+        dtype: torch.dtype,
+    ):  # fmt: skip
+        self.net, self.dtype, self.text = net, dtype, text.to(dtype)
+        whole, final = joined(text_rotary, rotary), len(net.attn_blocks) - 1
+        self.bands = [Band(config, whole, text.shape[1], frame_tokens, i < final) for i in range(final + 1)]
+        self.taken = 0  # frames
 
     def push(self, tokens: Tensor, last: bool) -> Tensor:
-        """Take frames (B, n, N, c); give the output (B, m, N, c), float32, of the frames that are
-        complete by now, in order. With `last` no more frames come and all are given."""
-        count, frame_tokens = tokens.shape[1:3]
-        slots = slice(self.taken * frame_tokens, (self.taken + count) * frame_tokens)
-        self.taken += count
-        hidden = self.net.proj_in(tokens.flatten(1, 2).to(self.dtype)).unflatten(1, (count, frame_tokens))
-        text, rotary = self.text, self.rotary[slots]
-        self.text = None  # the text goes through once, before the first frame
-        for layer in self.layers:
-            text, hidden, rotary = layer.push(text, hidden, rotary, last)
-        out = self.net.proj_out(self.net.final_norm(hidden.flatten(1, 2))).float()
-        return out.unflatten(1, (-1, frame_tokens))
+        """Take frames (B, n, N, c) and give the outputs (B, m, N, c) of those that are complete, in order.
+
+        With `last` no more frames will come, and all that are left are given.
+        """
+        self.taken += tokens.shape[1]
+        text, self.text = self.text, None
+        out = self.net(tokens.flatten(1, 2).to(self.dtype), self.bands, last, text)
+        return out.unflatten(1, (-1, tokens.shape[2]))
 
 
-class BandedLayer:
-    """One layer of the pipeline: keys and values in sight, and the frames that wait for theirs."""
+class Band:
+    """What one layer has seen: keys and values that frames to come will need, and the frames that wait for theirs.
 
-    def __init__(self, layer: Layer, config: Denoiser, text_rotary: Rotary):
-        self.layer, self.text_rotary = layer, text_rotary
+    The text comes first and is seen by all; it sees what frame 0 sees. The last layer needn't pass it on.
+    """
+
+    def __init__(self, config: Denoiser, rotary: Rotary, text_tokens: int, frame_tokens: int, passes_text: bool):
         self.ahead, self.behind = config.look_ahead, config.window - config.look_ahead
-        self.text = None  # (hidden, queries, keys, values) of the text
-        self.frames = {}  # index -> (keys, values)
-        self.waiting = []  # (hidden, queries, rotary) of frames not yet given
-        self.given = self.taken = 0
+        self.rotary, self.text_tokens, self.frame_tokens = rotary, text_tokens, frame_tokens
+        self.passes_text = passes_text
+        self.text: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, values
+        self.frames: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by index
+        self.queries: list[Tensor] = []  # of the frames that wait
+        self.hidden: list[Tensor] = []  # of all that waits
+        self.slots = self.taken = self.given = 0  # slots that came in, frames that came in, frames that went out
+        self.leaving = 0  # entries of `hidden` that `attend` has computed attention for
 
-    def push(self, text, hidden, rotary, last):
-        """Hidden (B, n, N, w) of new frames in, of finished frames out; the text on its first way."""
-        if text is not None:
-            self.text = (text, *self.layer.attention.project(text, self.text_rotary))
-        self._take(hidden, rotary)
+    def next_rotary(self, slots: int) -> Rotary:
+        """Positions of the next slots to come in."""
+        return self.rotary[self.slots : self.slots + slots]
+
+    def attend(self, queries: Tensor, keys: Tensor, values: Tensor, last: bool) -> Tensor:
+        """Take slots (rows, heads, slots, head_dim); give attention of the frames that have all they see."""
+        self._take(*(self._pieces(x, 2) for x in (queries, keys, values)))
         until = self.taken if last else max(self.taken - self.ahead, 0)
-        ready, self.waiting = self.waiting[: until - self.given], self.waiting[until - self.given :]
-        text_out = None
-        if ready and self.given == 0:
-            text_out = self._text_output()
-        if not ready:
-            return text_out, hidden[:, :0], rotary[:0]
-        attended = [self._attend(queries, self.given + i) for i, (_, queries, _) in enumerate(ready)]
-        self.given = until
+        done = [queries[:, :, :0]]
+        if self.passes_text and until and not self.given:
+            done.append(self._attended(self.text[0], 0))
+        ready, self.queries = self.queries[: until - self.given], self.queries[until - self.given :]
+        done += [self._attended(piece, frame) for frame, piece in enumerate(ready, self.given)]
+        self.given, self.leaving = until, len(done) - 1
         self.frames = {i: kv for i, kv in self.frames.items() if i >= until - self.behind}
-        before = torch.cat([item[0] for item in ready], 1)
-        after = self.layer.update(before, torch.cat(attended, 2)).unflatten(1, (len(ready), -1))
-        parts = [item[2] for item in ready]
-        return text_out, after, Rotary(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
+        return torch.cat(done, 2)
 
-    def _take(self, hidden: Tensor, rotary: Rotary) -> None:
-        count, frame_tokens = hidden.shape[1:3]
-        if not count:
-            return
-        parts = self.layer.attention.project(hidden.flatten(1, 2), rotary)
-        for i, (queries, keys, values) in enumerate(zip(*(p.split(frame_tokens, 2) for p in parts), strict=True)):
-            self.frames[self.taken + i] = (keys, values)
-            slots = slice(i * frame_tokens, (i + 1) * frame_tokens)
-            self.waiting.append((hidden[:, i], queries, rotary[slots]))
-        self.taken += count
+    def residual(self, hidden: Tensor) -> Tensor:
+        """Take the hidden states of the slots that `attend` took; give those of the slots that it gave."""
+        pieces = self._pieces(hidden, 1)
+        self.hidden += pieces if self.slots or self.passes_text else pieces[1:]
+        self.slots += hidden.shape[1]
+        leaving, self.hidden = self.hidden[: self.leaving], self.hidden[self.leaving :]
+        return torch.cat((hidden[:, :0], *leaving), 1)
 
-    def _attend(self, queries: Tensor, frame: int) -> Tensor:
-        """Attention of one frame, or of the text, which stands at frame 0 but has no frame behind."""
+    def _pieces(self, x: Tensor, dim: int) -> list[Tensor]:
+        """New slots frame by frame; the text, which comes with the first, as a piece of its own."""
+        frames = (x.shape[dim] - (0 if self.slots else self.text_tokens)) // self.frame_tokens
+        if frames < 0:  # the layer below has given nothing yet
+            return []
+        text = [] if self.slots else [self.text_tokens]
+        return list(x.split([*text, *[self.frame_tokens] * frames], dim))
+
+    def _take(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> None:
+        pieces = list(zip(queries, keys, values, strict=True))
+        if self.text is None and pieces:
+            self.text, *pieces = pieces
+        for queries, keys, values in pieces:
+            self.queries.append(queries)
+            self.frames[self.taken] = (keys, values)
+            self.taken += 1
+
+    def _attended(self, queries: Tensor, frame: int) -> Tensor:
+        """Attention of one frame, or of the text as frame 0, to the text and the frames in sight."""
         seen = [self.frames[i] for i in range(frame - self.behind, frame + self.ahead + 1) if i in self.frames]
-        keys = torch.cat([self.text[2], *(kv[0] for kv in seen)], 2)
-        values = torch.cat([self.text[3], *(kv[1] for kv in seen)], 2)
+        keys = torch.cat([self.text[1], *(kv[0] for kv in seen)], 2)
+        values = torch.cat([self.text[2], *(kv[1] for kv in seen)], 2)
         return scaled_dot_product_attention(queries, keys, values)
-
-    def _text_output(self) -> Tensor:
-        hidden, queries = self.text[:2]
-        return self.layer.update(hidden, self._attend(queries, 0))

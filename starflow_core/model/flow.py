@@ -7,6 +7,7 @@ image has T = 1; tokens are (B, T, N, c) in row-major order, N = H W / patch_siz
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import InputError, NonFiniteError
 from .config import FlowConfig
 from .denoiser import DenoiserNet
 from .rope import Rotary, joined, text_rotary, token_rotary
-from .transformer import FinalNorm, Layer, causal
+from .transformer import Attend, FinalNorm, Layer, causal
 
 UNIT = 0.541324854612918  # softplus(UNIT) = 1
 SHALLOW_TOKENS = 32768  # tokens that pass a shallow block at once, to bound its activations
@@ -43,10 +44,10 @@ class Grid:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Noise of some latents, with what the way there cost in volume.
+    """The noise of some latents, and the log-determinants of the map to it.
 
-    `noise` has the latents' shape. `logdets` holds one log-determinant per element and block,
-    (B, T, N, c) in the block's own order (frames reversed inside where the block reverses).
+    `noise` has the latents' shape. `logdets` holds one log-determinant for each element and block, (B, T, N, c)
+    in row-major order whatever the block's own order is.
     """
 
     noise: Tensor
@@ -98,17 +99,26 @@ class Block(nn.Module):
         """Inputs of the slots: the token before each, the start token first."""
         return torch.cat((self.start(tokens), tokens[:, :-1]), 1)
 
-    def layers(self, hidden: Tensor, rotary: Rotary, attend) -> Tensor:
-        """All layers; `attend(i)` gives layer i's attention."""
+    def forward(
+        self, inputs: Tensor, rotary: Rotary, attend: Callable[[int], Attend] = lambda layer: causal,
+        text: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """Scale a > 0 and shift b, float32 (rows, n, c), of n slots (STARFlow, section 3.1).
+
+        `inputs` (rows, n, c) are the tokens before each slot, in the compute type. `text` (rows, L, D) goes before
+        them in the same causal sequence. `attend(i)` is layer i's attention.
+        """
+        hidden = self.proj_in(inputs)
+        if text is not None:
+            hidden = torch.cat((self.proj_txt(text), hidden), 1)
         for index, layer in enumerate(self.attn_blocks):
             if self.recompute:
                 hidden = checkpoint(layer, hidden, rotary, attend(index), use_reentrant=False)
             else:
                 hidden = layer(hidden, rotary, attend(index))
-        return hidden
+        return self._affine(hidden[:, hidden.shape[1] - inputs.shape[1] :])
 
-    def affine(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale a > 0 and shift b of each slot, float32 (rows, L, c)."""
+    def _affine(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         out = self.proj_out(self.final_norm(hidden)).float()
         raw, shift = (self.soft_clip * torch.tanh(out / self.soft_clip)).chunk(2, -1)
         return softplus(raw + UNIT), shift
@@ -177,21 +187,14 @@ class Flow(nn.Module):
     def shallow_affine(self, block: Block, tokens: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
         """a, b of frames (rows, N, c) in the block's order, each frame a sequence of its own."""
         rows = max(1, SHALLOW_TOKENS // tokens.shape[1])
-        parts = [self._affine(block, part, rotary) for part in tokens.split(rows)]
+        parts = [block(block.shifted(part).to(self.compute_dtype), rotary) for part in tokens.split(rows)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
-
-    def _affine(self, block: Block, tokens: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        hidden = block.proj_in(block.shifted(tokens).to(self.compute_dtype))
-        return block.affine(block.layers(hidden, rotary, lambda _: causal))
 
     def deep_affine(self, tokens: Tensor, text: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
         """a, b of a whole clip (B, T N, c) in the deep block's order, after text (B, L, D)."""
         block, device = self.deep, tokens.device
-        prefix = block.proj_txt(text.to(self.compute_dtype))
-        hidden = torch.cat((prefix, block.proj_in(block.shifted(tokens).to(self.compute_dtype))), 1)
         rotary = joined(self.text_rotary(text.shape[1], device), self.rotary(grid, device))
-        hidden = block.layers(hidden, rotary, lambda _: causal)
-        return block.affine(hidden[:, text.shape[1] :])
+        return block(block.shifted(tokens).to(self.compute_dtype), rotary, text=text.to(self.compute_dtype))
 
     def encode_shallow(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Latents to the deep block's input, tokens (B, T, N, c) in row-major order, and the
@@ -202,36 +205,46 @@ class Flow(nn.Module):
         require_finite(tokens, "the given latents", grid)
         for block in self.shallow:
             x = block.ordered(tokens).flatten(0, 1)
-            a, b = self.shallow_affine(block, x, rotary)
-            tokens = block.ordered(((x - b) / a).unflatten(0, tokens.shape[:2]))
-            logdets.append(-a.log().unflatten(0, tokens.shape[:2]))
+            tokens, logdet = _encoded(block, x, self.shallow_affine(block, x, rotary), tokens.shape)
+            logdets.append(logdet)
             require_finite(tokens, f"block {block.index}", grid)
         return tokens, logdets
 
-    def encode(self, latents: Tensor, text: Tensor) -> Encoding:
+    def forward(self, latents: Tensor, text: Tensor) -> Encoding:
         """Data to noise. Latents (B, T, C, H, W) or (B, C, H, W), text (B, L, D) embeddings.
 
-        Raises NonFiniteError that names the block and the token where NaN or infinity began.
+        The shallow blocks compute where the latents are, the deep block where the text is; the result is with the
+        latents. Raises NonFiniteError that names the block and the token where NaN or infinity began.
         """
-        if latents.ndim == 4:
-            encoding = self.encode(latents.unsqueeze(1), text)
-            return Encoding(encoding.noise.squeeze(1), encoding.logdets)
-        grid, block = self.grid(latents), self.deep
-        tokens, logdets = self.encode_shallow(latents)
-        x = block.ordered(tokens).flatten(1, 2)
-        a, b = self.deep_affine(x, text, grid)
-        noise = block.ordered(((x - b) / a).unflatten(1, tokens.shape[1:3]))
-        logdets.append(-a.log().unflatten(1, tokens.shape[1:3]))
+        clip = latents if latents.ndim == 5 else latents.unsqueeze(1)
+        grid, block = self.grid(clip), self.deep
+        tokens, logdets = self.encode_shallow(clip)
+        x = block.ordered(tokens).flatten(1, 2).to(text.device)
+        noise, logdet = _encoded(block, x, self.deep_affine(x, text, grid), tokens.shape)
+        noise, logdet = noise.to(latents.device), logdet.to(latents.device)
         require_finite(noise, f"block {block.index}", grid)
-        return Encoding(self.latents(noise, grid), logdets)
+        return Encoding(self.latents(noise, grid).view_as(latents), [*logdets, logdet])
 
-    def nats(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
-        """Training loss per sample (B,): mean over elements of 0.5 z^2 + sum over blocks of log a. The
-        first `given` frames are a context, which what comes after them sees but which isn't learned."""
-        encoding = self.encode(latents, text)
+    def encode(self, latents: Tensor, text: Tensor) -> Encoding:
+        """As `forward`, under the name it has in the literature."""
+        return self(latents, text)
+
+    def loss(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
+        """Training loss of each sample, in nats an element: (B,).
+
+        The mean over elements of 0.5 z^2 + sum over blocks of log a, which is the negative log-likelihood without
+        its constant 0.5 log 2 pi. The first `given` frames are a context: what follows sees them, but they don't count.
+        """
+        encoding = self(latents, text)
         z = encoding.noise[:, given:]
         logdet = sum(d[:, given:].flatten(1).sum(1) for d in encoding.logdets)
         return 0.5 * z.flatten(1).square().mean(1) - logdet / z[0].numel()
+
+
+def _encoded(block: Block, x: Tensor, affine: tuple[Tensor, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """(x - b) / a and -log a of tokens in the block's order, as (B, T, N, c) in row-major order."""
+    a, b = affine
+    return tuple(block.ordered(part.view(shape)) for part in ((x - b) / a, -a.log()))
 
 
 def require_finite(tokens: Tensor, where: str, grid: Grid, first: int = 0) -> None:

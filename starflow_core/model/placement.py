@@ -1,14 +1,41 @@
-"""Where the parts of a job are."""
+"""Where the parts of a model compute."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 
 from ..errors import InputError
 
 
+@dataclass(frozen=True)
+class Placement:
+    """The device of each part.
+
+    `deep` names one device, or two: then guidance's conditional rows are on the first and its unconditional rows on
+    the second, each with a key/value cache of its own.
+    """
+
+    deep: tuple[torch.device, ...]
+    shallow: torch.device
+    denoiser: torch.device
+    text: torch.device
+    vae: torch.device
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> Placement:
+        """Everything on one device."""
+        device = torch.device(device)
+        return cls((device,), device, device, device, device)
+
+    def __post_init__(self):
+        if len(self.deep) not in (1, 2):
+            raise InputError(f"the deep block is on {len(self.deep)} devices; give one, or two to split guidance")
+
+
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The type that the network runs in where nobody says otherwise."""
+    """The type that the network runs in where the user names none."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

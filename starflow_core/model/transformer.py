@@ -12,6 +12,7 @@ from .rope import Rotary
 
 # (queries, keys, values), each (rows, heads, slots, head_dim) -> (rows, heads, slots, head_dim)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Residual = Callable[[Tensor], Tensor]  # hidden states in, (rows, slots, width); hidden states out, maybe other slots
 
 
 class Attention(nn.Module):
@@ -45,19 +46,20 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """x + Attention(LN x), then x + MLP(LN x). Hidden states are (rows, slots, width)."""
+    """x + Attention(LN x), then x + MLP(LN x). Hidden states are (rows, slots, width).
+
+    Everything runs through `forward`, so that whatever hooks into modules (sharding, offloading) sees each use.
+    """
 
     def __init__(self, width: int, head_dim: int, operations, **factory):
         super().__init__()
         self.attention = Attention(width, head_dim, operations, **factory)
         self.mlp = MLP(width, operations, **factory)
 
-    def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend) -> Tensor:
-        return self.update(hidden, attend(*self.attention.project(hidden, rotary)))
-
-    def update(self, hidden: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output where attention has been computed outside."""
-        hidden = hidden + self.attention.output(attended)
+    def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend, residual: Residual | None = None) -> Tensor:
+        """`residual` gives the hidden states that belong to `attend`'s result, where a pipeline delays them."""
+        attended = attend(*self.attention.project(hidden, rotary))
+        hidden = (residual(hidden) if residual else hidden) + self.attention.output(attended)
         return hidden + self.mlp(hidden)
 
 

@@ -32,6 +32,7 @@ class DenoiseStream:
         self.flow, self.text, self.overlap = flow, text, overlap
         self.window = window or config.window
         self.lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
+        self.frame_tokens = grid.frame_tokens
         self.text_rotary = flow.text_rotary(text.shape[1], text.device)
         self.rotary = flow.rotary(grid.with_frames(self.window), text.device)
         self.recent = deque(maxlen=self.lead)  # the frames that the next chunk begins with
@@ -53,7 +54,7 @@ class DenoiseStream:
     def _begin(self) -> None:
         config = self.flow.config
         net, dtype = self.flow.learnable_self_denoiser, self.flow.compute_dtype
-        self.run = DenoiserRun(net, config.denoiser, self.text, self.text_rotary, self.rotary, dtype)
+        self.run = DenoiserRun(net, config.denoiser, self.text, self.frame_tokens, self.text_rotary, self.rotary, dtype)
         self.pending, self.known = [], len(self.recent)
         if self.recent:
             self._run(torch.stack(list(self.recent), 1), False)

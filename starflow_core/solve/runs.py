@@ -1,6 +1,8 @@
-"""Blocks as a solver evaluates them: with a cache, and the deep one with its text and guidance."""
+"""Blocks as a solver evaluates them: a few slots at a time, with a key/value cache; the deep block with guidance."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -13,51 +15,87 @@ from .guidance import guided
 
 
 class BlockRun:
-    """A block with a cache, as a solver evaluates it. Slots count tokens, after any text prefix."""
+    """A block over one sequence, on the device of its cache. Slots count tokens, after any text prefix."""
 
-    def __init__(self, flow: Flow, block: Block, rotary: Rotary, rows: int, prefix: int = 0):
-        self.block, self.rotary, self.prefix, self.dtype = block, rotary, prefix, flow.compute_dtype
-        head_dim = flow.config.head_dim
-        heads = block.width // head_dim
-        slots = len(rotary.cos)
-        self.cache = Cache(len(block.attn_blocks), rows, heads, slots, head_dim, self.dtype, rotary.cos.device)
+    def __init__(self, block: Block, rotary: Rotary, cache: Cache, dtype: torch.dtype, prefix: int = 0):
+        self.block, self.rotary, self.cache, self.dtype, self.prefix = block, rotary, cache, dtype, prefix
+
+    @property
+    def device(self) -> torch.device:
+        return self.rotary.cos.device
 
     def start(self, tokens: Tensor) -> Tensor:
+        """The start token, (rows, 1, c) for tokens (rows, L, c)."""
         return self.block.start(tokens)
+
+    def fill(self, text: Tensor) -> None:
+        """Run the text prefix (rows, L, D), so that its keys and values are in the cache.
+
+        May be called again with other text: what follows has to be run again, too.
+        """
+        text = text.to(self.device, self.dtype)
+        nothing = text.new_empty(len(text), 0, self.block.sos_embed.shape[-1])
+        self.block(nothing, self.rotary[: self.prefix], self._attend(0, self.prefix), text)
 
     def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """a, b of the slots from `start` on, given what is before each: inputs (rows, n, c) are the
         tokens of slots start - 1 .. start + n - 2. Their keys and values overwrite the cache."""
-        hidden = self.block.proj_in(inputs.to(self.dtype))
-        return self.block.affine(self.run(hidden, self.prefix + start))
+        first = self.prefix + start
+        stop = first + inputs.shape[1]
+        return self.block(inputs.to(self.dtype), self.rotary[first:stop], self._attend(first, stop))
 
-    def run(self, hidden: Tensor, start: int) -> Tensor:
-        stop = start + hidden.shape[1]
-        tail = causal_tail(hidden.shape[1], stop, hidden.device)
-
-        def attend(layer: int) -> Attend:
-            return lambda q, k, v: tail(q, *self.cache.store(layer, start, k, v))
-
-        return self.block.layers(hidden, self.rotary[start:stop], attend)
+    def _attend(self, start: int, stop: int) -> Callable[[int], Attend]:
+        tail = causal_tail(stop - start, stop, self.device)
+        return lambda layer: lambda q, k, v: tail(q, *self.cache.store(layer, start, k, v))
 
 
-class DeepRun(BlockRun):
-    """The deep block over one window: the text prefix, run once, and guidance.
+def block_run(
+    flow: Flow, block: Block, rotary: Rotary, rows: int, prefix: int = 0, make_cache: Callable[..., Cache] = Cache
+) -> BlockRun:
+    """A run of one of the flow's blocks with an empty cache for `rows` sequences of all slots that `rotary` has."""
+    head_dim = flow.config.head_dim
+    shape = (len(block.attn_blocks), rows, block.width // head_dim, len(rotary.cos), head_dim)
+    return BlockRun(
+        block, rotary, make_cache(*shape, flow.compute_dtype, rotary.cos.device), flow.compute_dtype, prefix
+    )
 
-    With guidance the cache has the batch's rows twice, conditional first.
+
+class DeepRun:
+    """The deep block over one window: text prefix, then tokens, with guidance.
+
+    The rows are the batch's, under guidance twice: conditional, then unconditional. `devices` names where they are:
+    all in one run, or with two devices in a run each. `make_cache` is called as `Cache` is.
     """
 
-    def __init__(self, flow: Flow, grid: Grid, text: Tensor, uncond: Tensor | None, guidance: float):
+    def __init__(
+        self, flow: Flow, grid: Grid, text: Tensor, uncond: Tensor | None, guidance: float,
+        devices: tuple[torch.device, ...] | None = None, make_cache: Callable[..., Cache] = Cache,
+    ):  # fmt: skip
         self.guidance = guidance if uncond is not None else 0.0
-        rows = torch.cat((text, uncond.expand_as(text))) if self.guidance else text
-        prefix, device = text.shape[1], text.device
-        rotary = joined(flow.text_rotary(prefix, device), flow.rotary(grid, device))
-        super().__init__(flow, flow.deep, rotary, len(rows), prefix)
-        self.run(flow.deep.proj_txt(rows.to(self.dtype)), 0)
+        devices, prefix = devices or (text.device,), text.shape[1]
+        copies = 2 if self.guidance else 1  # of the batch
+        devices = devices[:copies]
+        self.copies = copies // len(devices)  # in each run
+        self.runs = []
+        for device in devices:
+            rotary = joined(flow.text_rotary(prefix, device), flow.rotary(grid, device))
+            self.runs.append(block_run(flow, flow.deep, rotary, self.copies * len(text), prefix, make_cache))
+        self.fill(text, uncond)
+
+    def start(self, tokens: Tensor) -> Tensor:
+        return self.runs[0].start(tokens)
+
+    def fill(self, text: Tensor, uncond: Tensor | None = None) -> None:
+        """Run the prompts (B, L, D) through the prefix; `uncond` may be one row. Call it again to change them."""
+        rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.guidance else text
+        for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
+            run.fill(part)
 
     def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """a, b (B, n, c), guided, on the inputs' device; `inputs` and `start` as in `BlockRun`."""
+        parts = [run(inputs.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
+        a, b = (torch.cat([part.to(inputs.device) for part in both]) for both in zip(*parts, strict=True))
         if not self.guidance:
-            return super().__call__(inputs, start)
-        a, b = super().__call__(inputs.repeat(2, 1, 1), start)
+            return a, b
         (a_c, a_u), (b_c, b_u) = a.chunk(2), b.chunk(2)
         return guided(a_c, b_c, a_u, b_u, self.guidance)

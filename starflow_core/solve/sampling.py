@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -10,13 +11,15 @@ from torch import Tensor
 
 from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
-from ..model.flow import Flow, require_finite
-from .runs import BlockRun, DeepRun
+from ..model.flow import Block, Flow, require_finite
+from ..model.placement import Placement
+from .runs import DeepRun, block_run
 from .solvers import (
     PRESETS,
-    Sequence,
+    Evaluate,
     SolverSettings,
     Statistics,
+    Window,
     absorb,
     raise_non_finite,
     solve_frames,
@@ -39,7 +42,8 @@ class Sampler:
     noise (B, T, C, H, W), text and uncond (B, L, D); uncond may be None or one row, and is not used
     with guidance 0. `context` holds the first latent frames, noise included; they come back as they
     are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
-    when it is full, the last `keep` of them stay and it goes on.
+    when it is full, the last `keep` of them stay and it goes on. Without a `placement` everything
+    computes where the text is.
     """
 
     def __init__(
@@ -55,22 +59,24 @@ class Sampler:
         keep: int | None = None,
         settings: SolverSettings = PRESETS["balanced"],
         control: Control | None = None,
+        placement: Placement | None = None,
     ):
         self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
         self.context, self.settings, self.control = context, settings, control or Control()
+        self.placement = placement or Placement.on(text.device)
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
+        self.given = 0 if context is None else context.shape[1]
         window, self.keep = flow.config.sliding_window(self.frames, window, keep)
         self.window = min(window, self.frames)
         self.statistics = Statistics()
         self._check()
 
     def _check(self) -> None:
-        given = 0 if self.context is None else self.context.shape[1]
-        if given > self.window:
-            raise InputError(f"a context of {given} latent frames is longer than the window of {self.window}")
-        if given >= self.frames:
-            raise InputError(f"a context of {given} latent frames leaves nothing to sample in {self.frames}")
+        if self.given > self.window:
+            raise InputError(f"a context of {self.given} latent frames is longer than the window of {self.window}")
+        if self.given >= self.frames:
+            raise InputError(f"a context of {self.given} latent frames leaves nothing to sample in {self.frames}")
         if self.frames > 1 and self.flow.config.kind == "image":
             raise InputError("an image model samples one frame")
         if self.guidance and self.uncond is None:
@@ -80,64 +86,73 @@ class Sampler:
 
     def sample(self) -> Sample:
         """All frames at once: shallow blocks take them as one batch."""
-        deep = [tokens for _, tokens in self._deep()]
-        return Sample(self._finish(torch.cat(deep, 1)), self.statistics)
+        deep = torch.cat([tokens for _, tokens in self._solved(self._known())], 1)
+        latents = torch.cat([*self._context(), self._shallow(deep, self.given)], 1)
+        return Sample(latents, self.statistics)
 
     def stream(self) -> Iterator[Tensor]:
         """Latents (B, n, C, H, W), given frames first, each frame as soon as it is settled."""
-        given = 0 if self.context is None else self.context.shape[1]
-        for first, tokens in self._deep():
-            if first >= given:
-                yield self._shallow(tokens, first)
-            elif first + tokens.shape[1] >= given:
-                yield self.context.float()
+        known = self._known()
+        yield from self._context()
+        for frame, tokens in self._solved(known):
+            yield self._shallow(tokens, frame)
 
-    def _finish(self, tokens: Tensor) -> Tensor:
-        given = 0 if self.context is None else self.context.shape[1]
-        sampled = self._shallow(tokens[:, given:], given)
-        return torch.cat((self.context.float(), sampled), 1) if given else sampled
+    def _context(self) -> list[Tensor]:
+        return [] if self.context is None else [self.context.float().to(self.placement.shallow)]
 
-    def _deep(self) -> Iterator[tuple[int, Tensor]]:
-        """The deep block's frames, tokens (B, n, N, c) in row-major order, with the first's index."""
-        flow, block = self.flow, self.flow.deep
-        z = block.ordered(flow.tokens(self.noise))
-        run = DeepRun(flow, self.grid.with_frames(self.window), self.text, self.uncond, self.guidance)
-        known = z[:, :0]
-        if self.context is not None:
-            known = block.ordered(flow.encode_shallow(self.context)[0])
-            for i in range(known.shape[1]):
-                yield i, block.ordered(known[:, i : i + 1])
+    # The boundary of the deep block: what goes in moves to its device and into its order, what comes out moves back.
+
+    def _known(self) -> Tensor:
+        """The context as the deep block takes it, (B, given, N, c)."""
+        block, home = self.flow.deep, self.placement.deep[0]
+        if self.context is None:
+            return self.flow.tokens(self.noise[:, :0]).to(home)
+        return block.ordered(self.flow.encode_shallow(*self._context())[0]).to(home)
+
+    def _solved(self, known: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Each sampled frame's index and its tokens (B, 1, N, c) as the deep block leaves them, in row-major order."""
+        block = self.flow.deep
+        z = block.ordered(self.flow.tokens(self.noise)).to(self.placement.deep[0])
+        for frame, tokens in self._deep(z, known):
+            yield frame, block.ordered(tokens.to(self.placement.shallow))
+
+    def _deep(self, z: Tensor, known: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """The frames (B, 1, N, c) after the `known` ones, window by window, from noise z (B, T, N, c)."""
+        grid = self.grid.with_frames(self.window)
+        run = DeepRun(self.flow, grid, self.text, self.uncond, self.guidance, self.placement.deep)
+        recent = deque((known[:, i : i + 1] for i in range(self.given)), max(self.keep, self.given))
         first = 0  # absolute index of the window's first frame
-        while first + known.shape[1] < self.frames:
+        while True:
             stop = min(first + self.window, self.frames)
             window = torch.cat((known, z[:, first + known.shape[1] : stop]), 1)
             for frame, tokens in self._window(run, window, known.shape[1], first):
-                yield frame, block.ordered(tokens)
-            known = self.solved[:, -self.keep :]
-            first = stop - known.shape[1]
+                yield frame, tokens
+                recent.append(tokens)
+            if stop == self.frames:
+                return
+            known = torch.cat(list(recent)[-self.keep :], 1)
+            first = stop - self.keep
 
     def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[tuple[int, Tensor]]:
-        """Solve the frames after the first `known` of z (B, W, N, c); known ones are tokens."""
-        per_frame = self.grid.frame_tokens
-        sequence = Sequence(z.flatten(1, 2), per_frame, self.grid.width, known * per_frame, first * per_frame)
-        absorb(run, sequence)
-        done = known
-        for settled, residual in self._solver(run, sequence):
-            tokens = first * per_frame + settled, self.frames * per_frame
+        """Solve the frames after the first `known` of z (B, W, N, c), which are tokens, not noise."""
+        size = self.grid.frame_tokens
+        window = Window(z.flatten(1, 2), size, self.grid.width, known * size, first * size)
+        absorb(run, window)
+        for settled, residual in self._solver(run, window):
+            tokens = first * size + settled, self.frames * size
             self.control.report(Progress("deep", *tokens, *tokens, residual))
-            while done < settled // per_frame:
-                done += 1
-                yield first + done - 1, sequence.x[:, None, (done - 1) * per_frame : done * per_frame].clone()
-        self.solved = sequence.x.unflatten(1, (-1, per_frame))
+            while known < settled // size:
+                yield first + known, window.x[:, None, known * size : (known + 1) * size].clone()
+                known += 1
 
-    def _solver(self, run: BlockRun, sequence: Sequence) -> Iterator[tuple[int, float]]:
+    def _solver(self, run: Evaluate, window: Window) -> Iterator[tuple[int, float]]:
         if self.settings.method == "jacobi":
-            yield from solve_span(run, sequence, self.settings, self.statistics)
+            yield from solve_span(run, window, self.settings, self.statistics)
             return
-        for settled in solve_tokens(run, sequence):
-            token = sequence.x[:, settled - 1 : settled]
+        for settled in solve_tokens(run, window):
+            token = window.x[:, settled - 1 : settled]
             if not torch.isfinite(token).all():
-                raise_non_finite(sequence, token, settled - 1)
+                raise_non_finite(window, token, settled - 1)
             self.statistics.deep_sweeps += 1
             self.statistics.deep_evaluations += 1
             yield settled, 0.0
@@ -152,27 +167,27 @@ class Sampler:
             require_finite(tokens, f"block {block.index}", self.grid, first)
         return self.flow.latents(tokens, self.grid)
 
-    def _shallow_block(self, block, z: Tensor) -> Tensor:
+    def _shallow_block(self, block: Block, z: Tensor) -> Tensor:
         """Invert one block of frames (rows, N, c), rows in any order."""
-        rotary = self.flow.frame_rotary(self.grid, z.device)
-        rows, per_frame, total = len(z), z.shape[1], len(self.flow.shallow)
+        flow = self.flow
+        rotary = flow.frame_rotary(self.grid, z.device)
+        rows, size, total = len(z), z.shape[1], len(flow.shallow)
 
         def report(settled: int, residual: float = 0.0) -> None:
             step = total - 1 - block.index  # blocks that are done: the last comes first
-            self.control.report(Progress("shallow", step, total, settled, rows * per_frame, residual))
+            self.control.report(Progress("shallow", step, total, settled, rows * size, residual))
 
         if self.settings.method == "jacobi":
             return solve_frames(
-                lambda tokens: self.flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
-                lambda done, residual: report(done * per_frame, residual),
+                lambda tokens: flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
+                lambda done, residual: report(done * size, residual),
             )  # fmt: skip
-        sequence = Sequence(z, self.grid.frame_tokens, self.grid.width)
-        run = BlockRun(self.flow, block, rotary, rows)
-        for settled in solve_tokens(run, sequence):
+        window = Window(z, size, self.grid.width)
+        for settled in solve_tokens(block_run(flow, block, rotary, rows), window):
             self.statistics.shallow_sweeps += 1
             self.statistics.shallow_evaluations += rows
             report(settled * rows)
-        return sequence.x
+        return window.x
 
 
 def sample(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None = None, **options) -> Sample:

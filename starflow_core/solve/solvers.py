@@ -1,12 +1,13 @@
-"""Inverting a block: x = a(x_<) z + b(x_<), token by token or by Jacobi iteration.
+"""Inverting a block, x = a(x_<) z + b(x_<): token by token, or as a fixed point by Jacobi iteration.
 
-The map is strictly triangular, so that iterating it from anywhere reaches the autoregressive answer:
-after k sweeps the first k tokens are exact. `solve_span` slides over a long sequence with a cache,
-`solve_frames` iterates short sequences whole.
+The map is strictly triangular, so its only fixed point is the autoregressive answer, and iterating from anywhere
+reaches it: after k sweeps the first k tokens are exact. A quasi-Newton step with one secant slope a token gets
+there sooner. `solve_span` slides over a long sequence with a cache, `solve_frames` iterates short ones whole.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
 
-SLOPE_LIMIT = 0.9  # keeps the accelerated step from amplifying along the scan
+SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
 
 
 @dataclass(frozen=True)
@@ -84,31 +85,28 @@ class Statistics:
 
 
 class Evaluate(Protocol):
-    """A block with a cache: see `flow.BlockRun`."""
+    """A block with a cache: see `runs.BlockRun`."""
 
     def start(self, tokens: Tensor) -> Tensor: ...
 
     def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]: ...
 
 
-@dataclass
-class Sequence:
-    """A window of tokens in a block's order: noise z, tokens x, and the latest scale a and shift b
-    of each, all (rows, L, c). The first `known` tokens are given. `width` is a row of the grid,
-    `first` counts the tokens before the window."""
+class Window:
+    """The tokens of a window in a block's order: noise `z`, tokens `x`, and the latest scale `a` and shift `b` of
+    each, all (rows, L, c).
 
-    z: Tensor
-    frame_tokens: int
-    width: int
-    known: int = 0
-    first: int = 0
-    x: Tensor = None
-    a: Tensor = None
-    b: Tensor = None
+    The first `known` tokens are given. `frame_tokens` and `width` are those of the grid, `first` counts the clip's
+    tokens before the window.
+    """
 
-    def __post_init__(self):
-        self.x = self.z.clone() if self.x is None else self.x
-        self.a, self.b = torch.ones_like(self.z), torch.zeros_like(self.z)
+    def __init__(self, z: Tensor, frame_tokens: int, width: int, known: int = 0, first: int = 0):
+        self.z, self.frame_tokens, self.width, self.known, self.first = z, frame_tokens, width, known, first
+        self.x, self.a, self.b = z.clone(), torch.ones_like(z), torch.zeros_like(z)
+
+    @property
+    def length(self) -> int:
+        return self.z.shape[1]
 
     def inputs(self, evaluate: Evaluate, start: int, stop: int) -> Tensor:
         """What the slots start .. stop - 1 read: the token before each."""
@@ -117,80 +115,72 @@ class Sequence:
         return torch.cat((evaluate.start(self.x), self.x[:, : stop - 1]), 1)
 
 
-def absorb(evaluate: Evaluate, sequence: Sequence) -> None:
+def absorb(evaluate: Evaluate, window: Window) -> None:
     """Run the known tokens, so that their keys and values are in the cache."""
-    if sequence.known:
-        inputs = sequence.inputs(evaluate, 0, sequence.known)
-        sequence.a[:, : sequence.known], sequence.b[:, : sequence.known] = evaluate(inputs, 0)
+    if window.known:
+        inputs = window.inputs(evaluate, 0, window.known)
+        window.a[:, : window.known], window.b[:, : window.known] = evaluate(inputs, 0)
 
 
-def solve_tokens(evaluate: Evaluate, sequence: Sequence) -> Iterator[int]:
+def solve_tokens(evaluate: Evaluate, window: Window) -> Iterator[int]:
     """Autoregressive: one token after the other. Yields how many are settled after each."""
-    for token in range(sequence.known, sequence.z.shape[1]):
-        a, b = evaluate(sequence.inputs(evaluate, token, token + 1), token)
+    for token in range(window.known, window.z.shape[1]):
+        a, b = evaluate(window.inputs(evaluate, token, token + 1), token)
         now = slice(token, token + 1)
-        sequence.x[:, now] = a * sequence.z[:, now] + b
+        window.x[:, now] = a * window.z[:, now] + b
         yield token + 1
 
 
 def solve_span(
-    evaluate: Evaluate, sequence: Sequence, settings: SolverSettings, statistics: Statistics
+    evaluate: Evaluate, window: Window, settings: SolverSettings, statistics: Statistics
 ) -> Iterator[tuple[int, float]]:
     """Jacobi over a sliding span; yields (tokens settled, residual) after every sweep.
 
-    Each sweep commits the leading tokens that no longer change (at least one: the first has only
-    settled tokens before it, so it is exact), and as many new ones enter, started from the affine
-    map of the same place one frame (or one row) earlier.
+    Each sweep commits the leading tokens that no longer change (at least one: the first has only settled tokens
+    before it, so it is exact), and as many new ones enter, warm-started.
     """
-    z, x = sequence.z, sequence.x
-    length = z.shape[1]
-    settled = entered = sequence.known
-    span = Span()
-    while settled < length:
-        size = settings.span_at(settled, sequence.frame_tokens, length)
-        stop = max(min(settled + size, length), entered)
-        if stop > entered:
-            _enter(sequence, entered, stop)
-        now = slice(settled, stop)
-        a, b = evaluate(sequence.inputs(evaluate, settled, stop), settled)
-        output = a * z[:, now] + b
-        sequence.a[:, now], sequence.b[:, now] = a, b
-        change = _change(output, x[:, now])
-        leading = _leading(change < settings.tolerance, span.ages(entered, stop, settled) >= settings.max_sweeps)
+    settled = entered = window.known
+    secant, sweeps = Secant(), torch.zeros(0, dtype=torch.int32)  # how often each token of the span was evaluated
+    while settled < window.length:
+        size = settings.span_at(settled, window.frame_tokens, window.length)
+        stop = max(min(settled + size, window.length), entered)
+        warm_start(window, entered, stop)
+        sweeps = torch.cat((sweeps, sweeps.new_zeros(stop - max(entered, settled)))) + 1
+        output, change = _sweep(evaluate, window, settled, stop)
+        leading = _leading(change < settings.tolerance, sweeps >= settings.max_sweeps)
         residual, leading = float(change.max()), int(leading)
-        if residual != residual or residual == float("inf"):
-            raise_non_finite(sequence, output, settled)
+        if not math.isfinite(residual):
+            raise_non_finite(window, output, settled)
         statistics.deep_sweeps += 1
         statistics.deep_evaluations += stop - settled
-        statistics.deep_changes.append((sequence.first + settled, change.cpu()))
-        following = span.advance(x[:, now], output)
-        x[:, settled : settled + leading] = output[:, :leading]
-        x[:, settled + leading : stop] = following[:, leading:]
-        span.drop(leading)
+        statistics.deep_changes.append((window.first + settled, change.cpu()))
+        following = secant.step(window.x[:, settled:stop], output)
+        window.x[:, settled : settled + leading] = output[:, :leading]
+        window.x[:, settled + leading : stop] = following[:, leading:]
+        secant.drop(leading)
+        sweeps = sweeps[leading:]
         settled, entered = settled + leading, stop
         yield settled, residual
 
 
-class Span:
-    """What the solver remembers of the tokens that are being solved: the last sweep, and ages."""
+def _sweep(evaluate: Evaluate, window: Window, start: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The tokens that one evaluation gives, and how much each of them changed."""
+    now = slice(start, stop)
+    a, b = evaluate(window.inputs(evaluate, start, stop), start)
+    window.a[:, now], window.b[:, now] = a, b
+    output = a * window.z[:, now] + b
+    return output, _change(output, window.x[:, now])
+
+
+class Secant:
+    """A quasi-Newton step for x = f(x_<): the Jacobian is one slope for each token, of its output against its left
+    neighbour's input, estimated from the last two sweeps."""
 
     def __init__(self):
         self.inputs = self.outputs = None  # of the last sweep, (rows, tokens still unsettled, c)
-        self.sweeps = None  # how often each has been evaluated
 
-    def ages(self, entered: int, stop: int, settled: int) -> Tensor:
-        """Sweeps of each token, this one included."""
-        fresh = torch.zeros(stop - max(entered, settled), dtype=torch.int32)
-        old = self.sweeps if self.sweeps is not None else fresh[:0]
-        self.sweeps = torch.cat((old, fresh)) + 1
-        return self.sweeps
-
-    def advance(self, inputs: Tensor, outputs: Tensor) -> Tensor:
-        """The next inputs: outputs, plus what the change of each left neighbour will do to them.
-
-        From two sweeps each token gets one slope s of its output against its neighbour's input;
-        the change e of the inputs then follows e_j = (output_j - input_j) + s_j e_(j-1).
-        """
+    def step(self, inputs: Tensor, outputs: Tensor) -> Tensor:
+        """The next inputs: the change e of the inputs solves e_j = (output_j - input_j) + slope_j e_(j-1)."""
         slope = torch.zeros_like(outputs[..., :1])
         if self.inputs is not None and self.inputs.shape[1] > 1:
             old = self.inputs.shape[1]
@@ -200,14 +190,18 @@ class Span:
             ratio = (moved * answered).sum(-1, keepdim=True) / size.clamp(min=1e-12)
             slope[:, 1:old] = ratio.clamp(-SLOPE_LIMIT, SLOPE_LIMIT)
         self.inputs, self.outputs = inputs.clone(), outputs
-        return inputs + linear_scan(slope, outputs - inputs)
+        return inputs + parallel_scan(slope, outputs - inputs)
 
     def drop(self, count: int) -> None:
+        """Forget the first tokens of the last sweep."""
         self.inputs, self.outputs = self.inputs[:, count:], self.outputs[:, count:]
-        self.sweeps = self.sweeps[count:]
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all but these rows."""
+        self.inputs, self.outputs = self.inputs[rows], self.outputs[rows]
 
 
-def linear_scan(slope: Tensor, step: Tensor) -> Tensor:
+def parallel_scan(slope: Tensor, step: Tensor) -> Tensor:
     """e_j = step_j + slope_j e_(j-1) along dim 1, in log2(n) doublings.
 
     slope is (rows, n, 1), step (rows, n, c).
@@ -220,15 +214,16 @@ def linear_scan(slope: Tensor, step: Tensor) -> Tensor:
     return step
 
 
-def _enter(sequence: Sequence, start: int, stop: int) -> None:
-    """Start new tokens from z and the affine map of the nearest earlier slot that has one."""
-    if start == 0:
+def warm_start(window: Window, start: int, stop: int) -> None:
+    """Start tokens start .. stop - 1 from their noise and the affine map of the same place one frame earlier, or
+    else one row earlier, or else of the last token before them. A clip's first tokens start from noise alone."""
+    if start in (0, stop):
         return
     slots = torch.arange(start, stop)
-    source = _same_place(slots, start, sequence.frame_tokens)
-    row = _same_place(slots, start, sequence.width)
-    source = torch.where(source >= 0, source, torch.where(row >= 0, row, start - 1)).to(sequence.z.device)
-    sequence.x[:, start:stop] = sequence.a[:, source] * sequence.z[:, start:stop] + sequence.b[:, source]
+    source = _same_place(slots, start, window.frame_tokens)
+    row = _same_place(slots, start, window.width)
+    source = torch.where(source >= 0, source, torch.where(row >= 0, row, start - 1)).to(window.z.device)
+    window.x[:, start:stop] = window.a[:, source] * window.z[:, start:stop] + window.b[:, source]
 
 
 def _same_place(slots: Tensor, start: int, period: int) -> Tensor:
@@ -248,13 +243,13 @@ def _leading(small: Tensor, old: Tensor) -> Tensor:
     return torch.where(stays.any(), stays.int().argmax(), len(stays)).clamp(min=1)
 
 
-def raise_non_finite(sequence: Sequence, output: Tensor, start: int) -> None:
+def raise_non_finite(window: Window, output: Tensor, start: int) -> None:
     """Name the first bad token of `output` (rows, n, c), which begins at slot `start`: what is after it
     has not seen it yet."""
     bad = ~torch.isfinite(output).all(-1)
-    place = sequence.first + start + int(bad.any(0).int().argmax())
+    place = window.first + start + int(bad.any(0).int().argmax())
     element = int(bad.any(1).int().argmax())
-    frame, token = divmod(place, sequence.frame_tokens)
+    frame, token = divmod(place, window.frame_tokens)
     raise NonFiniteError(
         f"NaN or infinity in the deep block: batch element {element}, latent frame {frame}, token {token} in the "
         "block's order. Check the weights and the given latents, or run in float32 or bfloat16."
@@ -273,7 +268,7 @@ def solve_frames(
     `affine(tokens)` gives a, b of whole rows. `report(rows done, residual)` is called every sweep.
     """
     x, active = z.clone(), torch.arange(len(z), device=z.device)
-    current, span = z, Span()
+    current, secant = z, Secant()
     for _ in range(min(settings.max_sweeps, z.shape[1])):
         a, b = affine(current)
         output = a * z[active] + b
@@ -285,7 +280,7 @@ def solve_frames(
         report(len(z) - len(going), residual)
         if not len(going) or residual != residual:
             break
-        following = span.advance(current, output)
+        following = secant.step(current, output)
         current, active = following[going], active[going]
-        span.inputs, span.outputs = span.inputs[going], span.outputs[going]
+        secant.keep(going)
     return x

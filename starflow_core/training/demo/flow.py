@@ -171,8 +171,8 @@ def train_flow(loop: Loop, config: FlowConfig, banks: list[Bank], tokenizer) -> 
     def step(index: int, rng: random.Random, generator: torch.Generator):
         batch = draw(config, banks, rng, index / total)
         latents = _noisy(batch.latents, config.noise_std, generator, loop.device)
-        loss = model.flow.nats(latents, model.embed(batch.prompts), batch.given).mean()
-        return loss, {"nats": loss.item(), "frames": latents.shape[1]}
+        loss = model.flow.loss(latents, model.embed(batch.prompts), batch.given).mean()
+        return loss, {"loss": loss.item(), "frames": latents.shape[1]}
 
     return loop.run("flow", model, optimizer, step, total)
 
@@ -219,7 +219,7 @@ def _score(flow: Flow, latents: Tensor, text: Tensor) -> Tensor:
 def _denoiser_output(flow: Flow, net, latents: Tensor, text: Tensor) -> Tensor:
     grid = flow.grid(latents)
     rotary, text_rotary = flow.rotary(grid, latents.device), flow.text_rotary(text.shape[1], latents.device)
-    run = DenoiserRun(net, flow.config.denoiser, text, text_rotary, rotary, flow.compute_dtype)
+    run = DenoiserRun(net, flow.config.denoiser, text, grid.frame_tokens, text_rotary, rotary, flow.compute_dtype)
     return flow.latents(run.push(flow.tokens(latents), last=True), grid)
 
 

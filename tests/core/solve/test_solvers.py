@@ -10,7 +10,7 @@ import torch
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError
 from starflow_core.solve.sampling import Sampler, sample
-from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Sequence, SolverSettings, _same_place, linear_scan
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings, Window, _same_place, parallel_scan
 from tests.core import models
 
 EXACT = PRESETS["exact"]
@@ -85,7 +85,7 @@ def test_scan_equals_the_loop():
     expected = step.clone()
     for j in range(1, 13):
         expected[:, j] = step[:, j] + slope[:, j] * expected[:, j - 1]
-    torch.testing.assert_close(linear_scan(slope, step), expected)
+    torch.testing.assert_close(parallel_scan(slope, step), expected)
 
 
 def test_same_place_is_the_last_known_period():
@@ -126,10 +126,10 @@ def test_impossible_settings_are_refused(numbers):
         SolverSettings(**numbers)
 
 
-def test_sequence_inputs_keep_the_left_neighbour():
+def test_a_windows_inputs_keep_the_left_neighbour():
     flow = models.flow()
-    sequence = Sequence(models.randn(1, 6, 4), frame_tokens=3, width=3)
-    assert torch.equal(sequence.inputs(flow.deep, 2, 5), sequence.x[:, 1:4])
-    first = sequence.inputs(flow.deep, 0, 3)
+    window = Window(models.randn(1, 6, 4), frame_tokens=3, width=3)
+    assert torch.equal(window.inputs(flow.deep, 2, 5), window.x[:, 1:4])
+    first = window.inputs(flow.deep, 0, 3)
     assert torch.equal(first[:, :1], flow.deep.sos_embed)
-    assert torch.equal(first[:, 1:], sequence.x[:, :2])
+    assert torch.equal(first[:, 1:], window.x[:, :2])

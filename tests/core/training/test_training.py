@@ -78,7 +78,7 @@ def test_matrices_of_one_shape_are_updated_as_each_alone():
 def test_what_is_given_is_not_learned():
     model = models.flow()
     x, text = models.randn(2, 4, 4, 2, 3), models.text(model, 2)
-    whole, given, rest = model.nats(x, text), model.nats(x[:, :1], text), model.nats(x, text, given=1)
+    whole, given, rest = model.loss(x, text), model.loss(x[:, :1], text), model.loss(x, text, given=1)
     torch.testing.assert_close(4 * whole, given + 3 * rest)
 
 
@@ -182,7 +182,7 @@ def test_flow_and_denoiser_learn(banks, tmp_path, monkeypatch):
         found = [line.split() for line in lines if line.startswith(name)]
         return [float(words[words.index(key) + 1]) for words in found]
 
-    nats = figures("flow", "nats")
-    assert nats[-1] < nats[0] - 0.2
+    losses = figures("flow", "loss")
+    assert losses[-1] < losses[0] - 0.2
     errors = figures("denoiser", "error")
     assert errors[-1] < 0.7 * errors[0]

@@ -292,7 +292,7 @@ def test_load_in_inference_mode_gives_ordinary_weights(tmp_path):
             flow = load_flow(path, config=CONFIG)
         assert not any(weight.is_inference() for weight in flow.parameters())
         latents = torch.randn(1, 1, 3, 2, 2, requires_grad=True)
-        flow.nats(latents, torch.randn(1, 4, 6)).sum().backward()
+        flow.loss(latents, torch.randn(1, 4, 6)).sum().backward()
         assert torch.isfinite(latents.grad).all()
 
 
