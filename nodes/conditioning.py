@@ -65,9 +65,7 @@ class STARFlowTextEncode(io.ComfyNode):
                     step=1.0,
                     tooltip="Frames per second that the prompt asks for; 0 uses the model's own. Ignored for images.",
                 ),
-                Context.Input(
-                    "context", optional=True, tooltip="The given frames, if any; they determine the task."
-                ),
+                Context.Input("context", optional=True, tooltip="The given frames, if any; they determine the task."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt."),

@@ -107,9 +107,7 @@ class STARFlowVAEDecode(io.ComfyNode):
                     tooltip="After STARFlow Extend: drops the frames at the start that the source already shows.",
                 ),
             ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="The frames; for a batch, clip after clip.")
-            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames; for a batch, clip after clip.")],
             hidden=[io.Hidden.unique_id],
         )
 
