@@ -43,5 +43,5 @@ def _is_there(package: str) -> bool:
 
 def _warn(what: str, package) -> None:
     logging.getLogger("starflow").warning(
-        "STARFlow: no %s, because the package %s is missing. Install the pack's requirements.txt", what, package
+        "STARFlow: %s unavailable: the package %s is missing. Install the pack's requirements.txt", what, package
     )

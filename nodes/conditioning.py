@@ -42,11 +42,12 @@ class STARFlowTextEncode(io.ComfyNode):
             node_id="STARFlowTextEncode",
             display_name="STARFlow Text Encode",
             category=CATEGORY,
-            description="Wraps a prompt as the model was trained (rate, aspect ratio, task) and encodes it.",
+            description="Wraps a prompt in the words the model was trained with (frame rate, aspect ratio, task) and "
+            "encodes it.",
             inputs=[
-                Model.Input("model", tooltip="Says how prompts are wrapped and how long they may be."),
-                TextEncoder.Input("text_encoder", tooltip="The encoder that belongs to the model."),
-                io.Latent.Input("latent", tooltip="Says the aspect ratio, and whether it is an image or a clip."),
+                Model.Input("model", tooltip="Determines how prompts are wrapped and how long they may be."),
+                TextEncoder.Input("text_encoder", tooltip="The encoder that goes with the model."),
+                io.Latent.Input("latent", tooltip="Gives the aspect ratio, and whether it is an image or a clip."),
                 io.String.Input(
                     "prompt", multiline=True, default="", tooltip="What to show; for an edit, what to change."
                 ),
@@ -54,7 +55,7 @@ class STARFlowTextEncode(io.ComfyNode):
                     "negative_prompt",
                     multiline=True,
                     default="",
-                    tooltip="Used with guidance only. Empty, as in training, is the best choice nearly always.",
+                    tooltip="Used only with guidance. Empty, as in training, is nearly always best.",
                 ),
                 io.Float.Input(
                     "frame_rate",
@@ -62,17 +63,15 @@ class STARFlowTextEncode(io.ComfyNode):
                     min=0.0,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames a second that the prompt asks for; 0 takes the model's own. Not used for images.",
+                    tooltip="Frames per second that the prompt asks for; 0 uses the model's own. Ignored for images.",
                 ),
-                Context.Input(
-                    "context", optional=True, tooltip="The given frames, if there are any: they name the task."
-                ),
+                Context.Input("context", optional=True, tooltip="The given frames, if any; they determine the task."),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt."),
                 io.Conditioning.Output(display_name="negative", tooltip="The negative prompt."),
                 io.String.Output(
-                    display_name="report", tooltip="The text as the model reads it, and what was cut off."
+                    display_name="report", tooltip="The text as the model reads it, and what was cut off, if anything."
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -110,7 +109,7 @@ def job_of(config: FlowConfig, samples: Tensor, **settings) -> Job:
     frames = samples.shape[2] if samples.ndim == 5 else 1
     if samples.shape[1] != latent.channels:
         raise InputError(
-            f"this latent has {samples.shape[1]} channels, {config.name} makes {latent.channels}; "
+            f"this latent has {samples.shape[1]} channels, but {config.name} uses {latent.channels}; "
             "make it with STARFlow Empty Latent, connected to the same model"
         )
     height, width = (side * latent.spatial for side in samples.shape[-2:])
@@ -122,7 +121,10 @@ def job_of(config: FlowConfig, samples: Tensor, **settings) -> Job:
 def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
     """The embeddings (1, L, D) of a conditioning. Raises InputError unless they were made for this job."""
     if len(conditioning) != 1:
-        raise InputError(f"{name} joins {len(conditioning)} conditionings; a flow reads one prompt")
+        raise InputError(
+            f"{name} combines {len(conditioning)} conditionings, but a flow reads only one prompt; connect one "
+            "STARFlow Text Encode"
+        )
     rows, options = conditioning[0]
     made_for, wanted = options.get(KEY), MadeFor.of(job)
     if made_for is None:
@@ -137,6 +139,6 @@ def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
 
 def _cut(config: FlowConfig, prompt: str, negative: str) -> list[str]:
     """A line for each text that was too long."""
-    limit = f"{config.name} reads {config.prompt.tokens} tokens; left out"
+    limit = f"{config.name} reads only {config.prompt.tokens} tokens; left out"
     rests = {"": prompt, " of the negative prompt": negative}
     return [f"{limit}{of}: {rest}" for of, rest in rests.items() if rest]

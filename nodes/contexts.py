@@ -12,9 +12,9 @@ from ..starflow_core.media import fit
 from ..starflow_core.model.latent import LatentFormat
 from .types import CATEGORY, Context, Model
 
-LATENT_TIP = "Says the size: pictures are scaled to cover it, and their edges cut off."
-VAE_TIP = "The VAE that belongs to the model."
-CONTEXT_TIP = "For text encode and sampler: give it to both."
+LATENT_TIP = "Sets the size: pictures are scaled to cover it, and their edges are cropped."
+VAE_TIP = "The VAE that goes with the model."
+CONTEXT_TIP = "Connect it to both Text Encode and the sampler."
 
 
 class STARFlowFirstFrame(io.ComfyNode):
@@ -26,7 +26,7 @@ class STARFlowFirstFrame(io.ComfyNode):
             category=CATEGORY,
             description="Image to video: the clip begins with this image. A batch of images makes a batch of clips.",
             inputs=[
-                io.Image.Input("image", tooltip="One image, or one for each clip of the batch."),
+                io.Image.Input("image", tooltip="One image, or one for each clip in the batch."),
                 io.Vae.Input("vae", tooltip=VAE_TIP),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),
             ],
@@ -45,13 +45,15 @@ class STARFlowFirstLastFrame(io.ComfyNode):
             node_id="STARFlowFirstLastFrame",
             display_name="STARFlow First and Last Frame",
             category=CATEGORY,
-            description="The clip ends with one image, and may begin with another.",
+            description="Makes a clip that ends with one image, and can begin with another.",
             inputs=[
-                io.Image.Input("last_image", tooltip="What the clip ends with."),
+                io.Image.Input("last_image", tooltip="The image that the clip ends with."),
                 io.Vae.Input("vae", tooltip=VAE_TIP),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),
                 io.Image.Input(
-                    "first_image", optional=True, tooltip="What the clip begins with; without it, it begins freely."
+                    "first_image",
+                    optional=True,
+                    tooltip="The image that the clip begins with. Without it, the model chooses the beginning.",
                 ),
             ],
             outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
@@ -70,20 +72,20 @@ class STARFlowExtend(io.ComfyNode):
             node_id="STARFlowExtend",
             display_name="STARFlow Extend",
             category=CATEGORY,
-            description="Goes on where a clip ends. The result begins with the end of the source; STARFlow VAE "
-            "Decode can cut that off, so that the two can be joined.",
+            description="Continues a clip. The result begins with the end of the source; STARFlow VAE Decode can trim "
+            "that off, so that the two can be joined.",
             inputs=[
-                Model.Input("model", tooltip="Says how much of the source it can see."),
+                Model.Input("model", tooltip="Determines how much of the source it can see."),
                 io.Image.Input("images", tooltip="The frames of one clip."),
                 io.Vae.Input("vae", tooltip=VAE_TIP),
-                io.Latent.Input("latent", tooltip=LATENT_TIP + " Its length counts the given frames, too."),
+                io.Latent.Input("latent", tooltip=LATENT_TIP + " Its length includes the given frames."),
                 io.Int.Input(
                     "keep",
                     default=0,
                     min=0,
                     max=1024,
-                    tooltip="Latent frames of the source that the model sees; 0 takes what its window keeps. More "
-                    "give a steadier motion and look, and leave less room for new frames.",
+                    tooltip="Latent frames of the source that the model sees; 0 uses what its window keeps. More "
+                    "make motion and look steadier, but leave less room for new frames.",
                 ),
             ],
             outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
@@ -103,15 +105,17 @@ class STARFlowVideoEdit(io.ComfyNode):
             node_id="STARFlowVideoEdit",
             display_name="STARFlow Video Edit",
             category=CATEGORY,
-            description="Video to video: the source is changed as the prompt says, and keeps its length.",
+            description="Video to video: changes the source as the prompt says, and keeps its length.",
             inputs=[
                 io.Image.Input("images", tooltip="The frames of one clip."),
                 io.Vae.Input("vae", tooltip=VAE_TIP),
-                io.Latent.Input("latent", tooltip=LATENT_TIP + " Of a longer source, only as many frames are used."),
+                io.Latent.Input("latent", tooltip=LATENT_TIP + " Source frames beyond its length are dropped."),
             ],
             outputs=[
                 Context.Output(display_name="context", tooltip=CONTEXT_TIP),
-                io.Latent.Output(display_name="latent", tooltip="As long as the source: for text encode and sampler."),
+                io.Latent.Output(
+                    display_name="latent", tooltip="As long as the source; for Text Encode and the sampler."
+                ),
             ],
         )
 

@@ -23,39 +23,39 @@ class STARFlowEmptyLatent(io.ComfyNode):
             node_id="STARFlowEmptyLatent",
             display_name="STARFlow Empty Latent",
             category=CATEGORY,
-            description="The size and length of what will be made. Says the real size and the number of tokens.",
+            description="Sets the size and length of the result. Shows the actual size and the number of tokens.",
             inputs=[
-                Model.Input("model", tooltip="Says the channels and the compression."),
+                Model.Input("model", tooltip="Determines the latent channels and the compression."),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=[MODEL_ASPECT, *ASPECTS],
                     default=MODEL_ASPECT,
-                    tooltip="Width to height, at the area the model was trained for. Not used if width and height "
-                    "are given.",
+                    tooltip="Width to height, at the area the model was trained for. Ignored if width and height are "
+                    "set.",
                 ),
                 io.Int.Input(
-                    "width", default=0, min=0, max=8192, step=8, tooltip="Pixels; 0 goes by the aspect ratio."
+                    "width", default=0, min=0, max=8192, step=8, tooltip="In pixels; 0 follows the aspect ratio."
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=8, tooltip="Pixels; 0 goes by the aspect ratio."
+                    "height", default=0, min=0, max=8192, step=8, tooltip="In pixels; 0 follows the aspect ratio."
                 ),
                 io.Int.Input(
                     "frames",
                     default=0,
                     min=0,
                     max=100001,
-                    tooltip="1 is an image, a clip has 4n + 1. 0 takes the model's own length. More than its window "
-                    "is sampled by a sliding window.",
+                    tooltip="1 makes an image; clips have 4n + 1 frames. 0 uses the model's own length. Clips longer "
+                    "than its window are sampled with a sliding window.",
                 ),
                 io.Int.Input(
-                    "batch_size", default=1, min=1, max=256, tooltip="How many are made at once; each costs memory."
+                    "batch_size", default=1, min=1, max=256, tooltip="How many to make at once; each one takes memory."
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="For text encode, context and sampler."),
-                io.Int.Output(display_name="width", tooltip="Pixels."),
-                io.Int.Output(display_name="height", tooltip="Pixels."),
-                io.Int.Output(display_name="frames", tooltip="Pixel frames."),
+                io.Latent.Output(display_name="latent", tooltip="For Text Encode, the context node and the sampler."),
+                io.Int.Output(display_name="width", tooltip="In pixels."),
+                io.Int.Output(display_name="height", tooltip="In pixels."),
+                io.Int.Output(display_name="frames", tooltip="Length in frames of video, not latent frames."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -87,29 +87,27 @@ class STARFlowVAEDecode(io.ComfyNode):
             node_id="STARFlowVAEDecode",
             display_name="STARFlow VAE Decode",
             category=CATEGORY,
-            description="Latents to frames, one latent frame after the other: in bounded memory, with progress, and "
-            "it can be cancelled. Core's VAE Decode gives the same pixels.",
+            description="Decodes latents one latent frame at a time: in bounded memory, with progress, and you can "
+            "cancel it partway. ComfyUI's VAE Decode gives the same pixels.",
             inputs=[
-                io.Latent.Input("samples", tooltip="What the sampler made."),
-                io.Vae.Input("vae", tooltip="The VAE that belongs to the model."),
+                io.Latent.Input("samples", tooltip="From the sampler."),
+                io.Vae.Input("vae", tooltip="The VAE that goes with the model."),
                 io.Int.Input(
                     "tile_size",
                     default=0,
                     min=0,
                     max=4096,
                     step=64,
-                    tooltip="Pixels a side; smaller tiles take less memory and more time. 0 decodes whole frames, "
-                    "and in tiles only if memory runs out.",
+                    tooltip="Side of a tile in pixels; smaller tiles take less memory and more time. 0 decodes whole "
+                    "frames, and falls back to tiles only if memory runs out.",
                 ),
                 io.Boolean.Input(
                     "trim_overlap",
                     default=False,
-                    tooltip="After STARFlow Extend: leave out the frames at the start that the source already shows.",
+                    tooltip="After STARFlow Extend: drops the frames at the start that the source already shows.",
                 ),
             ],
-            outputs=[
-                io.Image.Output(display_name="images", tooltip="The frames; clips of a batch follow one another.")
-            ],
+            outputs=[io.Image.Output(display_name="images", tooltip="The frames; for a batch, clip after clip.")],
             hidden=[io.Hidden.unique_id],
         )
 
@@ -124,7 +122,7 @@ class STARFlowVAEDecode(io.ComfyNode):
             bar.update(done, latents.shape[2] if latents.ndim == 5 else 1, piece[0, -1])
         images = torch.cat(frames, 1)
         if skip >= images.shape[1]:
-            raise InputError(f"all {images.shape[1]} frames overlap the source; extend by more frames")
+            raise InputError(f"all {images.shape[1]} frames overlap the source; ask for more frames, or keep fewer")
         return io.NodeOutput(host.mark_clips(images[:, skip:].flatten(0, 1), images.shape[1] - skip))
 
 

@@ -17,7 +17,8 @@ from .types import CATEGORY, Model, TextEncoder
 Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
 WEIGHT_TYPE_TIP = (
-    "Type of the weights and of the arithmetic. auto: bf16 on a graphics card that has it, else fp16, fp32 on a CPU."
+    "Data type of the weights and the computation. auto: bf16 if the graphics card supports it, otherwise fp16; "
+    "fp32 on a CPU."
 )
 
 
@@ -43,7 +44,7 @@ class STARFlowLoadModel(io.ComfyNode):
                     options=[*host.files("diffusion_models", _is_flow), *host.folders("diffusion_models", _is_sharded)],
                     default=DEMO,
                     tooltip="Checkpoints in models/diffusion_models (.safetensors, Apple's .pth, or a folder of "
-                    "shards), and the demo.",
+                    "shards), and the bundled demo.",
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
@@ -77,15 +78,15 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
             node_id="STARFlowLoadTextEncoder",
             display_name="STARFlow Load Text Encoder",
             category=CATEGORY,
-            description="Loads the T5 encoder that belongs to the model: flan-t5-xl for Apple's checkpoints, or the "
-            "demo's.",
+            description="Loads the T5 encoder that goes with the model: flan-t5-xl for Apple's checkpoints, or the "
+            "demo's own.",
             inputs=[
                 io.Combo.Input(
                     "encoder_name",
                     options=[*host.files("text_encoders", _is_weights), *host.folders("text_encoders", _is_t5_folder)],
                     default=DEMO,
-                    tooltip="A file or a folder in models/text_encoders, or the demo's encoder. A single file uses "
-                    "the tokenizer beside it, or ComfyUI's own for T5.",
+                    tooltip="A file or folder in models/text_encoders, or the demo's encoder. A single file uses the "
+                    "tokenizer next to it, or else ComfyUI's own T5 tokenizer.",
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
@@ -116,8 +117,8 @@ class STARFlowLoadVAE(io.ComfyNode):
             node_id="STARFlowLoadVAE",
             display_name="STARFlow Load VAE",
             category=CATEGORY,
-            description="Loads the VAE that belongs to the model: Wan 2.2 for video, SD's for images, or the demo's. "
-            "Core's encode and decode nodes take it, too.",
+            description="Loads the VAE that goes with the model: Wan 2.2's for video, Stable Diffusion 1.x's for "
+            "images, or the demo's own. ComfyUI's encode and decode nodes accept it, too.",
             inputs=[
                 io.Combo.Input(
                     "vae_name",
@@ -127,7 +128,7 @@ class STARFlowLoadVAE(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and for core's.")],
+            outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and ComfyUI's own.")],
         )
 
     @classmethod
@@ -183,8 +184,8 @@ def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable
     path = host.find(folder, name) if isinstance(name, str) and name != DEMO else None
     if name == DEMO or (path and (is_folder(path) if path.is_dir() else is_file(path))):
         return None
-    state = "is no such" if path else f"isn't in models/{folder}, or no"
-    return f"{name!r} {state} {what}; put the right file there and refresh, or choose {DEMO!r}"
+    problem = f"in models/{folder} is not a {what}" if path else f"is not in models/{folder}"
+    return f"{name!r} {problem}; put a {what} there and refresh, or choose {DEMO!r}"
 
 
 def _check_type(name: str) -> str | None:

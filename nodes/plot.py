@@ -26,7 +26,7 @@ def convergence(statistics: Statistics, job: Job, config: FlowConfig) -> Tensor:
     canvas = Image.new("RGB", (WIDTH, HEIGHT), PAPER)
     draw = ImageDraw.Draw(canvas)
     if not residuals.size:
-        draw.text((LEFT, HEIGHT // 2), "autoregressive: one sweep a token, nothing to converge", fill=INK)
+        draw.text((LEFT, HEIGHT // 2), "autoregressive: one sweep per token, nothing to converge", fill=INK)
         return _tensor(canvas)
     inner = (WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM)
     canvas.paste(Image.fromarray(_coloured(residuals)).resize(inner, Image.Resampling.NEAREST), (LEFT, TOP))

@@ -32,30 +32,29 @@ class STARFlowJacobiSettings(io.ComfyNode):
             node_id="STARFlowJacobiSettings",
             display_name="STARFlow Jacobi Settings",
             category=CATEGORY,
-            description="How the flow is inverted: a preset, or numbers of your own. 0 leaves a number to the preset.",
+            description="How the flow is inverted: a preset, or numbers of your own. 0 uses the preset's number.",
             inputs=[
                 io.Combo.Input(
                     "preset",
                     options=list(METHODS),
                     default="balanced",
-                    tooltip="fast: fewest sweeps, small differences to the exact answer. balanced: the default. "
-                    "exact: equals autoregressive to 1e-6 in fp32. autoregressive: token by token, slowest, ignores "
-                    "the numbers below.",
+                    tooltip="fast: fewest sweeps, slightly off the exact answer. balanced: the default. exact: "
+                    "matches autoregressive to 1e-6 in fp32. autoregressive: token by token, slowest, ignores the "
+                    "numbers below.",
                 ),
                 io.Int.Input(
                     "image_span",
                     default=OWN,
                     min=0,
                     max=4096,
-                    tooltip="Tokens solved at once in an image. Larger: fewer sweeps, but each takes longer.",
+                    tooltip="Tokens solved at once in an image. Larger: fewer sweeps, but slower ones.",
                 ),
                 io.Int.Input(
                     "first_span",
                     default=OWN,
                     min=0,
                     max=4096,
-                    tooltip="Tokens solved at once in a clip's first frame. Larger: fewer sweeps, but each takes "
-                    "longer.",
+                    tooltip="Tokens solved at once in a clip's first frame. Larger: fewer sweeps, but slower ones.",
                 ),
                 io.Int.Input(
                     "span",
@@ -63,7 +62,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     min=0,
                     max=65536,
                     tooltip="Tokens solved at once after the first frame. Larger suits fast graphics cards; smaller "
-                    "wastes less on slow ones.",
+                    "wastes less work on slow ones.",
                 ),
                 io.Float.Input(
                     "tolerance",
@@ -72,8 +71,8 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     max=0.9,
                     step=1e-5,
                     round=False,
-                    tooltip="A token settles when its relative squared change is below this. Smaller: closer to the "
-                    "exact answer, more sweeps.",
+                    tooltip="A token settles once its relative squared change falls below this. Smaller: closer to "
+                    "the exact answer, but more sweeps.",
                 ),
                 io.Float.Input(
                     "shallow_tolerance",
@@ -82,15 +81,15 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     max=0.9,
                     step=1e-6,
                     round=False,
-                    tooltip="The same for whole frames in the shallow blocks. Smaller costs little.",
+                    tooltip="The same for whole frames in the shallow blocks. A smaller value costs little.",
                 ),
                 io.Int.Input(
                     "max_sweeps",
                     default=OWN,
                     min=0,
                     max=65536,
-                    tooltip="A token settles after this many sweeps at the latest: a bound on time, at the price of "
-                    "exactness.",
+                    tooltip="A token counts as settled after this many sweeps at the latest. Limits the time, at the "
+                    "expense of accuracy.",
                 ),
             ],
             outputs=[Solver.Output(display_name="settings", tooltip="For the sampler.")],
@@ -115,20 +114,20 @@ class STARFlowSampler(io.ComfyNode):
             display_name="STARFlow Sampler",
             category=CATEGORY,
             description="Turns noise into an image or a clip. There are no steps to choose: the flow is inverted, "
-            "and frames are finished one after the other.",
+            "and frames are finished one after another.",
             inputs=[
                 Model.Input("model", tooltip="The flow."),
                 io.Conditioning.Input("positive", tooltip="From STARFlow Text Encode."),
-                io.Conditioning.Input("negative", tooltip="From STARFlow Text Encode; used with guidance only."),
-                io.Latent.Input("latent", tooltip="Its size and length count, not what is in it."),
+                io.Conditioning.Input("negative", tooltip="From STARFlow Text Encode; used only with guidance."),
+                io.Latent.Input("latent", tooltip="Only its size and length matter, not its content."),
                 io.Int.Input(
                     "seed",
                     default=0,
                     min=0,
                     max=0xFFFFFFFFFFFFFFFF,
                     control_after_generate=True,
-                    tooltip="Decides the noise; the same on every machine. Clips of a batch take the seeds that "
-                    "follow.",
+                    tooltip="Determines the noise, which is the same on every machine. A batch uses consecutive seeds, "
+                    "starting with this one.",
                 ),
                 io.Float.Input(
                     "guidance",
@@ -137,23 +136,23 @@ class STARFlowSampler(io.ComfyNode):
                     max=100.0,
                     step=0.1,
                     tooltip="How strongly the prompt counts. 0 is off and corresponds to a CFG of 1 elsewhere; -1 "
-                    "takes the model's own.",
+                    "uses the model's own value.",
                 ),
                 io.Boolean.Input(
                     "denoise",
                     default=True,
-                    tooltip="Takes out the noise that the model was trained with. Off shows the raw samples.",
+                    tooltip="Removes the noise that the model was trained with. Off shows the raw samples.",
                 ),
-                Solver.Input("settings", optional=True, tooltip="Without it the balanced preset is used."),
-                Context.Input("context", optional=True, tooltip="Given frames; the same as in text encode."),
+                Solver.Input("settings", optional=True, tooltip="Without it, the balanced preset is used."),
+                Context.Input("context", optional=True, tooltip="Given frames; connect them to Text Encode as well."),
                 io.Int.Input(
                     "window",
                     default=0,
                     min=0,
                     max=1024,
                     optional=True,
-                    tooltip="Latent frames attended to at once in a long video; 0 takes the trained number. Less "
-                    "memory and less coherence with fewer.",
+                    tooltip="Latent frames attended to at once in a long video; 0 uses the trained number. Fewer take "
+                    "less memory, but the video is less coherent.",
                 ),
                 io.Int.Input(
                     "keep",
@@ -161,15 +160,15 @@ class STARFlowSampler(io.ComfyNode):
                     min=0,
                     max=1024,
                     optional=True,
-                    tooltip="Latent frames that stay when the window slides; 0 is about three quarters of the window.",
+                    tooltip="Latent frames kept when the window slides; 0 keeps about three quarters of the window.",
                 ),
             ],
             outputs=[
-                io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode, or core's nodes."),
+                io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
                 io.String.Output(display_name="statistics", tooltip="What the solver did."),
                 io.Image.Output(
                     display_name="convergence",
-                    tooltip="Residual by sweep and frame: how the clip settled. Brighter still changes more.",
+                    tooltip="Residual by sweep and frame: how the clip settled. Brighter areas are still changing.",
                 ),
             ],
             hidden=[io.Hidden.unique_id],
@@ -181,7 +180,7 @@ class STARFlowSampler(io.ComfyNode):
         window: int = 0, keep: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
         if guidance < 0 and guidance != OWN_GUIDANCE:
-            raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} takes the model's own")
+            raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
         flow = model.model
         options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         options |= {"solver": settings} if settings else {}
@@ -208,7 +207,7 @@ def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Te
     """Latents of the host, streamed, so that finished frames can be shown; `work` bytes beside the weights."""
     flow, device = model.model, model.load_device
     watch = Watch(node_id, Preview(flow.config))
-    watch.bar.say(f"takes about {memory.size(work)} beside the weights")
+    watch.bar.say(f"needs about {memory.size(work)} on top of the weights")
     host.load(model, work, "this job")
     generation = Generation(
         flow,
@@ -268,8 +267,8 @@ def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:
         [
             f"method {job.solver.method}, guidance {job.guidance:g}, seed {job.seed}, {seconds:.1f} s",
             f"deep block: {statistics.deep_sweeps} sweeps, {statistics.deep_evaluations} token evaluations"
-            + (f", {per_token:.1f} a token" if tokens else ""),
+            + (f", {per_token:.1f} per token" if tokens else ""),
             f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
-            f"memory: about {memory.size(work)} beside the weights",
+            f"memory: about {memory.size(work)} on top of the weights",
         ]
     )

@@ -108,7 +108,8 @@ class HostVAE:
         height, width = (side // s * s for side in pixels.shape[-3:-1])
         if not height or not width:
             raise InputError(
-                f"an image of {pixels.shape[-2]} x {pixels.shape[-3]} is smaller than one latent of {s} x {s}"
+                f"an image of {pixels.shape[-2]} x {pixels.shape[-3]} is smaller than one latent cell of {s} x {s}; "
+                "use a larger one"
             )
         top, left = (pixels.shape[-3] - height) // 2, (pixels.shape[-2] - width) // 2
         pixels = pixels[..., top : top + height, left : left + width, :]

@@ -23,36 +23,36 @@ class STARFlowVideoCombine(io.ComfyNode):
             node_id="STARFlowVideoCombine",
             display_name="STARFlow Video Combine",
             category=CATEGORY,
-            description="Saves frames as a video, an animation or a sequence of images, shows it here, and keeps the "
-            "workflow in the file: drag it back onto the canvas to restore the graph (mp4, webm, webp and png).",
+            description="Saves frames as a video, an animation or an image sequence, shows the result here, and stores "
+            "the workflow in the file: drag it back onto the canvas to restore the graph (mp4, webm, webp and png).",
             inputs=[
-                io.Image.Input("images", tooltip="The frames of one clip, or of several that follow one another."),
+                io.Image.Input("images", tooltip="The frames of one clip, or of several in a row."),
                 io.Float.Input(
                     "frame_rate",
                     default=16.0,
                     min=0.1,
                     max=120.0,
                     step=1.0,
-                    tooltip="Frames a second; STARFlow-V was trained at 16.",
+                    tooltip="Frames per second; STARFlow-V was trained at 16.",
                 ),
                 io.Combo.Input(
                     "format",
                     options=list(FORMATS),
                     default="mp4",
                     tooltip="mp4 (h264) plays everywhere; webm (vp9) is smaller; gif and webp loop; a png sequence "
-                    "loses nothing.",
+                    "is lossless.",
                 ),
                 io.Int.Input(
                     "quality",
                     default=85,
                     min=1,
                     max=100,
-                    tooltip="Higher looks better and is larger; not used for gif and png.",
+                    tooltip="Higher looks better but makes larger files; ignored for gif and png.",
                 ),
                 io.String.Input(
                     "filename_prefix",
                     default="video/STARFlow",
-                    tooltip="Folder and name below the output folder; takes ComfyUI's tokens, such as "
+                    tooltip="Folder and file name inside the output folder; ComfyUI's tokens work, such as "
                     "%date:yyyy-MM-dd%.",
                 ),
                 io.Int.Input(
@@ -61,13 +61,13 @@ class STARFlowVideoCombine(io.ComfyNode):
                     min=0,
                     max=100001,
                     optional=True,
-                    tooltip="Frames of one clip, where the images are a batch of several: each becomes a file. 0 "
-                    "goes by STARFlow VAE Decode, where it is connected directly; else it is one clip.",
+                    tooltip="Frames per clip, if the images are a batch of several clips; each clip becomes a file. 0 "
+                    "uses the length from STARFlow VAE Decode if connected directly; otherwise it is all one clip.",
                 ),
             ],
             outputs=[
                 io.Video.Output(
-                    display_name="video", is_output_list=True, tooltip="For core's Save Video; one per clip."
+                    display_name="video", is_output_list=True, tooltip="For ComfyUI's Save Video; one per clip."
                 ),
             ],
             hidden=[io.Hidden.prompt, io.Hidden.extra_pnginfo],
@@ -103,7 +103,9 @@ NODES = [STARFlowVideoCombine]
 
 def _clips(images: torch.Tensor, count: int) -> list[torch.Tensor]:
     if len(images) % count:
-        raise InputError(f"{len(images)} frames are no whole number of clips of {count}; clip_frames has to divide it")
+        raise InputError(
+            f"{len(images)} frames can't be split into clips of {count}; clip_frames has to divide their number"
+        )
     return list(images.split(count))
 
 

@@ -1,4 +1,4 @@
-"""What a caller sees of a running job: progress, a way to cancel, statistics."""
+"""How a caller follows a running job and cancels it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from .errors import Cancelled
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a job stands. `step` of `total` in this phase: tokens in "deep", blocks in "shallow", latent
+    """How far a job is: `step` of `total` in this phase: tokens in "deep", blocks in "shallow", latent
     frames in "encode", "denoise" and "decode", bytes of a file. `settled` counts a solver's tokens of
     `tokens` (in "shallow" those of one block); `residual` is the largest relative squared change of
     the last sweep."""
@@ -25,7 +25,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Control:
-    """`progress` is told of every sweep and frame; `cancelled` is asked at least as often."""
+    """`progress` is called for every sweep and frame, `cancelled` at least as often."""
 
     progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False

@@ -1,8 +1,8 @@
-"""What the core raises. Every message names the thing that is wrong and the remedy."""
+"""The core's exceptions. Every message names what is wrong and how to fix it."""
 
 
 class StarflowError(Exception):
-    """Base of all errors that a user's input or machine can cause."""
+    """Base class of all errors that a user's input or machine can cause."""
 
 
 class CheckpointError(StarflowError):
@@ -18,8 +18,8 @@ class NonFiniteError(StarflowError):
 
 
 class OutOfMemoryForecast(StarflowError):
-    """A job that would not fit the free memory, refused before it runs."""
+    """A job that would not fit into free memory, refused before it starts."""
 
 
 class Cancelled(StarflowError):
-    """The cancel check answered yes. Nothing was written."""
+    """The caller cancelled the job. Nothing was written."""

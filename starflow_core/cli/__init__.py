@@ -1,4 +1,4 @@
-"""Commands around the core. Results go to stdout; progress, warnings and errors to stderr."""
+"""The commands. Results go to stdout; progress, warnings and errors to stderr."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OUT_OF_MEMORY = (
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code. Bad arguments leave through argparse's SystemExit."""
+    """Run a command and return its exit code. Bad arguments raise argparse's SystemExit."""
     arguments = parser().parse_args(argv)
     try:
         # What a command needs takes seconds to import, and help needs none of it.
@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except StarflowError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
-        return _fail(f"the package {error.name} is missing; pip install -r requirements.txt")
+        return _fail(f"the package {error.name} is missing; run pip install -r requirements.txt")
     except KeyboardInterrupt:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return INTERRUPTED

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from fractions import Fraction
 
-DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best there is)"
+DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
 
 def parser() -> argparse.ArgumentParser:
@@ -23,38 +23,47 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _generate(command: argparse.ArgumentParser) -> None:
-    command.add_argument("prompt", nargs="*", metavar="PROMPT", help="what to show; several make one result each")
-    command.add_argument("--prompt-file", metavar="FILE", help="prompts, one a line, instead of PROMPT")
-    command.add_argument("--negative", default="", metavar="TEXT", help="what guidance leads away from")
+    command.add_argument(
+        "prompt", nargs="*", metavar="PROMPT", help="what to show; several prompts make one result each"
+    )
+    command.add_argument("--prompt-file", metavar="FILE", help="prompts, one per line, instead of PROMPT")
+    command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
 
-    given = command.add_argument_group("given frames", "Without --aspect the trained ratio nearest to them is used.")
+    given = command.add_argument_group("given frames", "Without --aspect, their nearest trained ratio is used.")
     given.add_argument("--image", metavar="FILE", help="first frame")
     given.add_argument("--last-image", metavar="FILE", help="last frame")
-    given.add_argument("--video", metavar="FILE", help="clip to go on from or to change; its rate is kept")
+    given.add_argument("--video", metavar="FILE", help="clip to extend or edit; its frame rate is kept")
     given.add_argument("--task", choices=("extend", "edit"), help="what to do with --video")
     given.add_argument("--join", action="store_true", help="extend: write the source, then the new frames")
 
-    job = command.add_argument_group("what to make", "The model's own defaults; `inspect` shows them.")
+    job = command.add_argument_group("what to make", "Defaults come from the model; `inspect` shows them.")
     job.add_argument(
         "--frames",
         type=int,
         metavar="N",
-        help="1 is an image; extend counts the frames it begins with, edit reads no more of its source",
+        help="1 makes an image; extend counts the frames it begins with; edit reads only so much of its source",
     )
     _add_size(job)
-    job.add_argument("--fps", type=_rate, metavar="RATE", help="frames a second, such as 16, 23.976 or 30000/1001")
-    job.add_argument("--guidance", type=float, metavar="W", help="0 is off, as CFG 1 is for a diffusion model")
-    job.add_argument("--seed", type=int, default=0, help="result i has seed + i (default: 0)")
+    job.add_argument("--fps", type=_rate, metavar="RATE", help="frames per second, such as 16, 23.976 or 30000/1001")
+    job.add_argument("--guidance", type=float, metavar="W", help="0 is off, like CFG 1 for a diffusion model")
+    job.add_argument("--seed", type=int, default=0, help="result i uses seed + i (default: 0)")
     job.add_argument(
         "--batch",
         type=_positive,
         metavar="N",
-        help="how many are made at once; one prompt gives N results, several are taken N at a time (default: 1)",
+        help="how many to make at once; one prompt gives N results, several are taken N at a time (default: 1)",
     )
-    job.add_argument("--window", type=int, metavar="N", help="latent frames attended to; beyond, the window slides")
-    job.add_argument("--keep", type=int, metavar="N", help="latent frames kept when it slides, or given by extend")
     job.add_argument(
-        "--denoise", action=argparse.BooleanOptionalAction, default=True, help="take the noise out (default)"
+        "--window", type=int, metavar="N", help="latent frames attended to at once; in longer clips the window slides"
+    )
+    job.add_argument(
+        "--keep", type=int, metavar="N", help="latent frames kept when the window slides, or seen by extend"
+    )
+    job.add_argument(
+        "--denoise",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="remove the noise that the model was trained with (default)",
     )
 
     _add_solver(command, "balanced")
@@ -64,24 +73,26 @@ def _generate(command: argparse.ArgumentParser) -> None:
 
 def _encode(command: argparse.ArgumentParser) -> None:
     command.description += (
-        " No noise is added, though the flow was trained on noisy latents. "
-        "Prints log-likelihood and bits per dimension of the latents."
+        " Encodes the latents without adding noise, though the flow was trained on noisy ones. "
+        "Prints their log-likelihood and bits per dimension."
     )
     _add_input(command)
     _add_model(command)
-    command.add_argument("-o", "--output", metavar="FILE", help="a .safetensors (default: outputs/INPUT.safetensors)")
+    command.add_argument(
+        "-o", "--output", metavar="FILE", help=".safetensors file (default: outputs/INPUT.safetensors)"
+    )
 
 
 def _decode(command: argparse.ArgumentParser) -> None:
-    command.description += " Uses the prompt, rate and size in the file, no guidance, no denoising."
-    command.add_argument("input", metavar="NOISE", help="what encode wrote")
+    command.description += " Uses the prompt, frame rate and size stored in the file, without guidance or denoising."
+    command.add_argument("input", metavar="NOISE", help="file written by encode")
     _add_solver(command, "exact")
     _add_model(command)
     _add_video_output(command)
 
 
 def _score(command: argparse.ArgumentParser) -> None:
-    command.description += " Of the latents, to which no noise is added, though the flow was trained on noisy ones."
+    command.description += " Scores the latents without adding noise, though the flow was trained on noisy ones."
     _add_input(command)
     _add_model(command)
     _add_json(command)
@@ -95,7 +106,7 @@ def _convert(command: argparse.ArgumentParser) -> None:
 
 
 def _inspect(command: argparse.ArgumentParser) -> None:
-    command.description += " Reads no weights. A picture or clip made here tells how it was made."
+    command.description += " Reads no weights. For a picture or clip made with this program, shows how it was made."
     command.add_argument(
         "model", nargs="?", metavar="FILE", help="checkpoint, picture or clip (default: the bundled demo)"
     )
@@ -105,7 +116,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     job.add_argument("--batch", type=int, default=1, metavar="N")
     job.add_argument("--guidance", type=float, metavar="W")
     job.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="only this type (default: bf16 and fp32)")
-    job.add_argument("--device", metavar="NAME", help=f"whose free memory to tell: {DEVICE_HELP}")
+    job.add_argument("--device", metavar="NAME", help=f"device whose free memory to show: {DEVICE_HELP}")
     _add_json(command)
 
 
@@ -115,45 +126,47 @@ COMMANDS = {
     "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
-    "inspect": ("files", _inspect, "show what is in a checkpoint, and how much memory a job takes"),
+    "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),
 }
 
 
 def _add_size(group) -> None:
-    group.add_argument("--aspect", metavar="W:H", help="such as 16:9")
-    group.add_argument("--size", type=_positive, metavar="PIXELS", help="side of the square of equal area")
+    group.add_argument("--aspect", metavar="W:H", help="aspect ratio, such as 16:9")
+    group.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a square of the same area")
     group.add_argument("--height", type=int, metavar="PIXELS", help="with --width, instead of --aspect and --size")
     group.add_argument("--width", type=int, metavar="PIXELS")
 
 
 def _add_input(command: argparse.ArgumentParser) -> None:
-    command.add_argument("input", metavar="INPUT", help="picture or clip; it is scaled to cover the size, and cropped")
-    command.add_argument("--prompt", default="", metavar="TEXT", help="what it shows (default: nothing said)")
-    command.add_argument("--frames", type=_positive, metavar="N", help="only the first N frames")
-    command.add_argument("--fps", type=_rate, metavar="RATE", help="(default: the clip's)")
+    command.add_argument("input", metavar="INPUT", help="picture or clip; it is scaled to cover the size, then cropped")
+    command.add_argument("--prompt", default="", metavar="TEXT", help="what it shows (default: empty)")
+    command.add_argument("--frames", type=_positive, metavar="N", help="use only the first N frames")
+    command.add_argument("--fps", type=_rate, metavar="RATE", help="frames per second (default: the clip's)")
     _add_size(command)
 
 
 def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
-    group = command.add_argument_group("solver", "A preset sets all numbers; each may be given on its own.")
+    group = command.add_argument_group("solver", "A preset sets all numbers; each can be overridden.")
     group.add_argument("--solver", choices=("jacobi", "autoregressive"), default="jacobi", help="(default: jacobi)")
     group.add_argument("--preset", choices=("fast", "balanced", "exact"), help=f"(default: {preset})")
     group.add_argument("--image-span", type=int, metavar="N", help="tokens solved at once in an image")
-    group.add_argument("--first-span", type=int, metavar="N", help="the same in the first frame of a clip")
-    group.add_argument("--span", type=int, metavar="N", help="the same after it")
-    group.add_argument("--tolerance", type=float, metavar="X", help="relative squared change at which a token settles")
+    group.add_argument("--first-span", type=int, metavar="N", help="the same for the first frame of a clip")
+    group.add_argument("--span", type=int, metavar="N", help="the same for the frames after it")
+    group.add_argument(
+        "--tolerance", type=float, metavar="X", help="relative squared change below which a token settles"
+    )
     group.add_argument("--shallow-tolerance", type=float, metavar="X", help="the same for frames in shallow blocks")
-    group.add_argument("--max-sweeps", type=int, metavar="N", help="after which a token is settled in any case")
+    group.add_argument("--max-sweeps", type=int, metavar="N", help="sweeps after which a token counts as settled")
     command.set_defaults(default_preset=preset)
 
 
 def _add_model(command: argparse.ArgumentParser) -> None:
-    group = command.add_argument_group("model", "Without --model the bundled demo.")
+    group = command.add_argument_group("model", "Without --model, the bundled demo is used.")
     group.add_argument(
         "--model", metavar="PATH", help="checkpoint: .safetensors, .pth, an index of shards, or a folder"
     )
     group.add_argument(
-        "--text-encoder", metavar="PATH", help="flan-t5-xl: a folder, or a file with tokenizer.json beside it"
+        "--text-encoder", metavar="PATH", help="flan-t5-xl: a folder, or a file with tokenizer.json next to it"
     )
     group.add_argument("--vae", metavar="PATH", help="the model's VAE: a file or a diffusers folder")
     group.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
@@ -161,7 +174,7 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", "bf16", "fp16", "fp32"),
         default="auto",
-        help="of the networks (auto: fp32 on the CPU, else bf16)",
+        help="type of the networks (auto: fp32 on a CPU, otherwise bf16)",
     )
 
 
@@ -170,12 +183,10 @@ def _add_video_output(command: argparse.ArgumentParser) -> None:
     group.add_argument(
         "-o", "--output", metavar="PATH",
         help=".mp4, .webm, .gif, .webp, .png, .jpg, or a folder/ of pictures (default: in outputs/). "
-        "Of several results the first is NAME-0",
+        "Several results are called NAME-0, NAME-1, ..",
     )  # fmt: skip
     group.add_argument("--quality", type=int, default=90, metavar="N", help="0 to 100 (default: 90)")
-    group.add_argument(
-        "--tile", type=int, metavar="N", help="decode in tiles of N latent cells a side, for less memory"
-    )
+    group.add_argument("--tile", type=int, metavar="N", help="decode in tiles of N x N latent cells, to save memory")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
@@ -185,7 +196,7 @@ def _add_json(command: argparse.ArgumentParser) -> None:
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 on")
+        raise argparse.ArgumentTypeError(f"{text} is not a whole number above 0")
     return value
 
 
@@ -195,5 +206,5 @@ def _rate(text: str) -> Fraction:
     except (ValueError, ZeroDivisionError):
         raise argparse.ArgumentTypeError(f"{text!r} is not a rate such as 16, 23.976 or 30000/1001") from None
     if rate <= 0:
-        raise argparse.ArgumentTypeError(f"{text}: a rate is above 0")
+        raise argparse.ArgumentTypeError(f"{text}: a rate has to be above 0")
     return rate

@@ -1,4 +1,4 @@
-"""`convert` and `inspect`: checkpoints, and what is written in finished files."""
+"""`convert` and `inspect`: checkpoints, and the metadata of finished files."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ WEIGHTS = (".safetensors", ".json", *PICKLES)
 
 
 def convert(args: Namespace) -> None:
-    """A checkpoint to one safetensors file."""
+    """Write a checkpoint as one safetensors file."""
     with Meter() as meter:
         checkpoints.convert(args.source, args.target, args.dtype, overwrite=args.overwrite, progress=meter.bytes)
     print(args.target)
 
 
 def inspect(args: Namespace) -> None:
-    """What a checkpoint is and takes, or how a picture or clip was made."""
+    """Show what a checkpoint contains and needs, or how a picture or clip was made."""
     path = Path(args.model) if args.model else pipeline.BUNDLED / pipeline.FLOW_FILE
     if _is_media(path):
         values = read_metadata(args.model)
@@ -91,7 +91,7 @@ def _blocks(config: FlowConfig) -> list[dict[str, Any]]:
 
 
 def _text(found: dict[str, Any]) -> str:
-    """The description for a person."""
+    """The description as text."""
     defaults, job = found["defaults"], found["job"]
     rate = f" at {defaults['fps']} fps" if defaults["fps"] else ""
     free = "unknown" if found["free"] is None else memory.size(found["free"])
@@ -108,7 +108,7 @@ def _text(found: dict[str, Any]) -> str:
     }
     text = [found["name"], *(f"  {key:18} {value}" for key, value in lines.items() if value)]
     text.append(
-        f"Memory of {job['batch']} x {job['frames']} frames of {job['height']} x {job['width']}, "
+        f"Memory for {job['batch']} x {job['frames']} frames of {job['height']} x {job['width']}, "
         f"guidance {job['guidance']:g} (text encoder and VAE not counted)"
     )
     for name, need in found["memory"].items():

@@ -41,7 +41,7 @@ def generate(args: Namespace) -> None:
 def start(
     pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: Sampling, keep_text_encoder: bool
 ) -> Generation:
-    """A generation that is ready to run; warns of what its prompts were too long for."""
+    """A generation that is ready to run. Warns of prompts that were cut off."""
     control = Control(sampling)
     run, cut = pipeline.start(captions, job, negative=negative, control=control, keep_text_encoder=keep_text_encoder)
     for caption, rest in dict(zip(captions, cut, strict=True)).items():
@@ -57,7 +57,7 @@ def write(
     source: Tensor | None = None,
     tile: int | None = None,
 ) -> None:
-    """Frames to their files as they come; after a `source` clip those that only repeat it are left out."""
+    """Write frames to their files as they arrive; after a `source` clip, leave out those that only repeat it."""
     repeated = 0 if source is None else run.job.context.overlap(pipeline.config.latent)
     with ExitStack() as files:
         for writer in writers:
@@ -72,7 +72,7 @@ def write(
 
 
 def report(outputs: list[str], began: float, statistics: list[Statistics]) -> None:
-    """Where the files are, and what they took."""
+    """Print where the files are and what they took."""
     for path in outputs:
         print(path)
     deep, shallow, evaluations = (

@@ -21,7 +21,7 @@ from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, 
 
 
 def encode(args: Namespace) -> None:
-    """A picture or clip to noise."""
+    """Turn a picture or clip into noise."""
     output = args.output or str(OUTPUTS / f"{Path(args.input).stem}.safetensors")
     check_target(Path(output), None, overwrite=True)
     inversion = _encoded(args)
@@ -31,7 +31,7 @@ def encode(args: Namespace) -> None:
 
 
 def score(args: Namespace) -> None:
-    """How likely a picture or clip is."""
+    """Print how likely a picture or clip is."""
     inversion = _encoded(args)
     if not args.json:
         return _print_likelihood(inversion)
@@ -41,14 +41,14 @@ def score(args: Namespace) -> None:
 
 
 def decode(args: Namespace) -> None:
-    """Noise back to its picture or clip."""
+    """Turn noise back into its picture or clip."""
     began = time.monotonic()
     check_tile(args.tile)
     inversion = Inversion.load(args.input)
     model = Model.find(args)
     config = model.config
     if inversion.model != config.name:
-        warn(f"{args.input} is noise of {inversion.model}; {config.name} will make something else of it")
+        warn(f"{args.input} is noise from {inversion.model}; {config.name} will turn it into something else")
     job = inversion.job(config, solver(args))
     output = args.output or default_output(Path(args.input).stem, job.frames)
     check_writable(output, job.frames)
@@ -71,7 +71,7 @@ def decode(args: Namespace) -> None:
 
 
 def _encoded(args: Namespace) -> Inversion:
-    """The noise of the input, fitted to the size that was asked for."""
+    """The noise of the input, after fitting it to the requested size."""
     model = Model.find(args)
     config = model.config
     latent = config.latent
@@ -79,7 +79,7 @@ def _encoded(args: Namespace) -> Inversion:
     clip = read_video(args.input, args.frames or longest)
     found = len(clip.pixels)
     if args.frames and found < args.frames:
-        raise InputError(f"{args.input} has {found} frames; ask for no more than these with --frames")
+        raise InputError(f"{args.input} has only {found} frames; lower --frames")
     frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
     height, width = chosen_size(config, clip.pixels, **size(args))
     rate = args.fps or clip.fps

@@ -1,4 +1,4 @@
-"""What `generate` is asked for, checked in full before anything is loaded."""
+"""The plan of `generate`, checked in full before anything is loaded."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from .settings import Model, check_tile, chosen, default_output, numbered, size,
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that can begin: `settings` for `Pipeline.with_context`, and for each result its caption,
-    path and writer. With `source` (F, 3, H, W) the results are joined to it."""
+    """A run that is ready to start: `settings` for `Pipeline.with_context`, and the caption, path and
+    writer of each result. If there is a `source` (F, 3, H, W), the results are joined to it."""
 
     model: Model
     settings: dict[str, Any]
@@ -34,7 +34,7 @@ class Plan:
 
     @classmethod
     def make(cls, args: Namespace) -> Plan:
-        """Raises a StarflowError for whatever cannot work; warns of what may not."""
+        """Raises a StarflowError for anything that cannot work; warns of anything that may not."""
         captions = read_prompts(args)
         captions = captions * (args.batch or 1) if len(captions) == 1 else captions
         check_tile(args.tile)
@@ -58,8 +58,8 @@ class Plan:
 
 @dataclass(frozen=True)
 class Given:
-    """What a job begins with: `pixels` by the names the pipeline has for them, the files they are
-    from; of a clip its rate, 0 where there is none, and the size that it was read at."""
+    """What a job starts from: `pixels` under the pipeline's names, and the files they came from. For
+    a clip also its frame rate (0 if it has none) and the size it was read at."""
 
     task: str
     pixels: dict[str, Tensor]
@@ -84,32 +84,32 @@ def read_prompts(args: Namespace) -> list[str]:
                 raise InputError(f"prompt {number} is empty; say what to show")
         return args.prompt
     if args.prompt:
-        raise InputError("prompts come from the command line or from --prompt-file; give one of them")
+        raise InputError("give prompts on the command line or with --prompt-file, not both")
     try:
         lines = Path(args.prompt_file).read_text(encoding="utf-8-sig").splitlines()
     except OSError as error:
         raise InputError(f"{args.prompt_file} cannot be read ({error.strerror}); check the path") from None
     except UnicodeDecodeError:
-        raise InputError(f"{args.prompt_file} is no text in UTF-8; save it as such") from None
+        raise InputError(f"{args.prompt_file} is not UTF-8 text; save it as UTF-8") from None
     if not lines:
-        raise InputError(f"{args.prompt_file} is empty; write one prompt a line")
+        raise InputError(f"{args.prompt_file} is empty; write one prompt per line")
     for number, line in enumerate(lines, 1):
         if not line.strip():
-            raise InputError(f"{args.prompt_file}: line {number} is empty; write a prompt there, or remove it")
+            raise InputError(f"{args.prompt_file}: line {number} is empty; write a prompt there, or remove the line")
     return lines
 
 
 def read_given(args: Namespace, config: FlowConfig) -> Given:
-    """The frames that --image, --last-image and --video name, once they go together."""
+    """The frames given by --image, --last-image and --video, if they go together."""
     if args.video is None and args.task:
         raise InputError(f"--task {args.task} needs a clip; give it with --video")
     if args.join and args.task != "extend":
         raise InputError("--join puts a source before its continuation; use it with --video and --task extend")
     if args.video is not None:
         if args.image or args.last_image:
-            raise InputError("--video cannot be combined with --image or --last-image; give one of them")
+            raise InputError("--video cannot be combined with --image or --last-image; use one or the other")
         if not args.task:
-            raise InputError("--video needs --task extend, to go on from it, or --task edit, to change it")
+            raise InputError("--video needs --task extend, to continue it, or --task edit, to change it")
         place = chosen_size(config, read_video(args.video, 1).pixels, **size(args))
         clip = read_video(args.video, args.frames if args.task == "edit" else None, place)
         return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps), place)
@@ -122,7 +122,7 @@ def read_given(args: Namespace, config: FlowConfig) -> Given:
 
 
 def job_settings(args: Namespace, model: Model, given: Given, results: int) -> dict[str, Any]:
-    """What was asked for, in the core's names."""
+    """The requested settings, under the core's names."""
     settings = chosen(args, "frames", "guidance", "window", "keep")
     if args.fps is not None:
         settings["fps"] = float(args.fps)
@@ -134,7 +134,7 @@ def job_settings(args: Namespace, model: Model, given: Given, results: int) -> d
 
 
 def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:
-    """What has to be known to make a result again."""
+    """What it takes to make a result again."""
     plan = layout(model.config, job)
     names = ("task", "height", "width", "frames", "fps", "guidance", "denoise")
     return {
@@ -155,7 +155,7 @@ def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str,
 
 
 def name_outputs(args: Namespace, model: Model, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
-    """A path for each result, all of which can be written."""
+    """A writable path for each result."""
     frames = job.frames
     if source is not None:
         frames += len(source) - job.context.overlap(model.config.latent)
@@ -175,5 +175,5 @@ def warn_of_task(model: Model, task: str) -> None:
     name = f"{task} {prefix}" if prefix else task
     warn(
         f"{model.config.name} was not trained for the task {name}, only for {', '.join(model.config.tasks)}; "
-        "the result may ignore what was given"
+        "the result may ignore the given frames"
     )

@@ -1,4 +1,4 @@
-"""Progress on stderr: one bar at a time, with what the solver does and the time that is left."""
+"""Progress on stderr: one bar at a time, with what the solver is doing and the time left."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..control import Progress
 
 
 class Meter:
-    """Shows where a run stands; leaves nothing on the screen. Silent where stderr is no terminal."""
+    """Shows how far a run is, and clears the line at the end. Silent if stderr is not a terminal."""
 
     def __init__(self):
         self._bar: tqdm | None = None
@@ -23,15 +23,15 @@ class Meter:
         self.close()
 
     def bytes(self, progress: Progress) -> None:
-        """A file that is read or written."""
+        """A file being read or written."""
         self._show(progress.phase, progress.step, progress.total, unit="B", unit_scale=True)
 
     def encoding(self, progress: Progress) -> None:
-        """Given frames that go through the VAE."""
+        """Given frames passing through the VAE."""
         self._show(progress.phase, progress.step, progress.total, unit="frame")
 
     def sampling(self, frames: int) -> Sampling:
-        """For one job that makes so many frames."""
+        """For one job that makes this many frames."""
         return Sampling(self._show, frames)
 
     def close(self) -> None:
@@ -50,8 +50,8 @@ class Meter:
 
 
 class Sampling:
-    """A bar over the deep block's tokens, then one over the frames that are still to come: what else
-    is done meanwhile (shallow blocks, denoiser, VAE) is named, but has no bar of its own."""
+    """A bar for the deep block's tokens, then one for the frames still to come. Other work (shallow
+    blocks, denoiser, VAE) is named, but has no bar of its own."""
 
     def __init__(self, show: Callable, frames: int):
         self._show, self._frames = show, frames
@@ -66,7 +66,7 @@ class Sampling:
         self._draw(progress.phase, progress.residual)
 
     def wrote(self, frames: int) -> None:
-        """So many more frames have left the VAE."""
+        """This many more frames have left the VAE."""
         self.written += frames
         self._draw("decode", 0.0)
 

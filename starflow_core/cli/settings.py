@@ -56,7 +56,7 @@ class Model:
 
 
 def solver(args: Namespace) -> SolverSettings:
-    """The preset with the numbers that were given."""
+    """The preset, with any numbers given in place of its own."""
     numbers = {name: getattr(args, name) for name in NUMBERS}
     if args.solver == "jacobi":
         return PRESETS[args.preset or args.default_preset].with_numbers(**numbers)
@@ -66,14 +66,14 @@ def solver(args: Namespace) -> SolverSettings:
 
 
 def size(args: Namespace) -> dict[str, Any]:
-    """The size options that were given, in the core's names."""
+    """The size options that were given, under the core's names."""
     return chosen(args, "height", "width", "aspect", "size")
 
 
 def check_tile(tile: int | None) -> None:
     """Raise InputError for tiles that the VAE cannot blend."""
     if tile is not None and tile < LEAST_TILE:
-        raise InputError(f"tile is {tile} latent cells, the least is {LEAST_TILE}")
+        raise InputError(f"tile is {tile} latent cells; the minimum is {LEAST_TILE}")
 
 
 def chosen(args: Namespace, *names: str) -> dict:
@@ -86,7 +86,7 @@ def default_output(name: str, frames: int) -> str:
 
 
 def slug(text: str, longest: int = 40) -> str:
-    """A file name that says what a prompt says."""
+    """A file name made from a prompt."""
     words = re.findall(r"[^\W_]+", text.lower())
     while len(words) > 1 and len("-".join(words)) > longest:
         words.pop()
@@ -110,4 +110,4 @@ def warn(message: str) -> None:
 
 def warn_of_cut(prompt: str, cut: str, config: FlowConfig) -> None:
     if cut:
-        warn(f"{config.name} reads {config.prompt.tokens} tokens; of {prompt!r} this was left out: {cut!r}")
+        warn(f"{config.name} reads only {config.prompt.tokens} tokens; left out of {prompt!r}: {cut!r}")

@@ -91,9 +91,9 @@ def test_text_report_says_what_was_cut(encode, latent):
     assert PROMPT in report
     assert "16 fps" in report
     long = encode(latent, "a red circle " * 30)[2]
-    assert re.search(r"reads 48 tokens; left out: .*red circle", long)
+    assert re.search(r"reads only 48 tokens; left out: .*red circle", long)
     negative = encode(latent, negative_prompt="a blue ring " * 30)[2]
-    assert re.search(r"reads 48 tokens; left out of the negative prompt: .*blue ring", negative)
+    assert re.search(r"reads only 48 tokens; left out of the negative prompt: .*blue ring", negative)
 
 
 def test_a_seed_repeats_and_another_differs(sample, latent):

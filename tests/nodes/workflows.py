@@ -276,7 +276,7 @@ class Parts:
         )
 
     def clip(self, column: int, prompt: str, seed: int = 1, **size) -> Node:
-        """A source clip, made here, so that the example runs as it is."""
+        """A source clip, made here so that the example runs as it is."""
         sampler = self.sampled(column + 1, prompt, self.latent(column, **size), seed=seed)
         return self.decoded(column + 2, sampler)
 
@@ -284,7 +284,8 @@ class Parts:
 def text_to_image() -> Graph:
     parts = Parts.of(
         "**Text to image.** Runs as it is, with the small demo model: it knows coloured circles, squares, triangles "
-        "and rings.\n\nFor real pictures choose Apple's 3B checkpoint, flan-t5-xl and SD's VAE in the three loaders."
+        "and rings.\n\nFor real pictures, choose Apple's 3B checkpoint, flan-t5-xl and Stable Diffusion's VAE in the "
+        "three loaders."
     )
     sampler = parts.sampled(1, "a blue ring on a white background", parts.latent(1, frames=1, batch_size=4), seed=3)
     parts.graph.add("SaveImage", 3, images=(parts.decoded(3, sampler), "images"), filename_prefix="STARFlow")
@@ -294,7 +295,7 @@ def text_to_image() -> Graph:
 def text_to_video() -> Graph:
     parts = Parts.of(
         "**Text to video.** Runs as it is, with the small demo model: coloured circles, squares, triangles and rings "
-        "that move left, right, up or down.\n\nFor real clips choose STARFlow-V, flan-t5-xl and Wan 2.2's VAE in the "
+        "that move left, right, up or down.\n\nFor real clips, choose STARFlow-V, flan-t5-xl and Wan 2.2's VAE in the "
         "three loaders; nothing else has to change."
     )
     sampler = parts.sampled(1, "a red circle moving right on a black background", parts.latent(1))
@@ -304,8 +305,8 @@ def text_to_video() -> Graph:
 
 def image_to_video() -> Graph:
     parts = Parts.of(
-        "**Image to video.** The first frame is made here, so that the example runs as it is. For a picture of your "
-        "own put Load Image in place of the first three nodes of that row."
+        "**Image to video.** The first frame is made here, so the example runs as it is. To use your own picture, "
+        "connect Load Image to First Frame instead of the first VAE Decode."
     )
     still = parts.sampled(1, "a green square on a white background", parts.latent(1, frames=1), seed=2)
     image = parts.decoded(3, still)
@@ -320,8 +321,8 @@ def image_to_video() -> Graph:
 
 def video_edit() -> Graph:
     parts = Parts.of(
-        "**Video edit.** The prompt says what to change; motion and length stay. Source and result have to fit the "
-        "model's window together: 17 frames with the demo."
+        "**Video edit.** The prompt says what to change; motion and length stay the same. Source and result have to "
+        "fit into the model's window together, so the demo takes at most 17 frames."
     )
     source = parts.clip(1, "a red circle moving right on a black background", frames=17)
     latent = parts.latent(4, frames=17)
@@ -336,8 +337,8 @@ def video_edit() -> Graph:
 
 def extend() -> Graph:
     parts = Parts.of(
-        "**Extend.** Goes on where a clip ends. VAE Decode leaves out the frames that both show, Batch Images joins "
-        "the two."
+        "**Extend.** Continues a clip. VAE Decode drops the frames that the source already shows, and Batch Images "
+        "joins the two."
     )
     source = parts.clip(1, "a yellow triangle moving down on a grey background", frames=17)
     latent = parts.latent(4)
@@ -354,8 +355,8 @@ def extend() -> Graph:
 
 def first_and_last_frame() -> Graph:
     parts = Parts.of(
-        "**First and last frame.** The clip ends with one picture and may begin with another. Both are taken from a "
-        "clip that is made here, so that the example runs as it is."
+        "**First and last frame.** The clip ends with one picture and can begin with another. Both are taken from a "
+        "clip that is made here, so the example runs as it is."
     )
     source = parts.clip(1, "a purple ring moving up on a white background", seed=4)
     first = parts.graph.add("ImageFromBatch", 4, image=(source, "images"), batch_index=0, length=1)
@@ -372,7 +373,7 @@ def first_and_last_frame() -> Graph:
 
 def long_video() -> Graph:
     parts = Parts.of(
-        "**Long video.** More frames than the window holds: when it is full, the last frames stay and it slides on. "
+        "**Long video.** More frames than the window holds: when it is full, it keeps its last frames and slides on. "
         "The demo's window is 10 latent frames (37 frames)."
     )
     sampler = parts.sampled(1, "a green triangle moving left on a black background", parts.latent(1, frames=97))
@@ -382,8 +383,8 @@ def long_video() -> Graph:
 
 def convergence_study() -> Graph:
     parts = Parts.of(
-        "**Convergence.** The same clip with three presets. The pictures show the residual by sweep and frame: how "
-        "the clip settles from the left, frame after frame. The text says how many sweeps that took."
+        "**Convergence.** The same clip with three presets. The pictures show the residual by sweep (left to right) "
+        "and frame (top to bottom): the clip settles frame after frame. The text says how many sweeps that took."
     )
     latent = parts.latent(1)
     text = None
@@ -408,9 +409,10 @@ def convergence_study() -> Graph:
 
 def text_to_image_3b() -> Graph:
     parts = Parts.of(
-        "**Text to image with Apple's 3B checkpoint**, which is for research only. Put the files into the folders "
-        "that the loaders name: flan-t5-xl as a folder with its config.json and tokenizer.json, the VAE under the "
-        "name in its loader. Then press R to refresh the lists. It takes about 9 GB in bf16."
+        "**Text to image with Apple's 3B checkpoint**, which is for research only. Put the checkpoint into "
+        "models/diffusion_models, flan-t5-xl into models/text_encoders as a folder with its config.json and "
+        "tokenizer.json, and the VAE into models/vae under the name in its loader. Then press R to refresh the "
+        "lists. It needs about 9 GB in bf16, plus the text encoder and VAE."
     )
     parts.model.values["model_name"] = "starflow_3B_t2i_256x256.pth"
     parts.model.models = [
@@ -446,7 +448,7 @@ def blueprint() -> tuple[Path, str]:
     text, images = sampler.links["positive"][0], parts.decoded(3, sampler)
     given = [(text, "prompt"), (latent, "aspect_ratio"), (latent, "frames"), (sampler, "seed"), (sampler, "guidance"),
              (parts.model, "model_name"), (parts.text, "encoder_name"), (parts.vae, "vae_name")]  # fmt: skip
-    name, description = "Text to Video (STARFlow)", "A prompt to the frames of a clip, with the demo or STARFlow-V."
+    name, description = "Text to Video (STARFlow)", "From a prompt to a clip's frames, with the demo or STARFlow-V."
     made = parts.graph.blueprint(name, description, given, (images, "images"))
     return ROOT / "subgraphs" / f"{name}.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n"
 

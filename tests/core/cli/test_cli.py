@@ -303,7 +303,7 @@ def test_task_that_was_not_trained(run, given, tmp_path):
 
 def test_what_the_text_encoder_cut_off(run):
     long = " ".join(["red"] * 40 + ["circle"] * 9)
-    message = r"^warning: tiny video reads 48 tokens; of 'red .*' this was left out: .*circle"
+    message = r"^warning: tiny video reads only 48 tokens; left out of 'red .*': '.*circle"
     run("generate", long, "--frames", 1, "--batch", 2, "-o", "a.png", err=message)
 
 
@@ -334,7 +334,7 @@ def test_what_the_text_encoder_cut_off(run):
     ("--model nowhere.safetensors", r"needs a text encoder \(flan-t5-xl\) and a VAE; only the bundled demo"),
     ("--model a.pth --vae b --text-encoder c", "no checkpoint at a.pth; check the path"),
     ("--vae b", "no VAE at b; check the path"),
-    ("--tile 3", "tile is 3 latent cells, the least is 4"),
+    ("--tile 3", "tile is 3 latent cells; the minimum is 4"),
     ("--quality 101", "quality 101: expected 0 to 100"),
     ("--fps 99 -o a.gif", "frame rate 99.*: .gif takes"),
     ("-o a.xyz", "a.xyz: unknown format '.xyz'"),
@@ -363,10 +363,10 @@ def test_impossible_jobs(refused, given, options, message):
 @pytest.mark.parametrize(("words", "message"), [
     ([], "no prompt; give one, or --prompt-file"),
     (["one", " "], "prompt 2 is empty"),
-    (["one", "--prompt-file", "gap.txt"], "give one of them"),
-    (["--prompt-file", "empty.txt"], "empty.txt is empty; write one prompt a line"),
+    (["one", "--prompt-file", "gap.txt"], "--prompt-file, not both"),
+    (["--prompt-file", "empty.txt"], "empty.txt is empty; write one prompt per line"),
     (["--prompt-file", "gap.txt"], "gap.txt: line 2 is empty"),
-    (["--prompt-file", "latin.txt"], "latin.txt is no text in UTF-8"),
+    (["--prompt-file", "latin.txt"], "latin.txt is not UTF-8 text"),
     (["--prompt-file", "missing.txt"], "missing.txt cannot be read"),
 ])  # fmt: skip
 def test_prompts(refused, given, words, message):
@@ -534,7 +534,9 @@ def test_a_picture_and_back_by_an_image_model(run, given, image_model):
     assert out[0] == "outputs/picture.safetensors"
     out = run("decode", out[0], *image_model)
     assert pixels(out[0]).shape == (1, 3, 32, 32)
-    message = r"^warning: outputs/picture.safetensors is noise of tiny image; tiny video will make something else"
+    message = (
+        r"^warning: outputs/picture.safetensors is noise from tiny image; tiny video will turn it into something else"
+    )
     run("decode", "outputs/picture.safetensors", err=message)
 
 
@@ -559,7 +561,7 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
 @pytest.mark.parametrize(("words", "message"), [
     ("encode missing.png", "missing.png: no such file"),
     ("encode {given}/noise.png", "cannot be read"),
-    ("encode {given}/clip.mp4 --frames 10", "has 9 frames; ask for no more"),
+    ("encode {given}/clip.mp4 --frames 10", "has only 9 frames; lower --frames"),
     ("encode {given}/clip.mp4 --frames 6", "6 frames: .* nearest are 5 and 9"),
     ("encode {given}/long.mp4", "longer than the window of 5 latent frames; shorten it to 17 frames"),
     ("encode {given}/clip.mp4 -o noise.bin", "does not end in .safetensors"),
