@@ -24,7 +24,7 @@ from benchmarks.solver import GAIN, machine, write_json
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import parameters
 from starflow_core.jobs.tasks import Generation, Job
-from starflow_core.model.config import PRESETS as MODELS
+from starflow_core.model.config import KNOWN_MODELS as MODELS
 from starflow_core.model.config import Denoiser, FlowConfig, PromptFormat
 from starflow_core.model.flow import Flow
 from starflow_core.model.placement import pick_device

@@ -2,37 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import replace
 
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..starflow_core.errors import InputError
-from ..starflow_core.jobs.build import check_fits, default_job
-from ..starflow_core.jobs.prompts import wrapped
+from ..starflow_core.jobs.build import default_job
+from ..starflow_core.jobs.prompts import MadeFor, wrapped
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.model.config import FlowConfig
 from . import host
 from .types import CATEGORY, Context, Model, TextEncoder
 
 KEY = "starflow"  # where a conditioning keeps what it was made for
-
-
-@dataclass(frozen=True)
-class MadeFor:
-    """What the words around a prompt say: another size or task has other words."""
-
-    height: int
-    width: int
-    clip: bool
-    task: str
-
-    @classmethod
-    def of(cls, job: Job) -> MadeFor:
-        return cls(job.height, job.width, job.frames > 1, job.task)
-
-    def __str__(self) -> str:
-        return f"{self.task.replace('_', ' ')}, {'a clip' if self.clip else 'an image'} of {self.width} x {self.height}"
 
 
 class STARFlowTextEncode(io.ComfyNode):
@@ -82,12 +65,12 @@ class STARFlowTextEncode(io.ComfyNode):
         cls, model, text_encoder, latent, prompt: str, negative_prompt: str, frame_rate: float, context=None
     ) -> io.NodeOutput:
         config = model.model.config
-        check_fits(text_encoder.encoder, config)
+        config.check_text_encoder(text_encoder.encoder.dim)
         job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
         texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
-        stamp = {KEY: MadeFor.of(job)}
+        stamp = {KEY: MadeFor.of(config, job)}
         rows = encoded.embeddings.float().to(host.result_device())
         cut = _cut(config, *encoded.cut)
         report = "\n".join([*cut, texts[0].strip()])
@@ -118,20 +101,26 @@ def job_of(config: FlowConfig, samples: Tensor, **settings) -> Job:
     return default_job(config, **{**given, **settings})
 
 
-def embeddings_for(job: Job, conditioning: list, name: str) -> Tensor:
-    """The embeddings (1, L, D) of a conditioning. Raises InputError unless they were made for this job."""
+def at_rate_of(conditioning: list, job: Job) -> Job:
+    """The job at the frame rate that a prompt asks for."""
+    made_for = conditioning[0][1].get(KEY) if conditioning else None
+    return replace(job, fps=made_for.fps) if made_for and made_for.fps else job
+
+
+def embeddings_for(config: FlowConfig, job: Job, conditioning: list, name: str) -> Tensor:
+    """The embeddings (1, L, D) of a conditioning. Raises InputError unless they were made for this model and job."""
     if len(conditioning) != 1:
         raise InputError(
             f"{name} combines {len(conditioning)} conditionings, but a flow reads only one prompt; connect one "
             "STARFlow Text Encode"
         )
     rows, options = conditioning[0]
-    made_for, wanted = options.get(KEY), MadeFor.of(job)
+    made_for, wanted = options.get(KEY), MadeFor.of(config, job)
     if made_for is None:
         raise InputError(f"{name} wasn't made for STARFlow; make it with STARFlow Text Encode")
     if made_for != wanted:
         raise InputError(
-            f"{name} was made for {made_for}, but this is {wanted}; give STARFlow Text Encode the same latent "
+            f"{name} was made for {made_for}, but this is {wanted}; give STARFlow Text Encode the same model, latent "
             "and context as the sampler"
         )
     return rows

@@ -11,9 +11,10 @@ from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.tasks import Generation, Job
+from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
-from .conditioning import embeddings_for, job_of
+from .conditioning import at_rate_of, embeddings_for, job_of
 from .latent import KEY
 from .plot import convergence
 from .preview import Preview
@@ -186,8 +187,9 @@ class STARFlowSampler(io.ComfyNode):
         options |= {"solver": settings} if settings else {}
         options |= {"guidance": guidance} if guidance >= 0 else {}
         job = job_of(flow.config, latent["samples"], **options)
-        text = embeddings_for(job, positive, "positive")
-        uncond = embeddings_for(job, negative, "negative") if job.guidance else None
+        job = at_rate_of(positive, job)
+        text = embeddings_for(flow.config, job, positive, "positive")
+        uncond = embeddings_for(flow.config, job, negative, "negative") if job.guidance else None
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
         began = time.monotonic()
@@ -212,9 +214,10 @@ def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Te
     generation = Generation(
         flow,
         job,
-        text.to(device, flow.compute_dtype),
-        None if uncond is None else uncond.to(device, flow.compute_dtype),
+        text.to(flow.compute_dtype),
+        None if uncond is None else uncond.to(flow.compute_dtype),
         Control(watch.progress),
+        placement=Placement.on(device),
     )
     final = []
     for piece in generation.stream():

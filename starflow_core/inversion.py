@@ -94,11 +94,11 @@ def encode_to_noise(
     """
     config = pipeline.config
     job = inversion_job(config, *pixels.shape[-2:], len(pixels), fps)
-    need = memory.forecast_encode(config, job, pipeline.dtype)
-    memory.require(need.activations, pipeline.device, "encoding this")
+    pipeline.require(memory.forecast_encode(config, job, pipeline.dtype), "encoding this")
     text, _, cut = pipeline.encode_text([prompt], "", job)
     latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
-    encoding = pipeline.flow.encode(to_flow_space(config.latent, latents, layout(config, job).factors), text)
+    clean = to_flow_space(config.latent, latents, layout(config, job).factors).to(pipeline.placement.shallow)
+    encoding = pipeline.flow.encode(clean, text)
     values = (float(encoding.log_likelihood), float(encoding.bits_per_dim))
     return Inversion(encoding.noise.cpu(), prompt, job.fps, config.name, *values), cut[0]
 

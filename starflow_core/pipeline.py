@@ -13,12 +13,12 @@ from .bundled import BUNDLED, FLOW_FILE, TEXT_FILE, VAE_FILE
 from .control import Control, Progress
 from .errors import InputError
 from .jobs import memory
-from .jobs.build import check_fits, check_vae, default_job, job_with_context
+from .jobs.build import default_job, job_with_context
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job
 from .model.config import FlowConfig
 from .model.flow import Flow
-from .model.placement import default_dtype, pick_device
+from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
@@ -43,15 +43,19 @@ class Output:
     cut: list[str]
 
 
-class Pipeline:
-    """A flow with the text encoder and the VAE that belong to it. The text encoder is loaded when a
-    prompt is read and dropped afterwards, unless it is kept."""
+OPTIONS = ("negative", "control", "keep_text_encoder", "noise")  # of `Pipeline.start`, for the one-call tasks, too
 
-    def __init__(self, flow: Flow, vae: VAE, text_source, device: torch.device, dtype: torch.dtype):
-        self.flow, self.vae, self.device, self.dtype = flow, vae, device, dtype
-        self._text_source = text_source
+
+class Pipeline:
+    """A flow with its text encoder and VAE.
+
+    The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one.
+    """
+
+    def __init__(self, flow: Flow, vae: VAE, text: TextEncoderFiles, placement: Placement, dtype: torch.dtype):
+        self.flow, self.vae, self.text, self.placement, self.dtype = flow, vae, text, placement, dtype
         self._encoder: TextEncoder | None = None
-        check_vae(vae, self.config)
+        self.config.check_vae(vae.channels, vae.spatial, vae.temporal)
 
     @property
     def config(self) -> FlowConfig:
@@ -68,26 +72,30 @@ class Pipeline:
     def encode_text(self, captions: list[str], negative: str, job: Job, keep_encoder: bool = False):
         """Embeddings of the prompts and of the negative prompt (None without guidance), and what
         each prompt was too long for."""
-        encoder = self._encoder or self._text_source()
-        check_fits(encoder, self.config)
-        tokens = self.config.prompt.tokens
+        encoder = self._encoder or self.text.load(self.dtype, self.placement.text)
+        tokens, home = self.config.prompt.tokens, self.placement.deep[0]
         text = encoder.encode(self.prompts(captions, job), tokens)
         uncond = encoder.encode(self.prompts([negative], job, "text"), tokens) if job.guidance else None
         self._encoder = encoder if keep_encoder else None
-        place = {"device": self.device}
-        return text.embeddings.to(**place), uncond.embeddings.to(**place) if uncond else None, text.cut
+        return text.embeddings.to(home), uncond.embeddings.to(home) if uncond else None, text.cut
 
     def start(
         self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
         keep_text_encoder: bool = False, noise: Tensor | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
-        """Check a job, read its prompts; the generation is ready to run or to stream. `noise` as in
-        `Generation`."""
-        need = memory.forecast(self.config, job, self.dtype)
-        memory.require(need.cache + need.activations, self.device, "this job")
+        """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in
+        `Generation`. Raises OutOfMemoryForecast where job or text encoder won't fit the deep block's device."""
+        self.require(memory.forecast(self.config, job, self.dtype), "this job", keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        return Generation(self.flow, job, text, uncond, control, noise), cut
+        return Generation(self.flow, job, text, uncond, control, noise, self.placement), cut
+
+    def require(self, need: memory.Forecast, what: str, keep_text_encoder: bool = False) -> None:
+        """Raise OutOfMemoryForecast unless there is room beside the flow and the VAE, which are loaded."""
+        need = replace(need, weights=0)
+        if self._encoder is None:
+            need = need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
+        memory.require(need.total, self.placement.deep[0], what)
 
     @torch.no_grad()
     def generate(self, captions: list[str] | str, job: Job, **options) -> Output:
@@ -100,32 +108,40 @@ class Pipeline:
 
     @torch.no_grad()
     def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, while it goes on."""
+        """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, as they are made."""
         yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
 
+    # One call for each task. Settings are those of `job`, and the options of `start`.
+
     def text_to_image(self, prompt, **settings) -> Output:
-        """Images; settings as in `job`."""
-        return self.generate(prompt, self.job(**{**settings, "frames": 1}))
+        """Images (F = 1)."""
+        return self._task("text", prompt, {**settings, "frames": 1})
 
     def text_to_video(self, prompt, **settings) -> Output:
-        """Clips; settings as in `job`."""
-        return self.generate(prompt, self.job(**settings))
+        """Clips."""
+        return self._task("text", prompt, settings)
 
     def image_to_video(self, prompt, image: Tensor, **settings) -> Output:
         """A clip that begins with an image (3, H, W) or one of (B, 3, H, W) each, in [-1, 1]."""
-        return self.generate(prompt, self.with_context("first_frame", image=image, **settings))
+        return self._task("first_frame", prompt, settings, image=image)
 
     def extend(self, prompt, clip: Tensor, **settings) -> Output:
         """What comes after a clip (F, 3, H, W). `frames` counts the overlap, see `Output.overlap`."""
-        return self.generate(prompt, self.with_context("extend", clip=clip, **settings))
+        return self._task("extend", prompt, settings, clip=clip)
 
     def edit(self, prompt, clip: Tensor, **settings) -> Output:
         """A clip (F, 3, H, W) changed as the prompt says; the result has the source's length."""
-        return self.generate(prompt, self.with_context("edit", clip=clip, **settings))
+        return self._task("edit", prompt, settings, clip=clip)
 
     def last_frame(self, prompt, last: Tensor, image: Tensor | None = None, **settings) -> Output:
         """A clip that ends with an image and may begin with another, (3, H, W) each."""
-        return self.generate(prompt, self.with_context("last_frame", last=last, image=image, **settings))
+        return self._task("last_frame", prompt, settings, last=last, image=image)
+
+    def _task(self, task: str, prompt, settings: dict, **given) -> Output:
+        options = {name: value for name, value in settings.items() if name in OPTIONS}
+        settings = {name: value for name, value in settings.items() if name not in OPTIONS}
+        job = self.with_context(task, control=options.get("control"), **given, **settings)
+        return self.generate(prompt, job, **options)
 
     @torch.no_grad()
     def with_context(self, task: str, *, control: Control | None = None, **given) -> Job:
@@ -154,19 +170,19 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Pipeline:
-    """Load a model with what belongs to it; without arguments the bundled demo.
+    """Load a model with its text encoder and VAE; without arguments the bundled demo.
 
     `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
     CPU. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for
     missing parts.
     """
     place = pick_device(device)
-    return find_parts(model, text_encoder, vae).load(place, dtype or default_dtype(place), progress)
+    return find_parts(model, text_encoder, vae).load(Placement.on(place), dtype or default_dtype(place), progress)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A flow with its text encoder and VAE, looked at but not loaded."""
+    """A flow with its text encoder and VAE, inspected, not loaded."""
 
     checkpoint: TensorFile
     config: FlowConfig
@@ -177,28 +193,26 @@ class Parts:
         self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
     ) -> memory.Forecast:
         """What a job will take with all parts on one device; `tile` is that of decoding."""
-        need = self._with_others(memory.forecast(self.config, job, dtype), job, dtype, tile)
-        return replace(need, weights=need.weights + need.text, text=0) if keep_text_encoder else need
+        return self._with_others(memory.forecast(self.config, job, dtype), job, dtype, tile, keep_text_encoder)
 
     def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
-        """What it takes to encode the clip of such a job to noise."""
+        """What encoding the clip of such a job to noise will take."""
         return self._with_others(memory.forecast_encode(self.config, job, dtype), job, dtype)
 
     def _with_others(
-        self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None
+        self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text: bool = False
     ) -> memory.Forecast:
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
-        return replace(need, vae=vae, text=self.text.weight_bytes(dtype))
+        return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
 
     def load(
-        self, device: torch.device, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
+        self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
     ) -> Pipeline:
         """Read the weights, the flow's last: where something is wrong with a smaller file, it is known at once."""
-        vae = self.vae.load(dtype, device)
-        flow = load_flow(self.checkpoint, dtype=dtype, device=device, progress=progress)
-        text = self.text  # alone: the flow's file isn't kept open
-        return Pipeline(flow, vae, lambda: text.load(dtype, device), device, dtype)
+        vae = self.vae.load(dtype, placement.vae)
+        flow = load_flow(self.checkpoint, dtype=dtype, device=placement, progress=progress)
+        return Pipeline(flow, vae, self.text, placement, dtype)
 
 
 def find_parts(model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None) -> Parts:
@@ -210,8 +224,9 @@ def find_parts(model: str | Path | None, text_encoder: str | Path | None, vae: s
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
     parts = Parts(checkpoint, find_config(checkpoint), find_text_encoder(text_encoder), find_vae(vae))
-    check_fits(parts.text, parts.config)
-    check_vae(parts.vae.outline, parts.config)
+    parts.config.check_text_encoder(parts.text.dim)
+    outline = parts.vae.outline
+    parts.config.check_vae(outline.channels, outline.spatial, outline.temporal)
     return parts
 
 

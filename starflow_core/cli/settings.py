@@ -16,7 +16,7 @@ from ..errors import InputError
 from ..jobs import memory
 from ..media import STILLS
 from ..model.config import FlowConfig
-from ..model.placement import default_dtype, pick_device
+from ..model.placement import Placement, default_dtype, pick_device
 from ..model.vae.tiles import LEAST_TILE
 from ..pipeline import Parts, Pipeline, find_parts
 from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
@@ -50,7 +50,7 @@ class Model:
         memory.require(need.total, self.device, what)
 
     def load(self, meter: Meter) -> Pipeline:
-        pipeline = self.parts.load(self.device, self.dtype, meter.bytes)
+        pipeline = self.parts.load(Placement.on(self.device), self.dtype, meter.bytes)
         meter.close()
         return pipeline
 

@@ -11,33 +11,8 @@ from ..errors import InputError
 from ..media import fit
 from ..model.config import FlowConfig
 from ..model.latent import LatentFormat
-from ..model.text import TextEncoder
-from ..model.vae.codec import VAE
-from ..weights.text import TextEncoderFiles
 from . import context as contexts
 from .tasks import Job
-
-
-def check_fits(encoder: TextEncoder | TextEncoderFiles, config: FlowConfig) -> None:
-    """Raise InputError unless the model reads embeddings of the encoder's width."""
-    if encoder.dim == config.text_dim:
-        return
-    wanted = "flan-t5-xl" if config.text_dim == 2048 else "the text encoder that came with it (others: flan-t5-xl)"
-    raise InputError(
-        f"the text encoder gives {encoder.dim} channels, {config.name} reads {config.text_dim}: use {wanted}"
-    )
-
-
-def check_vae(vae: VAE, config: FlowConfig) -> None:
-    """Raise InputError unless the model samples this VAE's latents."""
-    found = (vae.channels, vae.spatial, vae.temporal)
-    wanted = (config.latent.channels, config.latent.spatial, config.latent.temporal)
-    if found != wanted:
-        channels, spatial, temporal = found
-        raise InputError(
-            f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; {config.name} "
-            f"needs {wanted[0]}, 1/{wanted[1]} and 1/{wanted[2]}"
-        )
 
 
 def default_job(config: FlowConfig, **settings) -> Job:

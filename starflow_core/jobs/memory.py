@@ -1,9 +1,9 @@
-"""How much memory a job takes, said before it runs."""
+"""How much memory a job takes, estimated in advance."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -32,6 +32,10 @@ class Forecast:
     @property
     def total(self) -> int:
         return self.weights + self.vae + max(self.cache + self.activations, self.text)
+
+    def with_text(self, text: int, kept: bool = False) -> Forecast:
+        """The same job after a text encoder of so many bytes, which is dropped before the flow works, or kept."""
+        return replace(self, weights=self.weights + text) if kept else replace(self, text=text)
 
 
 def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:

@@ -1,10 +1,14 @@
-"""Prompts, wrapped as a model was trained with them."""
+"""Prompts: wrapped as a model was trained with them, and what their embeddings may be used for."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from ..errors import InputError
 from ..model.config import TASKS, FlowConfig
 from .tasks import Job
+
+TASK_PREFIX = {"extend": "(extend) ", "edit": "(v2v) ", "last_frame": "(last) "}
 
 
 def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str = "text") -> str:
@@ -25,11 +29,33 @@ def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str
     return text
 
 
-TASK_PREFIX = {"extend": "(extend) ", "edit": "(v2v) ", "last_frame": "(last) "}
-
-
 def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
     """Captions in the wrapping the model was trained with, for the job's task or another."""
-    fps = job.fps if job.frames > 1 else 0
-    aspect = config.nearest_aspect(job.height, job.width)
+    fps, aspect = _rate(job), config.nearest_aspect(job.height, job.width)
     return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
+
+
+@dataclass(frozen=True)
+class MadeFor:
+    """What a prompt was wrapped for: embeddings say something else to another model, size, rate or task.
+
+    `fps` is 0 for an image.
+    """
+
+    model: str
+    height: int
+    width: int
+    fps: float
+    task: str
+
+    @classmethod
+    def of(cls, config: FlowConfig, job: Job) -> MadeFor:
+        return cls(config.name, job.height, job.width, _rate(job), job.task)
+
+    def __str__(self) -> str:
+        kind = f"a clip at {self.fps:g} fps" if self.fps else "an image"
+        return f"{self.model}: {self.task.replace('_', ' ')}, {kind} of {self.width} x {self.height}"
+
+
+def _rate(job: Job) -> float:
+    return job.fps if job.frames > 1 else 0

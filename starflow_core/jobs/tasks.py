@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.latent import to_flow_space, to_vae_space
+from ..model.placement import Placement
 from ..solve import noise
 from ..solve.denoising import DenoiseStream, score_denoise
 from ..solve.sampling import Sampler
@@ -128,7 +129,8 @@ class Piece:
 
 class Generation:
     """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
-    (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given."""
+    (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given. Without a
+    `placement` everything computes where the text is."""
 
     def __init__(
         self,
@@ -138,8 +140,10 @@ class Generation:
         uncond: Tensor | None = None,
         control: Control | None = None,
         noise: Tensor | None = None,
+        placement: Placement | None = None,
     ):
         self.flow, self.job, self.control = flow, job, control or Control()
+        self.placement = placement or Placement.on(text.device)
         self.layout = layout(flow.config, job)
         if len(text) not in (1, job.batch):
             raise InputError(f"{len(text)} prompts for a batch of {job.batch}; give one, or one each")
@@ -156,6 +160,7 @@ class Generation:
             keep=self.layout.keep,
             settings=job.solver,
             control=self.control,
+            placement=self.placement,
         )
 
     @property
@@ -208,8 +213,8 @@ class Generation:
         return to_vae_space(self.flow.config.latent, frames, self.layout.factors[first:stop])
 
     def _given(self) -> Tensor:
-        """The context's clean latents in flow space (B, given, C, h, w), on the text's device."""
-        context, device = self.job.context, self.text.device
+        """The context's clean latents in flow space (B, given, C, h, w), where the shallow blocks are."""
+        context, device = self.job.context, self.placement.shallow
         if context is None:
             return torch.zeros(self.job.batch, 0, *self.layout.shape, device=device)
         factors = self.layout.factors[: context.frames]
@@ -224,7 +229,7 @@ class Generation:
         elif sampled.shape != shape:
             raise InputError(f"noise of shape {tuple(sampled.shape)}, the job's latents are {shape}")
         hidden = sampled.new_zeros(self.job.batch, self.layout.hidden, *self.layout.shape)
-        return torch.cat((hidden, sampled), 1).to(self.text.device)
+        return torch.cat((hidden, sampled), 1)
 
     def _noisy_context(self) -> Tensor | None:
         if not self.layout.given:
@@ -237,15 +242,16 @@ class Generation:
             return latents
         if self._learned:
             return self._push(self._denoise_stream(), latents, 0)
-        return score_denoise(self.flow, latents, self.text, self.control)
+        return score_denoise(self.flow, latents, self.text.to(self.placement.deep[0]), self.control)
 
     def _denoise_stream(self) -> DenoiseStream:
-        return DenoiseStream(self.flow, self.sampler.grid, self.text, self.layout.window)
+        text = self.text.to(self.placement.denoiser)
+        return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)
 
     def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
         """Hand the denoiser the frames of the deep sequence from `first` on; gives those that are done."""
         total, stop = self.layout.total, first + frames.shape[1]
         self.control.report(Progress("denoise", first, total))
-        tokens = stream.push(self.flow.tokens(frames), last=stop == total)
+        tokens = stream.push(self.flow.tokens(frames).to(self.placement.denoiser), last=stop == total)
         self.control.report(Progress("denoise", stop, total))
-        return self.flow.latents(tokens, self.sampler.grid)
+        return self.flow.latents(tokens, self.sampler.grid).to(self.placement.shallow)

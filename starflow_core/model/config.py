@@ -139,6 +139,22 @@ class FlowConfig:
                     f"{name} {value} is not a multiple of {self.cell}; nearest are {low} and {low + self.cell}"
                 )
 
+    def check_text_encoder(self, dim: int) -> None:
+        """Raise InputError unless the model reads embeddings of `dim` channels."""
+        if dim == self.text_dim:
+            return
+        wanted = "flan-t5-xl" if self.text_dim == 2048 else "the text encoder that came with it (others: flan-t5-xl)"
+        raise InputError(f"the text encoder gives {dim} channels, {self.name} reads {self.text_dim}: use {wanted}")
+
+    def check_vae(self, channels: int, spatial: int, temporal: int) -> None:
+        """Raise InputError unless the model samples latents of a VAE with these channels and compression factors."""
+        latent = self.latent
+        if (channels, spatial, temporal) != (latent.channels, latent.spatial, latent.temporal):
+            raise InputError(
+                f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; "
+                f"{self.name} needs {latent.channels}, 1/{latent.spatial} and 1/{latent.temporal}"
+            )
+
     def nearest_aspect(self, height: int, width: int) -> str:
         """The trained ratio nearest to a size, for its prompt."""
         target = math.log(width / height)
@@ -260,4 +276,4 @@ STARFLOW_V_7B = FlowConfig(
     tasks=("text", "first_frame", "extend"),
     defaults=Defaults(guidance=3.5, size=640, aspect="16:9", frames=81, fps=16),
 )
-PRESETS = {"starflow-3b": STARFLOW_3B, "starflow-v-7b": STARFLOW_V_7B}
+KNOWN_MODELS = {"starflow-3b": STARFLOW_3B, "starflow-v-7b": STARFLOW_V_7B}

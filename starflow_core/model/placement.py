@@ -25,8 +25,11 @@ class Placement:
 
     @classmethod
     def on(cls, device: torch.device | str) -> Placement:
-        """Everything on one device."""
-        device = torch.device(device)
+        """Everything on one device. Raises InputError for a name that is no device."""
+        try:
+            device = torch.device(device)
+        except RuntimeError as error:
+            raise InputError(f"device {device} cannot be used: {error}") from None
         return cls((device,), device, device, device, device)
 
     def __post_init__(self):

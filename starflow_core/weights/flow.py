@@ -19,8 +19,9 @@ from torch import nn
 
 from ..control import Progress
 from ..errors import CheckpointError, InputError
-from ..model.config import PRESETS, FlowConfig
+from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
+from ..model.placement import Placement
 from .tensorfiles import (
     DTYPES,
     INDEX,
@@ -48,6 +49,7 @@ READABLE = (*DTYPES.values(), torch.float64)
 IGNORED = re.compile(r"var|blocks\.\d+\.attn_mask|feat_rope\.freqs_(cos|sin)")
 BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 LAYER = re.compile(r"blocks\.(\d{1,4})\.attn_blocks\.(\d{1,4})\.")
+DENOISER = "learnable_self_denoiser."
 DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d{1,4})\.")
 # What people have lying in the same folders, the first match counts.
 FOREIGN = (
@@ -75,7 +77,7 @@ def find_config(checkpoint: TensorFile) -> FlowConfig:
         if config:
             _check_structure(checkpoint, config, where)
             return config
-    presets = [preset for preset in PRESETS.values() if not _differences(structure, preset)]
+    presets = [preset for preset in KNOWN_MODELS.values() if not _differences(structure, preset)]
     if presets:
         return presets[0]
     raise CheckpointError(
@@ -129,27 +131,30 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> dict[str, tuple[in
 def load_flow(
     source: str | Path | TensorFile,
     dtype: torch.dtype | None = None,
-    device: str | torch.device = "cpu",
+    device: str | torch.device | Placement = "cpu",
     operations=torch.nn,
     config: FlowConfig | None = None,
     progress: Report | None = None,
 ) -> Flow:
     """A flow with a checkpoint's weights, frozen and in eval mode, never twice in memory.
 
-    `dtype` None takes the type that most of the file is in. `progress` counts bytes of the file; it
+    `device` may be a `Placement`, for parts on different devices. `dtype` None takes the type that most of the file
+    is in. `progress` counts bytes of the file; it
     may raise to stop. Raises CheckpointError, InputError for an unusable type or device, and
     NonFiniteError naming the first tensor with NaN or infinity.
     """
     checkpoint, config, expected = _resolve(source, config)
+    placement = device if isinstance(device, Placement) else Placement.on(device)
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
         raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
-    _check_device(device, dtype)
+    for part in {placement.deep[0], placement.shallow, placement.denoiser}:
+        _check_device(part, dtype)
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
     with torch.inference_mode(False), torch.no_grad():
         flow = Flow(config, operations, dtype=dtype, device="meta")
         for name in _counted(checkpoint, expected, "load", progress):
-            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(device)
+            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(_device_of(name, config, placement))
             module, _, attribute = name.rpartition(".")
             setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     return flow.eval()
@@ -251,7 +256,7 @@ def _parse_config(text: str, where: str) -> FlowConfig | None:
 def _from_reference(values: dict[str, Any]) -> FlowConfig:
     """Constructor arguments say nothing of VAE and noise: these are the released model's of this kind."""
     config = FlowConfig.from_reference(values)
-    for preset in PRESETS.values():
+    for preset in KNOWN_MODELS.values():
         if (preset.kind, preset.latent.channels) == (config.kind, config.latent.channels):
             config = replace(config, latent=preset.latent, noise_std=preset.noise_std, defaults=preset.defaults)
     given = {key: values[key] for key in ("noise_std", "rounding") if key in values}
@@ -318,7 +323,7 @@ def _check_structure(checkpoint: TensorFile, config: FlowConfig, where: str) -> 
 
 def _nearest(structure: dict[str, Any]) -> str:
     """A sentence about the known model that this one seems to be a part or a variant of."""
-    for preset in PRESETS.values():
+    for preset in KNOWN_MODELS.values():
         differences = _differences(structure, preset)
         if not differences.keys() & {"shallow width", "channels per token"}:
             return f"It is not the whole {preset.name}: {_comparison(differences)}. "
@@ -368,6 +373,14 @@ def _main_dtype(checkpoint: TensorFile, names) -> torch.dtype:
         sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])
     dtype = sizes.most_common(1)[0][0]
     return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.device:
+    """Where a weight of that name belongs."""
+    if name.startswith(DENOISER):
+        return placement.denoiser
+    deep = name.startswith(f"blocks.{len(config.layers) - 1}.")
+    return placement.deep[0] if deep else placement.shallow
 
 
 def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:

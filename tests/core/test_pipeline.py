@@ -93,7 +93,7 @@ def test_a_vae_of_another_compression_in_time_is_refused(pipeline):
     flow = models.flow(channels=tiny.CHANNELS)
     flow.config = replace(flow.config, latent=replace(flow.config.latent, temporal=8))
     with pytest.raises(InputError, match=r"1/4 of the frames; .* needs 4, 1/16 and 1/8"):
-        Pipeline(flow, pipeline.vae, None, pipeline.device, pipeline.dtype)
+        Pipeline(flow, pipeline.vae, None, pipeline.placement, pipeline.dtype)
 
 
 @pytest.mark.parametrize(("shape", "expected"), [((60, 100), (32, 48)), ((50, 50), (32, 32)), ((200, 100), (48, 32))])

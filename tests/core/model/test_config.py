@@ -10,7 +10,7 @@ import torch
 from starflow_core.errors import CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.jobs.memory import forecast, parameters, require, size
 from starflow_core.jobs.tasks import Job
-from starflow_core.model.config import ASPECTS, PRESETS, STARFLOW_3B, STARFLOW_V_7B, FlowConfig, parse_aspect
+from starflow_core.model.config import ASPECTS, KNOWN_MODELS, STARFLOW_3B, STARFLOW_V_7B, FlowConfig, parse_aspect
 from starflow_core.model.flow import Flow
 from starflow_core.model.latent import LatentFormat
 from tests.core import models
@@ -48,7 +48,7 @@ def test_sizes(config, aspect, side, expected):
 
 
 @pytest.mark.parametrize("aspect", ASPECTS)
-@pytest.mark.parametrize("config", PRESETS.values(), ids=PRESETS)
+@pytest.mark.parametrize("config", KNOWN_MODELS.values(), ids=KNOWN_MODELS)
 def test_every_trained_ratio_has_a_valid_size_and_is_found_again(config, aspect):
     height, width = config.size(aspect)
     config.check_size(height, width)
@@ -69,7 +69,9 @@ def test_frames():
         latent.latent_frames(80)
 
 
-@pytest.mark.parametrize("config", [*PRESETS.values(), models.config(), models.config("image")], ids=lambda c: c.name)
+@pytest.mark.parametrize(
+    "config", [*KNOWN_MODELS.values(), models.config(), models.config("image")], ids=lambda c: c.name
+)
 def test_dictionary_form_is_reversible(config):
     assert FlowConfig.from_dict(config.to_dict()) == config
 

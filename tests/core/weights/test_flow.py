@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
-from starflow_core.model.config import PRESETS, FlowConfig
+from starflow_core.model.config import KNOWN_MODELS, FlowConfig
 from starflow_core.model.flow import Flow
 from starflow_core.weights import tensorfiles
 from starflow_core.weights.flow import (
@@ -101,7 +101,7 @@ def test_reference_arguments_get_the_released_latents(tmp_path):
     for extra, noise in (({}, 0.5), ({"noise_std": 0.2}, 0.2)):
         write_safetensors(path, random_weights(config), {"config": json.dumps({**values, **extra})})
         found = find_config(TensorFile.open(path))
-        assert found.latent == PRESETS["starflow-v-7b"].latent
+        assert found.latent == KNOWN_MODELS["starflow-v-7b"].latent
         assert found.noise_std == noise
 
 
@@ -129,9 +129,9 @@ def test_unusable_config_beside(tmp_path, text, message):
         find_config(TensorFile.open(path))
 
 
-@pytest.mark.parametrize("name", list(PRESETS))
+@pytest.mark.parametrize("name", list(KNOWN_MODELS))
 def test_presets_from_shapes(name):
-    preset = PRESETS[name]
+    preset = KNOWN_MODELS[name]
     shapes = expected_shapes(preset)
     assert find_config(unread(shapes)) is preset
     positions = round(preset.rope_length**2)
@@ -150,14 +150,14 @@ def test_presets_from_shapes(name):
     ],
 )
 def test_partial_3b(left_out, message):
-    shapes = expected_shapes(PRESETS["starflow-3b"])
+    shapes = expected_shapes(KNOWN_MODELS["starflow-3b"])
     partial = {name: shape for name, shape in shapes.items() if not name.startswith(left_out)}
     with pytest.raises(CheckpointError, match=f"It is not the whole STARFlow 3B.*{message}"):
         find_config(unread(partial))
 
 
 def test_3b_without_some_tensors_names_them():
-    shapes = expected_shapes(PRESETS["starflow-3b"])
+    shapes = expected_shapes(KNOWN_MODELS["starflow-3b"])
     del shapes["blocks.5.attn_blocks.7.mlp.main.0.bias"]
     checkpoint = unread(shapes)
     with pytest.raises(CheckpointError, match=r"1 missing \(blocks.5.attn_blocks.7.mlp.main.0.bias\)"):

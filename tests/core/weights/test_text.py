@@ -14,7 +14,6 @@ from safetensors.torch import save_file
 
 import starflow_core
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
-from starflow_core.jobs.build import check_fits
 from starflow_core.jobs.prompts import wrap
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
 from starflow_core.training.demo.clips import caption, edit_caption, random_scene
@@ -281,9 +280,9 @@ def test_float16_keeps_the_layer_that_overflows_in_float32(tmp_path, single_file
 def test_width_is_checked_against_the_model(single_file):
     encoder = load_text_encoder(single_file)
     assert encoder.dim == 16
-    check_fits(encoder, replace(STARFLOW_V_7B, text_dim=16))
+    replace(STARFLOW_V_7B, text_dim=16).check_text_encoder(encoder.dim)
     with pytest.raises(InputError, match=r"16 channels.*2048.*flan-t5-xl"):
-        check_fits(encoder, STARFLOW_V_7B)
+        STARFLOW_V_7B.check_text_encoder(encoder.dim)
 
 
 def test_sentencepiece_model(tmp_path):

@@ -1,0 +1,7 @@
+"""Faults in nodes."""
+
+from __future__ import annotations
+
+from . import Fault
+
+FAULTS: list[Fault] = []
