@@ -10,7 +10,7 @@ ROOMS = ("model", "solve", "jobs", "weights", "media", "training", "cli", "nodes
 
 @dataclass(frozen=True)
 class Fault:
-    """In `file`, the one place that reads `old` is made to read `new`; some of `tests` (paths or node ids) then fail."""
+    """In `file`, the one place that reads `old` is made to read `new`; then one of `tests` (paths, node ids) fails."""
 
     file: str
     old: str
