@@ -113,7 +113,7 @@ def release() -> None:
     management.soft_empty_cache()
 
 
-class Progress:
+class NodeProgress:
     """The node's progress bar, its preview picture and its line of text."""
 
     def __init__(self, node_id: str | None):

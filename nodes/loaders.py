@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
 from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
 from . import host
-from .types import CATEGORY, Model, TextEncoder
+from .types import CATEGORY, ModelType, TextEncoderType
 
 Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
@@ -48,7 +48,7 @@ class STARFlowLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[Model.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
+            outputs=[ModelType.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
         )
 
     @classmethod
@@ -90,7 +90,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
+            outputs=[TextEncoderType.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
         )
 
     @classmethod
@@ -197,5 +197,5 @@ def _dtype(name: str, device):
 
 
 def _progress():
-    bar = host.Progress(None)
+    bar = host.NodeProgress(None)
     return lambda progress: (host.check_interrupted(), bar.update(progress.step, progress.total))

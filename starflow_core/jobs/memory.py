@@ -120,7 +120,7 @@ def require(need: int, device: torch.device, what: str) -> None:
     available = free(device)
     if available is not None and need > available * (1 - RESERVE):
         raise OutOfMemoryForecast(
-            f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
+            f"{what} needs about {readable(need)}, but {readable(available)} are free on {device}. "
             "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
         )
 
@@ -131,7 +131,7 @@ def ran_out(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def size(count: int) -> str:
+def readable(count: int) -> str:
     """Bytes for a person: 1.5 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:

@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from .latent import SD_VAE, WAN22_VAE, LatentFormat
 
-SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
+CONFIG_SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
 ROUNDINGS = ("exact", "angles", "positions")
 TASKS = ("text", "first_frame", "extend", "edit", "last_frame")
 ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
@@ -161,16 +161,17 @@ class FlowConfig:
         return min(self.aspects, key=lambda a: abs(math.log(parse_aspect(a)) - target))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": CONFIG_SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
         """The inverse of `to_dict`. Raises CheckpointError for a newer schema or unknown fields."""
         values = dict(values)
         schema = values.pop("schema", None)
-        if schema != SCHEMA:
+        if schema != CONFIG_SCHEMA:
             raise CheckpointError(
-                f"configuration has schema {schema}, this version reads {SCHEMA}; update the pack or convert again"
+                f"configuration has schema {schema}, this version reads {CONFIG_SCHEMA}; "
+                "update the pack or convert again"
             )
         parts = {"latent": LatentFormat, "prompt": PromptFormat, "defaults": Defaults, "denoiser": Denoiser}
         for name, part in parts.items():
