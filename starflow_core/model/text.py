@@ -14,7 +14,6 @@ from ..errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
 PAD, EOS = "<pad>", "</s>"
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...control import Control, Progress
 from ...errors import InputError, NonFiniteError
 from ..latent import LatentFormat
-from .tiles import Stream, _Tiled
+from .tiles import Stream, TiledStream
 
 STEP_COPIES = {"video": 28, "image": 16}  # measured: activations of the widest layer that are held at once
 
@@ -52,7 +52,7 @@ class VAE:
         """
         clip = self._with_frames(pixels, 3, "pixels")
         self._check_size(*clip.shape[2:])
-        stream = _Tiled(self._encoder, tile, self.spatial, 1)
+        stream = TiledStream(self._encoder, tile, self.spatial, 1)
         latents, start, control = [], 0, control or Control()
         total = (clip.shape[2] - 1) // self.temporal + 1
         while start < clip.shape[2]:
@@ -84,7 +84,7 @@ class VAE:
         Without `clamp` values may leave [-1, 1], and gradients pass. Raises InputError for wrong
         shapes, NonFiniteError naming the latent frame.
         """
-        stream = _Tiled(self._decoder, tile, 1, self.spatial)
+        stream = TiledStream(self._decoder, tile, 1, self.spatial)
         index, seen = 0, None
         for piece in [latents] if isinstance(latents, Tensor) else latents:
             piece = self._with_frames(piece, self.channels, "latents")
