@@ -152,7 +152,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def _is_flow(path: Path) -> bool:
-    """A pickle is only looked into when it is loaded; of a safetensors file the header is read."""
+    """For a safetensors file the header is read; a pickle is inspected only when it is loaded."""
     if path.suffix.lower() in PICKLES:
         return True
     stat = path.stat()
@@ -161,7 +161,7 @@ def _is_flow(path: Path) -> bool:
 
 @lru_cache(maxsize=4096)
 def _looks_like_flow(path: str, modified: int, size: int) -> bool:
-    """Whether this version of a file is a STARFlow; lists are made often, headers change seldom."""
+    """Whether this version of a file is a STARFlow; cached, since lists are made often and headers rarely change."""
     from ..starflow_core.weights.flow import quick_look
 
     return quick_look(path) is not None
@@ -180,7 +180,7 @@ def _path(folder: str, name: str, bundled: str) -> Path:
 
 
 def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable = lambda path: False) -> str | None:
-    """What is wrong with a chosen file or folder; 0.3.64 checks no list itself."""
+    """What is wrong with a chosen file or folder; ComfyUI 0.3.64 doesn't check lists itself."""
     path = host.find(folder, name) if isinstance(name, str) and name != DEMO else None
     if name == DEMO or (path and (is_folder(path) if path.is_dir() else is_file(path))):
         return None

@@ -207,7 +207,8 @@ NODES = [STARFlowJacobiSettings, STARFlowSampler]
 
 
 def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Tensor, Statistics]:
-    """Latents of the host, streamed, so that finished frames can be shown; `work` bytes beside the weights."""
+    """The host's latents, streamed so that finished frames can be shown; `work` is the bytes needed on top of the
+    weights."""
     flow, device = model.model, model.load_device
     watch = Watch(node_id, Preview(flow.config))
     watch.bar.say(f"needs about {memory.readable(work)} on top of the weights")

@@ -88,7 +88,7 @@ def inversion_job(
 def encode_to_noise(
     pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None
 ) -> tuple[Inversion, str]:
-    """The noise of a clip (F, 3, H, W) in [-1, 1], a picture if F = 1, and what of the prompt was cut off.
+    """The noise of a clip (F, 3, H, W) in [-1, 1] (a picture if F = 1), and what was cut off the prompt.
 
     Raises InputError for impossible sizes and frame counts, and for clips longer than the window.
     """

@@ -1,4 +1,4 @@
-"""What a checkpoint is: shapes, latent format, prompt wrapping, defaults of its jobs."""
+"""What defines a model: its shapes, latent format, prompt wrapping, and the defaults for its jobs."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ class Denoiser:
 
     @property
     def reach(self) -> int:
-        """Latent frames after its own that a denoised frame depends on, through all layers."""
+        """How many later latent frames a denoised frame depends on, through all layers."""
         return self.layers * self.look_ahead
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """A job's settings where the user gives none. `size` is the side of a square of equal area."""
+    """A job's settings unless the user chooses others. `size` is the side of a square of equal area."""
 
     guidance: float
     size: int
@@ -101,18 +101,18 @@ class FlowConfig:
 
     @property
     def cell(self) -> int:
-        """Pixels a token covers, in each direction."""
+        """Pixels that a token covers in each direction."""
         return self.latent.spatial * self.patch_size
 
     def sliding_window(self, frames: int, window: int | None = None, keep: int | None = None) -> tuple[int, int]:
-        """Latent frames that the deep block attends to at once, and those that stay when it slides.
+        """Latent frames that the deep block attends to at once, and how many of them stay when the window slides.
 
-        None is the model's own number (the reference keeps 16 of 21). Raises InputError for numbers
+        None stands for the model's own number (the reference keeps 16 of 21). Raises InputError for numbers
         that cannot make `frames` latent frames.
         """
         window = (self.window or 1) if window is None else window
         if window < 1:
-            raise InputError(f"window is {window} latent frames, the least is 1")
+            raise InputError(f"window is {window} latent frames; the minimum is 1")
         if keep is None:
             keep = min(max(round(16 * window / 21), 1), max(window - 1, 1))
         if frames > window and not 1 <= keep < window:
@@ -126,7 +126,7 @@ class FlowConfig:
         ratio = float(parse_aspect(aspect or self.defaults.aspect))
         side = side or self.defaults.size
         if side < self.cell:
-            raise InputError(f"size {side} is smaller than one token; the least is {self.cell}")
+            raise InputError(f"size {side} is smaller than one token; the minimum is {self.cell}")
         height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
         return tuple(max(1, math.floor(v / self.cell + 0.5)) * self.cell for v in (height, width))
 

@@ -1,4 +1,4 @@
-"""Latents: their format, and the way between VAE space and flow space."""
+"""Latents: their format, and the maps between VAE space and flow space."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from ..errors import InputError
 class LatentFormat:
     """How VAE space maps to flow space: (latent - mean) / std, later frames times a factor.
 
-    `spatial` and `temporal` are pixels and frames per latent. `mean` and `std` have one value
-    a channel, or one for all. `rgb` (channels x 3) and `rgb_bias` turn a flow-space latent into a
-    rough picture in [-1, 1]; empty where no such factors are known.
+    `spatial` and `temporal` are pixels and frames per latent. `mean` and `std` have one value per channel, or one for
+    all. `rgb` (channels x 3) and `rgb_bias` turn a flow-space latent into a rough picture in [-1, 1]; empty where no
+    such factors are known.
     """
 
     channels: int
