@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starflow_core import pipeline
+from starflow_core import __version__, pipeline
 from starflow_core.cli import arguments, generate, main, settings
 from starflow_core.cli.progress import Sampling
 from starflow_core.control import Progress
@@ -257,7 +257,7 @@ def test_metadata_tells_how_to_make_it_again(run, given):
     assert found == {
         "prompt": PROMPT, "negative": "blue", "seed": 11, "task": "first_frame", "height": 32, "width": 32,
         "frames": 13, "fps": 23.976, "guidance": 1.5, "denoise": False, "window": 4, "keep": 3, "image": "picture.png",
-        "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": "0.1.0",
+        "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": __version__,
     }  # fmt: skip
     again = [f"--{name.replace('_', '-')}={solver[name]}" for name in settings.NUMBERS]
     again += [
