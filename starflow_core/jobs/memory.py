@@ -34,7 +34,7 @@ class Forecast:
         return self.weights + self.vae + max(self.cache + self.activations, self.text)
 
     def with_text(self, text: int, kept: bool = False) -> Forecast:
-        """The same job with a text encoder of `text` bytes, which is freed before the flow starts unless it is `kept`."""
+        """The same job with a text encoder of `text` bytes, freed before the flow starts unless it is `kept`."""
         return replace(self, weights=self.weights + text) if kept else replace(self, text=text)
 
 
