@@ -1,4 +1,7 @@
-"""Animations. They are written here frame by frame: imageio's writer, which is Pillow's, holds all until the end."""
+"""Animations. They are written here frame by frame, in the memory of one.
+
+imageio's writer, which is Pillow's, holds all frames until the end: 0.9 GB for 481 of 480 x 848.
+"""
 
 from __future__ import annotations
 
@@ -63,7 +66,7 @@ def gif_recorder(recording: Recording, height: int, width: int) -> Iterator[Writ
 
 @contextmanager
 def webp_recorder(recording: Recording, height: int, width: int) -> Iterator[WriteFrame]:
-    """Recorder of animated .webp: pictures of imageio's, each in a chunk."""
+    """Recorder of animated .webp: imageio's pictures, each in a chunk."""
     animated, has_exif, not_blended = 0x02, 0x08, b"\x02"
     durations = _durations(recording.rate, 1000)
     exif = encode_exif(recording.metadata).removeprefix(b"Exif\0\0")

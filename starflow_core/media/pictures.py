@@ -33,7 +33,7 @@ def picture_metadata(path) -> Metadata:
     """As `read_metadata`, of a picture or an animation."""
     from PIL import Image
 
-    # Past imageio, whose own "mode" and "shape" replace a PNG's.
+    # Not through imageio: its own "mode" and "shape" replace texts of a PNG with these keys.
     with decoding_errors(path, "picture"), Image.open(path) as image:
         if image.format == "PNG":
             return decode_tags(image.text)
@@ -101,7 +101,7 @@ def _grey(levels: np.ndarray) -> Tensor:
 
 
 def _upright(picture: Tensor, orientation: int | None) -> Tensor:
-    """Turned as EXIF says. Where a file has one channel, imageio's own `rotate` mirrors channels, not columns."""
+    """Turned as EXIF says. imageio (2.38) mirrors the channels, not the columns, of what is stored in one channel."""
     if orientation not in range(2, 9):
         return picture
     if orientation > 4:
