@@ -1,4 +1,4 @@
-"""Animations. They are written here frame by frame, in the memory of one.
+"""Animations, written here frame by frame.
 
 imageio's writer, which is Pillow's, holds all frames until the end: 0.9 GB for 481 of 480 x 848.
 """
