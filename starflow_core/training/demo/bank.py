@@ -1,8 +1,7 @@
-"""A bank of encoded clips, made once: what the flow learns from."""
+"""Banks of encoded clips, made once: what the flow learns from."""
 
 from __future__ import annotations
 
-import os
 import random
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,23 +10,23 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
+from ..files import replacing
 from ..loop import Loop
 from . import clips
 
-ASPECTS = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}
-FRAMES = 41  # 11 latent frames: a whole training window, also without the first
-EDIT_FRAMES = 17  # 5 latent frames, so that source and target fit the window together
-LAST_FRAMES = range(4, 33, 4)  # frames that end a clip of 5, 9, .. 33 frames
-SHARES = {"1:1": 3600, "16:9": 450, "9:16": 450}
-BATCH = 8
+COUNTS = {"1:1": 3600, "16:9": 450, "9:16": 450}  # clips of each aspect ratio
+FRAMES = 41  # 11 latent frames: fills the training window, even without the first
+EDIT_FRAMES = 17  # 5 latent frames: source and target fit the window together
+LAST_FRAMES = range(4, 33, 4)  # the last frames of clips of 5, 9, .. 33 frames
+BATCH, LOG_EVERY = 8, 25  # clips, batches
 
 
 @dataclass(frozen=True)
 class Bank:
     """Clips of one aspect ratio as VAE latents, float32.
 
-    `clips` (n, C, 11, h, w), `edits` (n, C, 5, h, w) the same scene recoloured, `lasts` (n, C, 8, h, w)
-    `LAST_FRAMES`, each encoded as a picture of its own.
+    `clips` (n, C, 11, h, w); `edits` (n, C, 5, h, w), the same scenes in `colours`; `lasts` (n, C, 8, h, w), the
+    clips' `LAST_FRAMES`, each encoded as a picture of its own.
     """
 
     aspect: str
@@ -39,49 +38,59 @@ class Bank:
 
 
 @torch.no_grad()
-def make(vae, loop: Loop) -> list[Bank]:
-    """Encode all clips, or read those that an earlier run has encoded."""
-    return [_load(_bank_file(vae, loop, aspect, loop.scaled(count)), loop) for aspect, count in SHARES.items()]
+def make_banks(vae, loop: Loop) -> list[Bank]:
+    """A bank of each aspect ratio. One that an earlier run has made is read from its file."""
+    banks = []
+    for aspect, count in COUNTS.items():
+        path = Path(loop.folder) / f"bank-{aspect.replace(':', '-')}.pt"
+        if not path.exists():
+            content = _encoded_scenes(vae, loop, aspect, loop.scaled(count))
+            with replacing(path) as part:
+                torch.save(content, part)
+        banks.append(_load(path, loop))
+    return banks
 
 
-def _bank_file(vae, loop: Loop, aspect: str, count: int) -> Path:
-    path = Path(loop.folder) / f"bank-{aspect.replace(':', '-')}.pt"
-    if path.exists():
-        return path
+def _encoded_scenes(vae, loop: Loop, aspect: str, count: int) -> dict:
+    """The content of a bank's file."""
     rng = random.Random(f"bank:{loop.seed}:{aspect}")
-    height, width = ASPECTS[aspect]
-    scenes = [clips.random_scene(rng, height, width) for _ in range(count)]
+    scenes = [clips.random_scene(rng, *clips.SIZES[aspect]) for _ in range(count)]
     colours = [rng.choice([c for c in clips.COLOURS if c != s.colour]) for s in scenes]
     parts = {"clips": [], "edits": [], "lasts": []}
     for i in range(0, count, BATCH):
-        pixels = clips.render(scenes[i : i + BATCH], FRAMES, height, width)
-        recoloured = [s.recoloured(c) for s, c in zip(scenes[i : i + BATCH], colours[i : i + BATCH], strict=True)]
-        parts["clips"].append(_encode(vae, pixels, loop))
-        parts["edits"].append(_encode(vae, clips.render(recoloured, EDIT_FRAMES, height, width), loop))
-        stills = pixels[:, :, list(LAST_FRAMES)].transpose(1, 2).flatten(0, 1).unsqueeze(2)
-        parts["lasts"].append(
-            _encode(vae, stills, loop).squeeze(2).unflatten(0, (-1, len(LAST_FRAMES))).transpose(1, 2)
-        )
-        if i % (BATCH * 25) == 0:
+        batch = _encode_batch(vae, loop, scenes[i : i + BATCH], colours[i : i + BATCH], clips.SIZES[aspect])
+        for name, latents in batch.items():
+            parts[name].append(latents)
+        if i % (BATCH * LOG_EVERY) == 0:
             loop.log(f"bank {aspect} {i}/{count}")
-    state = {"seed": loop.seed, "aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours}
-    state |= {name: torch.cat(items) for name, items in parts.items()}
-    part = path.with_suffix(".part")
-    torch.save(state, part)
-    os.replace(part, path)
-    return path
+    latents = {name: torch.cat(tensors) for name, tensors in parts.items()}
+    return {"seed": loop.seed, "aspect": aspect, "scenes": [asdict(s) for s in scenes], "colours": colours, **latents}
 
 
-def _encode(vae, pixels: Tensor, loop: Loop) -> Tensor:
-    with torch.autocast(loop.device.type, loop.dtype, enabled=loop.dtype != torch.float32):
-        return vae.encode(pixels.to(loop.device)).latent_dist.mean.float().cpu()
+def _encode_batch(
+    vae, loop: Loop, scenes: list[clips.Scene], colours: list[str], size: tuple[int, int]
+) -> dict[str, Tensor]:
+    """The latents of a few scenes, under the bank's names."""
+
+    def encoded(pixels: Tensor) -> Tensor:
+        with loop.autocast():
+            return vae.encode(pixels.to(loop.device)).latent_dist.mean.float().cpu()
+
+    pixels = clips.render(scenes, FRAMES, *size)
+    recoloured = [s.recoloured(c) for s, c in zip(scenes, colours, strict=True)]
+    pictures = pixels[:, :, list(LAST_FRAMES)].transpose(1, 2).flatten(0, 1).unsqueeze(2)
+    return {
+        "clips": encoded(pixels),
+        "edits": encoded(clips.render(recoloured, EDIT_FRAMES, *size)),
+        "lasts": encoded(pictures).squeeze(2).unflatten(0, (-1, len(LAST_FRAMES))).transpose(1, 2),
+    }
 
 
 def _load(path: Path, loop: Loop) -> Bank:
     """Raises InputError for a bank of another run."""
     state = torch.load(path, weights_only=True)
     found = (state.pop("seed", None), len(state["scenes"]))
-    wanted = (loop.seed, loop.scaled(SHARES[state["aspect"]]))
+    wanted = (loop.seed, loop.scaled(COUNTS[state["aspect"]]))
     if found != wanted:
         raise InputError(f"{path} has (seed, clips) {found}, this run needs {wanted}; use another folder")
     state["scenes"] = [clips.Scene(**s) for s in state["scenes"]]

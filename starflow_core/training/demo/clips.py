@@ -1,4 +1,4 @@
-"""Procedurally drawn clips with captions: one coloured shape that moves over a plain background.
+"""Drawn clips with captions: one coloured shape that moves over a plain background.
 
 The grammar is small on purpose, so that every word of a caption can be checked in the pixels.
 """
@@ -24,6 +24,7 @@ COLOURS = {
 BACKGROUNDS = {"black": (0.05, 0.05, 0.06), "grey": (0.42, 0.43, 0.45), "white": (0.93, 0.93, 0.92)}
 KINDS = ("circle", "square", "triangle", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+SIZES = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}  # height and width of each aspect ratio
 MARGIN = 3  # pixels that stay free between a shape and the border
 
 
@@ -45,13 +46,13 @@ class Scene:
         return replace(self, colour=colour)
 
     def later(self, frames: int) -> Scene:
-        """The same motion, seen from `frames` later on."""
+        """The same motion, starting `frames` later."""
         return replace(self, start=self.start + frames)
 
 
 def random_scene(rng: random.Random, height: int, width: int, moving: bool = True, late: float = 0.3) -> Scene:
-    """A scene that fits height x width. A moving shape starts in the half it will leave;
-    with probability `late` the clip starts up to 70 frames into the motion."""
+    """A scene that fits height x width. A moving shape starts in the half that it will leave; with probability `late`
+    the clip starts 1 to 69 frames into the motion."""
     radius = rng.uniform(15, 20)
     reach = radius + MARGIN
     x, y = rng.uniform(reach, width - reach), rng.uniform(reach, height - reach)
@@ -60,7 +61,7 @@ def random_scene(rng: random.Random, height: int, width: int, moving: bool = Tru
         return scene
     direction = rng.choice(list(DIRECTIONS))
     dx, dy = DIRECTIONS[direction]
-    along = rng.uniform(0, 0.4)  # how far along the free way the motion starts
+    along = rng.uniform(0, 0.4)  # share of the free way that lies behind the shape
     if dx:
         x = reach + along * (width - 2 * reach)
         x = x if dx > 0 else width - x
@@ -72,16 +73,13 @@ def random_scene(rng: random.Random, height: int, width: int, moving: bool = Tru
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """A sentence that says what the scene shows; the background is left out now and then."""
-    shape = f"{scene.colour} {scene.kind}"
+    """A sentence that says what the scene shows, one time in three without its background."""
     article = "an" if scene.colour == "orange" else "a"
-    motion = (
-        ""
-        if scene.direction is None
-        else rng.choice((" moving {}", " moves {}", " that moves {}")).format(scene.direction)
-    )
+    motion = ""
+    if scene.direction is not None:
+        motion = rng.choice((" moving {}", " moves {}", " that moves {}")).format(scene.direction)
     place = rng.choice((" on a {} background", " over a {} background", "")).format(scene.background)
-    return f"{article} {shape}{motion}{place}"
+    return f"{article} {scene.colour} {scene.kind}{motion}{place}"
 
 
 def edit_caption(colour: str, rng: random.Random) -> str:
@@ -92,11 +90,11 @@ def edit_caption(colour: str, rng: random.Random) -> str:
 def render(scenes: list[Scene], frames: int, height: int, width: int) -> Tensor:
     """Draw scenes of one size: (B, 3, frames, height, width) in [-1, 1], antialiased."""
     time = torch.arange(frames, dtype=torch.float32)
-    centres = torch.stack([_path(s, time, height, width) for s in scenes])  # (B, F, 2)
+    middles = torch.stack([centres(s, time, height, width) for s in scenes])  # (B, F, 2)
     row = torch.arange(height).view(1, 1, -1, 1) + 0.5
     col = torch.arange(width).view(1, 1, 1, -1) + 0.5
-    x = col - centres[..., 0, None, None]
-    y = row - centres[..., 1, None, None]
+    x = col - middles[..., 0, None, None]
+    y = row - middles[..., 1, None, None]
     cover = torch.empty(len(scenes), frames, height, width)
     for i, scene in enumerate(scenes):
         cover[i] = (0.5 - _distance(scene.kind, x[i], y[i], scene.radius)).clamp(0, 1)
@@ -105,13 +103,13 @@ def render(scenes: list[Scene], frames: int, height: int, width: int) -> Tensor:
     return torch.lerp(ground, colour, cover[:, None]) * 2 - 1
 
 
-def _path(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
-    """Centre of the shape at each frame (F, 2); it halts before the border."""
+def centres(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
+    """Centre (x, y) of the shape at each frame, (F, 2); it stops before the border."""
     dx, dy = DIRECTIONS.get(scene.direction, (0, 0))
-    way = scene.speed * (time + scene.start)
+    moved = scene.speed * (time + scene.start)
     reach = scene.radius + MARGIN
-    x = (scene.x + dx * way).clamp(reach, width - reach)
-    y = (scene.y + dy * way).clamp(reach, height - reach)
+    x = (scene.x + dx * moved).clamp(reach, width - reach)
+    y = (scene.y + dy * moved).clamp(reach, height - reach)
     return torch.stack([x, y], -1)
 
 

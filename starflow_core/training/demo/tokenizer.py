@@ -1,13 +1,13 @@
-"""The demo's tokenizer: the words of its captions and of their wrapping, characters for the rest."""
+"""The demo's tokenizer: a piece for each word of its captions and of their wrapping, characters for the rest."""
 
 from __future__ import annotations
 
 import json
-import os
 import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..files import replacing
 from .clips import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ WORDS = (
     *string.digits,
 )  # fmt: skip
 CHARACTERS = string.digits + string.ascii_lowercase + string.punctuation
-SPACE = "▁"  # as in SentencePiece, it begins a word
+SPACE = "▁"  # begins a word, as in SentencePiece
 
 
 def build_tokenizer(folder: str | Path) -> Tokenizer:
@@ -32,7 +32,7 @@ def build_tokenizer(folder: str | Path) -> Tokenizer:
     from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
     pieces = [*SPECIAL, SPACE, *CHARACTERS, *(SPACE + text.replace(" ", SPACE) for text in (*WORDS, *WRAPPING))]
-    # With one score for all pieces the best split of a text is the one with the fewest.
+    # All pieces have one score, so that the best split of a text is the one with the fewest pieces.
     tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=SPECIAL.index("<unk>")))
     tokenizer.normalizer = normalizers.Sequence(
         [normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Strip()]
@@ -41,8 +41,8 @@ def build_tokenizer(folder: str | Path) -> Tokenizer:
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
     tokenizer.post_processor = processors.TemplateProcessing("$A </s>", "$A </s> $B </s>", [("</s>", 1)])
     tokenizer.add_special_tokens(list(SPECIAL))
-    _write(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=True))
-    # The class that transformers 4 and 5 both know by this name.
+    _write_text(Path(folder) / "tokenizer.json", tokenizer.to_str(pretty=True))
+    # transformers 4 and 5 both know the class by this name.
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "pad_token": "<pad>",
@@ -50,14 +50,10 @@ def build_tokenizer(folder: str | Path) -> Tokenizer:
         "unk_token": "<unk>",
         "clean_up_tokenization_spaces": False,
     }
-    _write(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2))
+    _write_text(Path(folder) / "tokenizer_config.json", json.dumps(settings, indent=2))
     return tokenizer
 
 
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(path.name + ".part")
-    try:
+def _write_text(path: Path, text: str) -> None:
+    with replacing(path) as part:
         part.write_text(text + "\n", encoding="utf-8")
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
