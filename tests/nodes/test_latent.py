@@ -110,3 +110,4 @@ def test_cores_vae_decodes_images(image_model):
     images = run("STARFlowVAEDecode", samples=samples, vae=PlainVAE(image_model.vae))[0]
     assert images.shape == (2, 32, 32, 3)
     assert torch.equal(images, image_model.decode(samples))
+    assert pack.module("nodes.host").clip_frames(images) == 1
