@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from starflow_core import load_pipeline
 from tests.core import tiny
@@ -75,13 +74,12 @@ def core():
 
 @pytest.fixture(scope="session")
 def made(core):
-    """Latents and statistics of the core's own job: 48 x 32 unless it says more."""
+    """Latents of the core's own job: 48 x 32 unless it says more."""
 
     def make(job=None, prompt=PROMPT, negative="", **settings):
         job = job or core.job(**{"height": 32, "width": 48, **settings})
         generation, _ = core.start(prompt, job, negative=negative)
-        final = [piece.latents for piece in generation.stream() if piece.final]
-        return torch.cat(final, 2), generation.statistics
+        return generation.run()
 
     return make
 

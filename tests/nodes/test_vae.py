@@ -114,8 +114,9 @@ def test_an_image_vae_takes_pictures(image_model):
     assert encoded["samples"].shape == (2, 4, 4, 5)
     wanted = image_model.vae.core.encode(pictures[:, 2:34].movedim(-1, 1) * 2 - 1)
     torch.testing.assert_close(encoded["samples"], wanted, atol=1e-5, rtol=1e-5)
-    decoded = core_node("VAEDecode", image_model.vae, encoded)
+    decoded = image_model.vae.decode(encoded["samples"])
     assert decoded.shape == (2, 32, 40, 3)
+    assert torch.equal(decoded, core_node("VAEDecode", image_model.vae, encoded))
     assert torch.equal(decoded, image_model.decode(encoded))
 
 
@@ -164,13 +165,15 @@ def test_frames_that_are_out_are_not_made_twice(monkeypatch, demo, samples):
     assert tried == [None]
 
 
-def test_a_clip_that_cannot_fit_is_refused_and_a_picture_tiled(monkeypatch, demo, image_model, samples):
+def test_a_clip_that_cannot_fit_is_refused_and_a_picture_tiled(monkeypatch, demo, image_model, samples, told):
     """What a clip's tiles remember is as much as the whole needs; a picture's tiles are all there is."""
     pictures = tiles_of(monkeypatch, image_model.vae, "decode_frames")
     monkeypatch.setattr(host.memory, "free", lambda device: image_model.vae.core.step_bytes(9, 9))
     assert core_node("VAEDecode", image_model.vae, {"samples": torch.zeros(2, 4, 16, 16)}).shape == (2, 128, 128, 3)
     assert pictures == [8]
+    told.loads.clear()
     with pytest.raises(Exception, match="decoding this needs about"):
         demo.decode(samples)
+    assert len(told.loads) == 1  # no smaller tiles are tried
     with pytest.raises(Exception, match="encoding this needs about"):
         core_node("VAEEncode", demo.vae, torch.zeros(1, 96, 96, 3))
