@@ -3,9 +3,12 @@
     python -m benchmarks.convert_memory [--json PATH]
 
 Makes a random fp32 checkpoint of a wide, shallow model in a temporary folder (about 5 GB with what is
-converted from it, deleted afterwards) and runs every job in a process of its own. Linux only: the
-peak of anonymous memory (RssAnon) is sampled from /proc. The resident peak (VmHWM; ru_maxrss would
-count the parent's) includes pages of mapped files, which the system takes back when it needs them.
+converted from it, deleted afterwards) and runs every job in a process of its own. Two jobs are what we
+could have instead: "save_file" converts through safetensors' own writer, "map" loads from a mapped file.
+
+Linux only: the peak of anonymous memory (RssAnon) is sampled from /proc. The resident peak (VmHWM;
+ru_maxrss would count the parent's) includes pages of mapped files, which the system takes back when it
+needs them.
 """
 
 from __future__ import annotations
@@ -20,11 +23,14 @@ import threading
 import time
 from pathlib import Path
 
+import safetensors
 import torch
+from safetensors.torch import save_file
 
 from starflow_core.model.config import Defaults, FlowConfig, PromptFormat
 from starflow_core.model.latent import LatentFormat
 from starflow_core.weights.flow import convert, expected_shapes, load_flow
+from starflow_core.weights.tensorfiles import TensorFile
 
 CONFIG = FlowConfig(
     name="memory benchmark",
@@ -44,11 +50,13 @@ JOBS = (
     ("convert", "model.pth", "fp32"),
     ("convert", "model.pth", "bf16"),
     ("convert", "fp32.safetensors", "bf16"),
+    ("save_file", "fp32.safetensors", "bf16"),
     ("load", "model.pth", "fp32"),
     ("load", "model.pth", "bf16"),
     ("load", "fp32.safetensors", "fp32"),
     ("load", "fp32.safetensors", "bf16"),
     ("load", "bf16.safetensors", "bf16"),
+    ("map", "fp32.safetensors", "bf16"),
 )
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 MB = 1e6
@@ -103,6 +111,13 @@ def run_job(folder: Path, job: str, source: str, dtype: str) -> dict:
     start = time.perf_counter()
     if job == "convert":
         convert(folder / source, folder / f"{dtype}.safetensors", dtype, CONFIG, overwrite=True)
+    elif job == "save_file":
+        checkpoint = TensorFile.open(folder / source)
+        weights = {name: checkpoint.tensor(name).to(TYPES[dtype]) for name in checkpoint.tensors}
+        save_file(weights, folder / "library.safetensors")
+    elif job == "map":
+        with safetensors.safe_open(folder / source, "pt") as file:
+            weights = {name: file.get_tensor(name).to(TYPES[dtype]) for name in expected_shapes(CONFIG)}
     else:
         flow = load_flow(folder / source, TYPES[dtype], config=CONFIG)
         assert sum(weight.numel() for weight in flow.parameters()) == parameters()
@@ -122,7 +137,7 @@ def measure(folder: Path) -> list[dict]:
     for job, source, dtype in JOBS:
         command = [sys.executable, "-m", "benchmarks.convert_memory", "--run", str(folder), job, source, dtype]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        held = parameters() * TYPES[dtype].itemsize if job == "load" else 0
+        held = parameters() * TYPES[dtype].itemsize if job in ("load", "map") else 0
         sizes = {"source_bytes": (folder / source).stat().st_size, "model_bytes_held": held}
         rows.append({"job": job, "source": source, "dtype": dtype, **sizes, **json.loads(output)})
     return rows
@@ -131,14 +146,14 @@ def measure(folder: Path) -> list[dict]:
 def table(rows: list[dict]) -> str:
     lines = [
         f"{parameters() / 1e9:.3f} B parameters, largest tensor {largest_tensor() / MB:.0f} MB in fp32. "
-        "Peaks in MB; 'held' is the model itself in the type loaded.",
-        f"{'job':8} {'source':17} {'to':5} {'file':>6} {'held':>6} {'anonymous peak':>15} {'resident peak':>14}      s",
+        f"safetensors {safetensors.__version__}. Peaks in MB; 'held' is the model itself in the type loaded.",
+        f"{'job':9} {'source':17} {'to':5} {'file':>6} {'held':>6} {'anonymous peak':>15} {'resident peak':>14}      s",
     ]
     for row in rows:
         sizes = (row["source_bytes"], row["model_bytes_held"], row["anonymous_peak"], row["resident_peak"])
         file, held, anonymous, resident = (round(size / MB) for size in sizes)
         lines.append(
-            f"{row['job']:8} {row['source']:17} {row['dtype']:5} {file:6} {held:6} {anonymous:15} {resident:14} "
+            f"{row['job']:9} {row['source']:17} {row['dtype']:5} {file:6} {held:6} {anonymous:15} {resident:14} "
             f"{row['seconds']:6.1f}"
         )
     return "\n".join(lines)
@@ -162,7 +177,8 @@ def main() -> None:
         rows = measure(Path(folder))
     print(table(rows))
     if arguments.json:
-        arguments.json.write_text(json.dumps({"parameters": parameters(), "rows": rows}, indent=2))
+        figures = {"safetensors": safetensors.__version__, "parameters": parameters(), "rows": rows}
+        arguments.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":

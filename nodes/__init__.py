@@ -8,9 +8,9 @@ from comfy_api.latest import ComfyExtension, io
 
 TOPICS = ("loaders", "latent", "conditioning", "sampling", "contexts", "video")
 NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
-    "STARFlowLoadTextEncoder": "transformers",
-    "STARFlowLoadVAE": "diffusers",
-    "STARFlowVideoCombine": "av",
+    "STARFlowLoadTextEncoder": ("transformers",),
+    "STARFlowLoadVAE": ("diffusers",),
+    "STARFlowVideoCombine": ("imageio", "av"),
 }
 
 
@@ -27,11 +27,10 @@ class STARFlowExtension(ComfyExtension):
 
 
 def _can_run(name: str) -> bool:
-    package = NEEDS.get(name)
-    if package is None or _is_there(package):
-        return True
-    _warn(name, package)
-    return False
+    missing = [package for package in NEEDS.get(name, ()) if not _is_there(package)]
+    for package in missing:
+        _warn(name, package)
+    return not missing
 
 
 def _is_there(package: str) -> bool:

@@ -13,9 +13,7 @@ from ..starflow_core.jobs.prompts import MadeFor, wrapped
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.model.config import FlowConfig
 from . import host
-from .types import CATEGORY, Context, Model, TextEncoder
-
-KEY = "starflow"  # where a conditioning keeps what it was made for
+from .types import CATEGORY, KEY, ContextType, ModelType, TextEncoderType
 
 
 class STARFlowTextEncode(io.ComfyNode):
@@ -28,8 +26,8 @@ class STARFlowTextEncode(io.ComfyNode):
             description="Wraps a prompt in the words the model was trained with (frame rate, aspect ratio, task) and "
             "encodes it.",
             inputs=[
-                Model.Input("model", tooltip="Determines how prompts are wrapped and how long they may be."),
-                TextEncoder.Input("text_encoder", tooltip="The encoder that goes with the model."),
+                ModelType.Input("model", tooltip="Determines how prompts are wrapped and how long they may be."),
+                TextEncoderType.Input("text_encoder", tooltip="The encoder that goes with the model."),
                 io.Latent.Input("latent", tooltip="Gives the aspect ratio, and whether it is an image or a clip."),
                 io.String.Input(
                     "prompt", multiline=True, default="", tooltip="What to show; for an edit, what to change."
@@ -48,7 +46,9 @@ class STARFlowTextEncode(io.ComfyNode):
                     step=1.0,
                     tooltip="Frames per second that the prompt asks for; 0 uses the model's own. Ignored for images.",
                 ),
-                Context.Input("context", optional=True, tooltip="The given frames, if any; they determine the task."),
+                ContextType.Input(
+                    "context", optional=True, tooltip="The given frames, if any; they determine the task."
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(display_name="positive", tooltip="The prompt."),

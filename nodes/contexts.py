@@ -10,7 +10,7 @@ from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import context as contexts
 from ..starflow_core.media import fit
 from ..starflow_core.model.latent import LatentFormat
-from .types import CATEGORY, Context, Model
+from .types import CATEGORY, ContextType, ModelType
 
 LATENT_TIP = "Sets the size: pictures are scaled to cover it, and their edges are cropped."
 VAE_TIP = "The VAE that goes with the model."
@@ -30,7 +30,7 @@ class STARFlowFirstFrame(io.ComfyNode):
                 io.Vae.Input("vae", tooltip=VAE_TIP),
                 io.Latent.Input("latent", tooltip=LATENT_TIP),
             ],
-            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+            outputs=[ContextType.Output(display_name="context", tooltip=CONTEXT_TIP)],
         )
 
     @classmethod
@@ -56,7 +56,7 @@ class STARFlowFirstLastFrame(io.ComfyNode):
                     tooltip="The image that the clip begins with. Without it, the model chooses the beginning.",
                 ),
             ],
-            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+            outputs=[ContextType.Output(display_name="context", tooltip=CONTEXT_TIP)],
         )
 
     @classmethod
@@ -75,7 +75,7 @@ class STARFlowExtend(io.ComfyNode):
             description="Continues a clip. The result begins with the end of the source; STARFlow VAE Decode can trim "
             "that off, so that the two can be joined.",
             inputs=[
-                Model.Input("model", tooltip="Determines how much of the source it can see."),
+                ModelType.Input("model", tooltip="Determines how much of the source it can see."),
                 io.Image.Input("images", tooltip="The frames of one clip."),
                 io.Vae.Input("vae", tooltip=VAE_TIP),
                 io.Latent.Input("latent", tooltip=LATENT_TIP + " Its length includes the given frames."),
@@ -88,7 +88,7 @@ class STARFlowExtend(io.ComfyNode):
                     "make motion and look steadier, but leave less room for new frames.",
                 ),
             ],
-            outputs=[Context.Output(display_name="context", tooltip=CONTEXT_TIP)],
+            outputs=[ContextType.Output(display_name="context", tooltip=CONTEXT_TIP)],
         )
 
     @classmethod
@@ -112,7 +112,7 @@ class STARFlowVideoEdit(io.ComfyNode):
                 io.Latent.Input("latent", tooltip=LATENT_TIP + " Source frames beyond its length are dropped."),
             ],
             outputs=[
-                Context.Output(display_name="context", tooltip=CONTEXT_TIP),
+                ContextType.Output(display_name="context", tooltip=CONTEXT_TIP),
                 io.Latent.Output(
                     display_name="latent", tooltip="As long as the source; for Text Encode and the sampler."
                 ),

@@ -52,7 +52,7 @@ def result_device() -> torch.device:
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
-    """The type a network runs in on a device where the user doesn't say."""
+    """The type a network runs in on a device by default."""
     if management.is_device_cpu(device):
         return torch.float32
     if management.should_use_bf16(device):
@@ -91,9 +91,8 @@ def vae_patcher(module: nn.Module):
 def load(handle, work: int, what: str, whole: bool = False) -> None:
     """Bring a patcher's weights to its device, with `work` bytes left free for `what` it will do.
 
-    `whole` is for a library's layers, which can't compute with weights that are elsewhere. Raises
-    OutOfMemoryForecast before any work where so much can't be had in main memory; what a card lacks the
-    host makes up for by offloading.
+    `whole` is for a library's layers, which can't compute with weights that are elsewhere. Raises OutOfMemoryForecast
+    before any work if main memory is too small; for a card, the host makes room by offloading.
     """
     # The host runs nodes in inference mode; weights moved in it could take part in no gradient, as the
     # score step needs one.
@@ -113,7 +112,7 @@ def release() -> None:
     management.soft_empty_cache()
 
 
-class Progress:
+class NodeProgress:
     """The node's progress bar, its preview picture and its line of text."""
 
     def __init__(self, node_id: str | None):
@@ -208,7 +207,7 @@ def output_folder(prefix: str, height: int, width: int) -> tuple[Path, str, int,
 
 
 def workflow_metadata(hidden: Any) -> dict[str, Any]:
-    """Prompt and workflow of the running graph, unless the host was told to keep them out of files."""
+    """Prompt and workflow of the running graph, unless the user told the host to keep them out of files."""
     if comfy.cli_args.args.disable_metadata:
         return {}
     found = {**(hidden.extra_pnginfo or {}), **({"prompt": hidden.prompt} if hidden.prompt else {})}
@@ -218,13 +217,13 @@ def workflow_metadata(hidden: Any) -> dict[str, Any]:
 
 
 def mark_clips(images: Tensor, frames: int) -> Tensor:
-    """Note on a batch of images that each clip has so many frames: IMAGE has no place for it."""
+    """Note on a batch of images how many frames each clip has, since IMAGE has no field for it."""
     images.starflow_clip_frames = frames
     return images
 
 
 def clip_frames(images: Tensor) -> int:
-    """Frames of each clip, where a node of this pack has noted it and no other node came between; else all."""
+    """Frames of each clip if a node of this pack noted it and no other node came in between; otherwise all."""
     return getattr(images, "starflow_clip_frames", len(images))
 
 

@@ -10,10 +10,9 @@ from ..starflow_core.jobs.build import default_job
 from ..starflow_core.jobs.tasks import layout
 from ..starflow_core.model.config import ASPECTS
 from . import host
-from .types import CATEGORY, Model
+from .types import CATEGORY, KEY, ModelType
 
 MODEL_ASPECT = "model's own"
-KEY = "starflow"  # where a latent keeps what the sampler knows of it
 
 
 class STARFlowEmptyLatent(io.ComfyNode):
@@ -25,7 +24,7 @@ class STARFlowEmptyLatent(io.ComfyNode):
             category=CATEGORY,
             description="Sets the size and length of the result. Shows the actual size and the number of tokens.",
             inputs=[
-                Model.Input("model", tooltip="Determines the latent channels and the compression."),
+                ModelType.Input("model", tooltip="Determines the latent channels and the compression."),
                 io.Combo.Input(
                     "aspect_ratio",
                     options=[MODEL_ASPECT, *ASPECTS],
@@ -115,7 +114,7 @@ class STARFlowVAEDecode(io.ComfyNode):
     def execute(cls, samples, vae, tile_size: int, trim_overlap: bool) -> io.NodeOutput:
         latents = samples["samples"]
         skip = samples.get(KEY, {}).get("overlap", 0) if trim_overlap else 0
-        bar = host.Progress(cls.hidden.unique_id)
+        bar = host.NodeProgress(cls.hidden.unique_id)
         frames = []
         for done, piece in enumerate(_stream(vae, latents, tile_size), 1):
             frames.append(piece)

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
 from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
 from . import host
-from .types import CATEGORY, Model, TextEncoder
+from .types import CATEGORY, ModelType, TextEncoderType
 
 Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
@@ -48,7 +48,7 @@ class STARFlowLoadModel(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[Model.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
+            outputs=[ModelType.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
         )
 
     @classmethod
@@ -90,7 +90,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
                 ),
                 io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
             ],
-            outputs=[TextEncoder.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
+            outputs=[TextEncoderType.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
         )
 
     @classmethod
@@ -152,7 +152,7 @@ def _is_weights(path: Path) -> bool:
 
 
 def _is_flow(path: Path) -> bool:
-    """A pickle is only looked into when it is loaded; of a safetensors file the header is read."""
+    """For a safetensors file the header is read; a pickle is inspected only when it is loaded."""
     if path.suffix.lower() in PICKLES:
         return True
     stat = path.stat()
@@ -161,7 +161,7 @@ def _is_flow(path: Path) -> bool:
 
 @lru_cache(maxsize=4096)
 def _looks_like_flow(path: str, modified: int, size: int) -> bool:
-    """Whether this version of a file is a STARFlow; lists are made often, headers change seldom."""
+    """Whether this version of a file is a STARFlow; cached, since lists are made often and headers rarely change."""
     from ..starflow_core.weights.flow import quick_look
 
     return quick_look(path) is not None
@@ -180,7 +180,7 @@ def _path(folder: str, name: str, bundled: str) -> Path:
 
 
 def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable = lambda path: False) -> str | None:
-    """What is wrong with a chosen file or folder; 0.3.64 checks no list itself."""
+    """What is wrong with a chosen file or folder; ComfyUI 0.3.64 doesn't check lists itself."""
     path = host.find(folder, name) if isinstance(name, str) and name != DEMO else None
     if name == DEMO or (path and (is_folder(path) if path.is_dir() else is_file(path))):
         return None
@@ -197,5 +197,5 @@ def _dtype(name: str, device):
 
 
 def _progress():
-    bar = host.Progress(None)
+    bar = host.NodeProgress(None)
     return lambda progress: (host.check_interrupted(), bar.update(progress.step, progress.total))

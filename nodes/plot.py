@@ -13,7 +13,7 @@ from ..starflow_core.solve.solvers import Statistics
 WIDTH, HEIGHT = 768, 432
 LEFT, TOP, RIGHT, BOTTOM = 64, 44, 24, 48
 LOW = -8  # the darkest residual, as a power of ten
-COLOURS = np.array([(40, 12, 84), (104, 22, 120), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)
+PALETTE = np.array([(40, 12, 84), (104, 22, 120), (187, 55, 84), (249, 142, 9), (252, 255, 164)], np.float32)
 INK, PAPER, GREY = (230, 230, 236), (22, 22, 28), (140, 140, 150)
 
 
@@ -58,10 +58,10 @@ def _coloured(residuals: np.ndarray) -> np.ndarray:
     """(frames, sweeps, 3) bytes; what isn't being solved has the paper's colour."""
     missing = np.isnan(residuals)
     levels = np.log10(np.clip(np.nan_to_num(residuals), 10.0**LOW, 1))
-    place = (levels - LOW) / -LOW * (len(COLOURS) - 1)
-    low = np.clip(place.astype(int), 0, len(COLOURS) - 2)
+    place = (levels - LOW) / -LOW * (len(PALETTE) - 1)
+    low = np.clip(place.astype(int), 0, len(PALETTE) - 2)
     part = (place - low)[..., None]
-    colours = COLOURS[low] * (1 - part) + COLOURS[low + 1] * part
+    colours = PALETTE[low] * (1 - part) + PALETTE[low + 1] * part
     colours[missing] = PAPER
     return colours.round().astype(np.uint8)
 

@@ -15,10 +15,9 @@ from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
-from .latent import KEY
 from .plot import convergence
 from .preview import Preview
-from .types import CATEGORY, Context, Model, Solver
+from .types import CATEGORY, KEY, ContextType, ModelType, SolverType
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
@@ -93,7 +92,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     "expense of accuracy.",
                 ),
             ],
-            outputs=[Solver.Output(display_name="settings", tooltip="For the sampler.")],
+            outputs=[SolverType.Output(display_name="settings", tooltip="For the sampler.")],
         )
 
     @classmethod
@@ -117,7 +116,7 @@ class STARFlowSampler(io.ComfyNode):
             description="Turns noise into an image or a clip. There are no steps to choose: the flow is inverted, "
             "and frames are finished one after another.",
             inputs=[
-                Model.Input("model", tooltip="The flow."),
+                ModelType.Input("model", tooltip="The flow."),
                 io.Conditioning.Input("positive", tooltip="From STARFlow Text Encode."),
                 io.Conditioning.Input("negative", tooltip="From STARFlow Text Encode; used only with guidance."),
                 io.Latent.Input("latent", tooltip="Only its size and length matter, not its content."),
@@ -144,8 +143,10 @@ class STARFlowSampler(io.ComfyNode):
                     default=True,
                     tooltip="Removes the noise that the model was trained with. Off shows the raw samples.",
                 ),
-                Solver.Input("settings", optional=True, tooltip="Without it, the balanced preset is used."),
-                Context.Input("context", optional=True, tooltip="Given frames; connect them to Text Encode as well."),
+                SolverType.Input("settings", optional=True, tooltip="Without it, the balanced preset is used."),
+                ContextType.Input(
+                    "context", optional=True, tooltip="Given frames; connect them to Text Encode as well."
+                ),
                 io.Int.Input(
                     "window",
                     default=0,
@@ -206,10 +207,11 @@ NODES = [STARFlowJacobiSettings, STARFlowSampler]
 
 
 def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Tensor, Statistics]:
-    """Latents of the host, streamed, so that finished frames can be shown; `work` bytes beside the weights."""
+    """The host's latents, streamed so that finished frames can be shown; `work` is the bytes needed on top of the
+    weights."""
     flow, device = model.model, model.load_device
     watch = Watch(node_id, Preview(flow.config))
-    watch.bar.say(f"needs about {memory.size(work)} on top of the weights")
+    watch.bar.say(f"needs about {memory.readable(work)} on top of the weights")
     host.load(model, work, "this job")
     generation = Generation(
         flow,
@@ -233,7 +235,7 @@ class Watch:
     """Shows a run on its node: the bar counts settled tokens, the text says how long it will take."""
 
     def __init__(self, node_id: str | None, preview: Preview):
-        self.bar, self.preview = host.Progress(node_id), preview
+        self.bar, self.preview = host.NodeProgress(node_id), preview
         self.began = time.monotonic()
         self.said, self.step, self.total, self.sweeps = 0.0, 0, 1, 0
 
@@ -272,6 +274,6 @@ def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:
             f"deep block: {statistics.deep_sweeps} sweeps, {statistics.deep_evaluations} token evaluations"
             + (f", {per_token:.1f} per token" if tokens else ""),
             f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
-            f"memory: about {memory.size(work)} on top of the weights",
+            f"memory: about {memory.readable(work)} on top of the weights",
         ]
     )

@@ -4,7 +4,9 @@ from comfy_api.latest import io
 
 CATEGORY = "STARFlow"
 
-Model = io.Custom("STARFLOW_MODEL")  # a model patcher of the host around a Flow
-TextEncoder = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
-Context = io.Custom("STARFLOW_CONTEXT")  # starflow_core.context.Context
-Solver = io.Custom("STARFLOW_SOLVER")  # starflow_core.solvers.SolverSettings
+ModelType = io.Custom("STARFLOW_MODEL")  # a model patcher of the host around a Flow
+TextEncoderType = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
+ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.context.Context
+SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solvers.SolverSettings
+
+KEY = "starflow"  # where latents and conditionings keep what this pack knows of them

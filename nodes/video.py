@@ -115,7 +115,7 @@ def _target(folder: Path, name: str, number: int, format: str) -> str:
 
 
 def _write(target: str, clip: torch.Tensor, rate: Fraction, quality: int, metadata: dict) -> list[Path]:
-    """Write a clip (F, H, W, 3) in 0..1; gives the files."""
+    """Write a clip (F, H, W, 3) in 0..1 and return its files."""
     from ..starflow_core.media import VideoWriter
 
     with VideoWriter(target, rate, metadata, quality) as writer:

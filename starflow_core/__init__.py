@@ -9,7 +9,7 @@ write_video("circle.mp4", output.pixels[0], fps=16)
 
 from importlib import import_module
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 # Loaded on first use: importing the package costs nothing.
 _WHERE = {

@@ -20,8 +20,8 @@ from .pipeline import Pipeline
 from .solve.solvers import PRESETS, SolverSettings
 from .weights.tensorfiles import TensorFile, save_tensors
 
-SCHEMA = 1  # version of the noise file
-KEY = "starflow_noise"
+NOISE_SCHEMA = 1  # version of the noise file
+NOISE_KEY = "starflow_noise"
 
 
 @dataclass(frozen=True)
@@ -47,16 +47,16 @@ class Inversion:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, missing folders included. Raises InputError where that fails."""
-        values = {"schema": SCHEMA, **{k: v for k, v in asdict(self).items() if k != "noise"}}
-        save_tensors({"noise": self.noise}, path, "fp32", {KEY: json.dumps(values)})
+        values = {"schema": NOISE_SCHEMA, **{k: v for k, v in asdict(self).items() if k != "noise"}}
+        save_tensors({"noise": self.noise}, path, "fp32", {NOISE_KEY: json.dumps(values)})
 
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
         """Read what `save` wrote. Raises CheckpointError for anything else."""
         file = TensorFile.open(path)
         try:
-            values = json.loads(file.metadata[KEY])
-            if values.pop("schema") != SCHEMA:
+            values = json.loads(file.metadata[NOISE_KEY])
+            if values.pop("schema") != NOISE_SCHEMA:
                 raise CheckpointError(f"{path} was written by a newer version; update this one")
             noise = file.tensor("noise")
             if noise.ndim != 5:
@@ -88,7 +88,7 @@ def inversion_job(
 def encode_to_noise(
     pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None
 ) -> tuple[Inversion, str]:
-    """The noise of a clip (F, 3, H, W) in [-1, 1], a picture if F = 1, and what of the prompt was cut off.
+    """The noise of a clip (F, 3, H, W) in [-1, 1] (a picture if F = 1), and what was cut off the prompt.
 
     Raises InputError for impossible sizes and frame counts, and for clips longer than the window.
     """

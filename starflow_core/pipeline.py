@@ -70,8 +70,8 @@ class Pipeline:
         return wrapped(self.config, captions, job, task)
 
     def encode_text(self, captions: list[str], negative: str, job: Job, keep_encoder: bool = False):
-        """Embeddings of the prompts and of the negative prompt (None without guidance), and what
-        each prompt was too long for."""
+        """Embeddings of the prompts and of the negative prompt (None without guidance), and what was cut off each
+        prompt."""
         encoder = self._encoder or self.text.load(self.dtype, self.placement.text)
         tokens, home = self.config.prompt.tokens, self.placement.deep[0]
         text = encoder.encode(self.prompts(captions, job), tokens)
@@ -83,15 +83,15 @@ class Pipeline:
         self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
         keep_text_encoder: bool = False, noise: Tensor | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
-        """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in
-        `Generation`. Raises OutOfMemoryForecast where job or text encoder won't fit the deep block's device."""
+        """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
+        Raises OutOfMemoryForecast if the job or the text encoder won't fit on the deep block's device."""
         self.require(memory.forecast(self.config, job, self.dtype), "this job", keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
         return Generation(self.flow, job, text, uncond, control, noise, self.placement), cut
 
     def require(self, need: memory.Forecast, what: str, keep_text_encoder: bool = False) -> None:
-        """Raise OutOfMemoryForecast unless there is room beside the flow and the VAE, which are loaded."""
+        """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
         need = replace(need, weights=0)
         if self._encoder is None:
             need = need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
@@ -170,7 +170,7 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
 ) -> Pipeline:
-    """Load a model with its text encoder and VAE; without arguments the bundled demo.
+    """Load a model with its text encoder and VAE, or the bundled demo if no arguments are given.
 
     `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
     CPU. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for
@@ -192,11 +192,11 @@ class Parts:
     def forecast(
         self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
     ) -> memory.Forecast:
-        """What a job will take with all parts on one device; `tile` is that of decoding."""
+        """What a job needs with all parts on one device; `tile` is the VAE's when decoding."""
         return self._with_others(memory.forecast(self.config, job, dtype), job, dtype, tile, keep_text_encoder)
 
     def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
-        """What encoding the clip of such a job to noise will take."""
+        """What encoding such a job's clip to noise needs."""
         return self._with_others(memory.forecast_encode(self.config, job, dtype), job, dtype)
 
     def _with_others(
@@ -209,17 +209,16 @@ class Parts:
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
     ) -> Pipeline:
-        """Read the weights, the flow's last: where something is wrong with a smaller file, it is known at once."""
+        """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
         vae = self.vae.load(dtype, placement.vae)
         flow = load_flow(self.checkpoint, dtype=dtype, device=placement, progress=progress)
         return Pipeline(flow, vae, self.text, placement, dtype)
 
 
 def find_parts(model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None) -> Parts:
-    """A flow, its text encoder and its VAE, once they go together; the bundled demo's without arguments.
+    """Find a flow, its text encoder and its VAE, and check that they fit; without arguments the bundled demo's.
 
-    Raises InputError for a part that isn't given or isn't there, CheckpointError for one that is
-    something else.
+    Raises InputError for a missing part, CheckpointError for one that is something else.
     """
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)

@@ -10,7 +10,7 @@ from ..errors import StarflowError
 from .arguments import parser
 
 BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; the second is a shell's for Ctrl-C
-OUT_OF_MEMORY = (
+OUT_OF_MEMORY_ADVICE = (
     "out of memory; use fewer frames, a smaller size or batch, guidance 0, a 16-bit --dtype, or --tile for the VAE"
 )
 
@@ -34,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if not ran_out(error):
             raise
-        return _fail(OUT_OF_MEMORY)
+        return _fail(OUT_OF_MEMORY_ADVICE)
     return 0
 
 

@@ -18,7 +18,7 @@ from ..model.placement import pick_device
 from ..weights import flow as checkpoints
 from ..weights.tensorfiles import DTYPES, PICKLES, TensorFile
 from .progress import Meter
-from .settings import chosen, size
+from .settings import chosen, size_options
 
 COUNTED = ("weights", "cache", "activations", "total")  # in the forecast of a flow by itself
 WEIGHTS = (".safetensors", ".json", *PICKLES)
@@ -57,7 +57,7 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
     stored = Counter()
     for name, shape in shapes.items():
         stored[str(checkpoint.dtypes[name]).removeprefix("torch.")] += prod(shape)
-    job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size(args))
+    job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size_options(args))
     forecasts = {
         name: memory.forecast(config, job, dtype)
         for name, dtype in DTYPES.items()
@@ -94,7 +94,7 @@ def _text(found: dict[str, Any]) -> str:
     """The description as text."""
     defaults, job = found["defaults"], found["job"]
     rate = f" at {defaults['fps']} fps" if defaults["fps"] else ""
-    free = "unknown" if found["free"] is None else memory.size(found["free"])
+    free = "unknown" if found["free"] is None else memory.readable(found["free"])
     lines = {
         "file": found["file"],
         "kind": found["kind"],
@@ -112,6 +112,6 @@ def _text(found: dict[str, Any]) -> str:
         f"guidance {job['guidance']:g} (text encoder and VAE not counted)"
     )
     for name, need in found["memory"].items():
-        parts = ", ".join(f"{part} {memory.size(need[part])}" for part in COUNTED[:-1])
-        text.append(f"  {name:18} {memory.size(need['total'])} ({parts})")
+        parts = ", ".join(f"{part} {memory.readable(need[part])}" for part in COUNTED[:-1])
+        text.append(f"  {name:18} {memory.readable(need['total'])} ({parts})")
     return "\n".join([*text, f"  {'free on ' + found['device']:18} {free}"])

@@ -24,7 +24,7 @@ def generate(args: Namespace) -> None:
     began = time.monotonic()
     plan, statistics = Plan.make(args), []
     with Meter() as meter:
-        pipeline = plan.model.load(meter)
+        pipeline = plan.setup.load(meter)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
         for first in range(0, len(plan.captions), job.batch):
             chunk = slice(first, first + job.batch)

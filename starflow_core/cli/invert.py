@@ -17,7 +17,7 @@ from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
-from .settings import OUTPUTS, Model, check_tile, default_output, size, solver, warn, warn_of_cut
+from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, warn, warn_of_cut
 
 
 def encode(args: Namespace) -> None:
@@ -45,8 +45,8 @@ def decode(args: Namespace) -> None:
     began = time.monotonic()
     check_tile(args.tile)
     inversion = Inversion.load(args.input)
-    model = Model.find(args)
-    config = model.config
+    setup = Setup.find(args)
+    config = setup.config
     if inversion.model != config.name:
         warn(f"{args.input} is noise from {inversion.model}; {config.name} will turn it into something else")
     job = inversion.job(config, solver(args))
@@ -61,9 +61,9 @@ def decode(args: Namespace) -> None:
         "version": __version__,
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
-    model.require(model.parts.forecast(job, model.dtype, args.tile), "decoding this")
+    setup.require(setup.parts.forecast(job, setup.dtype, args.tile), "decoding this")
     with Meter() as meter:
-        pipeline = model.load(meter)
+        pipeline = setup.load(meter)
         sampling = meter.sampling(job.frames)
         run = decode_from_noise(pipeline, inversion, job.solver, Control(sampling))
         write(pipeline, run, [writer], sampling, tile=args.tile)
@@ -72,8 +72,8 @@ def decode(args: Namespace) -> None:
 
 def _encoded(args: Namespace) -> Inversion:
     """The noise of the input, after fitting it to the requested size."""
-    model = Model.find(args)
-    config = model.config
+    setup = Setup.find(args)
+    config = setup.config
     latent = config.latent
     longest = latent.frames(max(config.window, 1)) + latent.temporal  # more is refused, and need not be read
     clip = read_video(args.input, args.frames or longest)
@@ -81,15 +81,15 @@ def _encoded(args: Namespace) -> Inversion:
     if args.frames and found < args.frames:
         raise InputError(f"{args.input} has only {found} frames; lower --frames")
     frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
-    height, width = chosen_size(config, clip.pixels, **size(args))
+    height, width = chosen_size(config, clip.pixels, **size_options(args))
     rate = args.fps or clip.fps
     job = inversion_job(config, height, width, frames, fps=float(rate) if rate else None)
     if frames < found:
         warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
     pixels = fit(clip.pixels[:frames], height, width)
-    model.require(model.parts.forecast_encode(job, model.dtype), "encoding this")
+    setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
     with Meter() as meter:
-        pipeline = model.load(meter)
+        pipeline = setup.load(meter)
         inversion, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps, Control(meter.encoding))
     warn_of_cut(args.prompt, cut, config)
     return inversion

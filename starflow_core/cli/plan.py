@@ -17,7 +17,7 @@ from ..jobs.tasks import Job, layout
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
 from ..solve import noise
-from .settings import Model, check_tile, chosen, default_output, numbered, size, slug, solver, warn
+from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver, warn
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Plan:
     """A run that is ready to start: `settings` for `Pipeline.with_context`, and the caption, path and
     writer of each result. If there is a `source` (F, 3, H, W), the results are joined to it."""
 
-    model: Model
+    setup: Setup
     settings: dict[str, Any]
     captions: list[str]
     paths: list[str]
@@ -38,22 +38,22 @@ class Plan:
         captions = read_prompts(args)
         captions = captions * (args.batch or 1) if len(captions) == 1 else captions
         check_tile(args.tile)
-        model = Model.find(args)
-        given = read_given(args, model.config)
-        settings = {**given.settings, **job_settings(args, model, given, len(captions))}
+        setup = Setup.find(args)
+        given = read_given(args, setup.config)
+        settings = {**given.settings, **job_settings(args, setup, given, len(captions))}
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
-        job = job_with_context(model.config, shapes_only(model.config.latent), **{**settings, **shapes})
+        job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch  # the text encoder is kept for the next batch
-        model.require(model.parts.forecast(job, model.dtype, args.tile, several), "this job")
+        setup.require(setup.parts.forecast(job, setup.dtype, args.tile, several), "this job")
         source = given.pixels["clip"] if args.join else None
-        paths = name_outputs(args, model, job, captions, source)
+        paths = name_outputs(args, setup, job, captions, source)
         writers = [
-            VideoWriter(path, job.fps, metadata(args, model, given, job, captions[i], i), args.quality)
+            VideoWriter(path, job.fps, metadata(args, setup, given, job, captions[i], i), args.quality)
             for i, path in enumerate(paths)
         ]
-        if job.task not in model.config.tasks:
-            warn_of_task(model, job.task)
-        return cls(model, settings, captions, paths, writers, source)
+        if job.task not in setup.config.tasks:
+            warn_of_task(setup, job.task)
+        return cls(setup, settings, captions, paths, writers, source)
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def read_given(args: Namespace, config: FlowConfig) -> Given:
             raise InputError("--video cannot be combined with --image or --last-image; use one or the other")
         if not args.task:
             raise InputError("--video needs --task extend, to continue it, or --task edit, to change it")
-        place = chosen_size(config, read_video(args.video, 1).pixels, **size(args))
+        place = chosen_size(config, read_video(args.video, 1).pixels, **size_options(args))
         clip = read_video(args.video, args.frames if args.task == "edit" else None, place)
         return Given(args.task, {"clip": clip.pixels}, {"video": Path(args.video).name}, float(clip.fps), place)
     pixels, files = {}, {}
@@ -121,7 +121,7 @@ def read_given(args: Namespace, config: FlowConfig) -> Given:
     return Given(task, pixels, files)
 
 
-def job_settings(args: Namespace, model: Model, given: Given, results: int) -> dict[str, Any]:
+def job_settings(args: Namespace, setup: Setup, given: Given, results: int) -> dict[str, Any]:
     """The requested settings, under the core's names."""
     settings = chosen(args, "frames", "guidance", "window", "keep")
     if args.fps is not None:
@@ -130,12 +130,12 @@ def job_settings(args: Namespace, model: Model, given: Given, results: int) -> d
         settings["keep_latents"] = args.keep
     batch = min(args.batch or 1, results)
     fixed = {"seed": args.seed, "batch": batch, "denoise": args.denoise, "solver": solver(args)}
-    return {**settings, **fixed, **({} if given.size else size(args))}
+    return {**settings, **fixed, **({} if given.size else size_options(args))}
 
 
-def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:
+def metadata(args: Namespace, setup: Setup, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:
     """What it takes to make a result again."""
-    plan = layout(model.config, job)
+    plan = layout(setup.config, job)
     names = ("task", "height", "width", "frames", "fps", "guidance", "denoise")
     return {
         "prompt": prompt,
@@ -147,18 +147,18 @@ def metadata(args: Namespace, model: Model, given: Given, job: Job, prompt: str,
         "solver": asdict(job.solver),
         **given.files,
         **({"joined": True} if args.join else {}),
-        "model": model.config.name,
-        "dtype": str(model.dtype).removeprefix("torch."),
+        "model": setup.config.name,
+        "dtype": str(setup.dtype).removeprefix("torch."),
         "noise_version": noise.VERSION,
         "version": __version__,
     }
 
 
-def name_outputs(args: Namespace, model: Model, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
+def name_outputs(args: Namespace, setup: Setup, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
     """A writable path for each result."""
     frames = job.frames
     if source is not None:
-        frames += len(source) - job.context.overlap(model.config.latent)
+        frames += len(source) - job.context.overlap(setup.config.latent)
     if args.output is None:
         paths = [default_output(f"{slug(c)}-{job.seed + i}", frames) for i, c in enumerate(captions)]
     elif len(captions) == 1:
@@ -170,10 +170,10 @@ def name_outputs(args: Namespace, model: Model, job: Job, captions: list[str], s
     return paths
 
 
-def warn_of_task(model: Model, task: str) -> None:
+def warn_of_task(setup: Setup, task: str) -> None:
     prefix = TASK_PREFIX.get(task, "").strip()
     name = f"{task} {prefix}" if prefix else task
     warn(
-        f"{model.config.name} was not trained for the task {name}, only for {', '.join(model.config.tasks)}; "
+        f"{setup.config.name} was not trained for the task {name}, only for {', '.join(setup.config.tasks)}; "
         "the result may ignore the given frames"
     )

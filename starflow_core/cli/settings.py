@@ -28,7 +28,7 @@ OUTPUTS = Path("outputs")
 
 
 @dataclass(frozen=True)
-class Model:
+class Setup:
     """What a run will use: the configuration is known, the weights are not loaded yet."""
 
     parts: Parts
@@ -36,7 +36,7 @@ class Model:
     dtype: torch.dtype
 
     @classmethod
-    def find(cls, args: Namespace) -> Model:
+    def find(cls, args: Namespace) -> Setup:
         device = pick_device(args.device)
         parts = find_parts(args.model, args.text_encoder, args.vae)
         return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
@@ -65,7 +65,7 @@ def solver(args: Namespace) -> SolverSettings:
     return AUTOREGRESSIVE
 
 
-def size(args: Namespace) -> dict[str, Any]:
+def size_options(args: Namespace) -> dict[str, Any]:
     """The size options that were given, under the core's names."""
     return chosen(args, "height", "width", "aspect", "size")
 

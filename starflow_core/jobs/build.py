@@ -34,8 +34,8 @@ def chosen_size(
     config: FlowConfig, given: Tensor | None = None, *, height: int | None = None, width: int | None = None,
     aspect: str | None = None, size: int | None = None,
 ) -> tuple[int, int]:  # fmt: skip
-    """Height and width as asked for; else in the trained ratio nearest to `given` pixels (.., H, W), or
-    the model's own. Raises InputError where sides and ratio are mixed, or don't fit the model."""
+    """The requested height and width; otherwise the trained ratio nearest to the `given` pixels (.., H, W), or the
+    model's own size. Raises InputError for sides mixed with a ratio, or a size that doesn't fit the model."""
     if (height is None) != (width is None):
         raise InputError("height and width go together; give both, or aspect and size")
     if height is not None and (aspect or size):
@@ -54,9 +54,9 @@ def job_with_context(
 ) -> Job:  # fmt: skip
     """A job with given frames, fitted to its size (covered, centre-cropped) and encoded.
 
-    Without a size or ratio the trained ratio nearest to the given frames is taken. `keep_latents`
-    limits how many latent frames of an extended clip are given. With `shapes_only` for `encode` the
-    job can be checked and its memory forecast before anything is loaded.
+    Without a size or ratio, the trained ratio nearest to the given frames is used. `keep_latents` limits how many
+    latent frames of a clip to extend are given. With `shapes_only` as `encode`, a job can be checked and its memory
+    forecast before anything is loaded.
     """
     given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
     size = _taken(settings, "height", "width", "aspect", "size")
@@ -82,7 +82,7 @@ def job_with_context(
 
 
 def shapes_only(latent: LatentFormat) -> contexts.Encode:
-    """An encoder that gives latents of the right shape and no values."""
+    """An encoder whose latents have the right shape but no values."""
 
     def encode(pixels: Tensor) -> Tensor:
         batch, _, frames, height, width = pixels.shape
@@ -93,7 +93,7 @@ def shapes_only(latent: LatentFormat) -> contexts.Encode:
 
 
 def _taken(settings: dict, *names: str) -> dict:
-    """These settings, taken out of the others; None for those that aren't given."""
+    """Take these settings out of the others; those that aren't given are None."""
     return {name: settings.pop(name, None) for name in names}
 
 

@@ -1,4 +1,4 @@
-"""Given frames: what they are, where they stand in the deep sequence, what belongs to the result."""
+"""Given frames: what they are, where they go in the deep sequence, and which of them the result shows."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ Encode = Callable[[Tensor], Tensor]  # pixels (B, 3, F, H, W) in [-1, 1] -> VAE 
 class Context:
     """Clean latents of given frames (B, C, T, h, w) in VAE space, and the task they stand for.
 
-    The deep sequence begins with them. The first `hidden` of them are no part of the result: a
-    source clip that is edited, or a last frame.
+    The deep sequence begins with them. The first `hidden` of them are not part of the result: the source of an edit, or
+    a last frame.
     """
 
     task: str
@@ -33,7 +33,7 @@ class Context:
 
     @property
     def shown(self) -> int:
-        """Given latent frames that the result begins with."""
+        """How many given latent frames the result begins with."""
         return self.frames - self.hidden
 
     def overlap(self, latent: LatentFormat) -> int:
@@ -59,11 +59,11 @@ def last_frame(encode: Encode, last: Tensor, first: Tensor | None = None) -> Con
 def extend(encode: Encode, clip: Tensor, latent: LatentFormat, keep: int) -> Context:
     """Continuation of a clip (B, 3, F, H, W): its last `keep` latent frames, fewer if it is short.
 
-    Frames at the start that don't fill a latent frame are left out. A clip of one latent frame has
-    no later frame to go on from.
+    Frames at the start that don't fill a latent frame are dropped. A clip of one latent frame can't be extended, since
+    it has no later frame to continue from.
     """
     if keep < 1:
-        raise InputError(f"keep is {keep} latent frames of the source, the least is 1")
+        raise InputError(f"keep is {keep} latent frames of the source; the minimum is 1")
     clip = whole_latents(clip, latent, from_end=True)
     latents = encode(clip)
     if latents.shape[2] < 2:
@@ -86,7 +86,7 @@ def whole_latents(clip: Tensor, latent: LatentFormat, from_end: bool = False) ->
 
 
 def starts(task: str, hidden: int) -> tuple[int, ...]:
-    """Frames of the deep sequence that begin a clip, and so carry no later-frame factor."""
+    """Frames of the deep sequence that start a clip and so have no later-frame factor."""
     return {"extend": (), "edit": (0, hidden), "last_frame": (0, 1)}.get(task, (0,))
 
 

@@ -19,9 +19,9 @@ RESERVE = 0.03  # share of the free memory that is left alone
 
 @dataclass(frozen=True)
 class Forecast:
-    """Bytes that a job holds at its peak: the flow's weights, the deep block's keys and values, and
-    the activations of the largest step; `vae` while it decodes beside the flow, `text` the text encoder,
-    which is gone before the flow works (both 0 where they aren't counted)."""
+    """A job's memory at its peak, in bytes: the flow's weights, the deep block's keys and values, and the activations
+    of the largest step. `vae` is the VAE while it decodes, `text` the text encoder, which is freed before the flow
+    starts; both are 0 where they aren't counted."""
 
     weights: int
     cache: int
@@ -34,12 +34,12 @@ class Forecast:
         return self.weights + self.vae + max(self.cache + self.activations, self.text)
 
     def with_text(self, text: int, kept: bool = False) -> Forecast:
-        """The same job after a text encoder of so many bytes, which is dropped before the flow works, or kept."""
+        """The same job with a text encoder of `text` bytes, freed before the flow starts unless it is `kept`."""
         return replace(self, weights=self.weights + text) if kept else replace(self, text=text)
 
 
 def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
-    """What a job will take in the compute type `dtype`. Raises InputError for an impossible job."""
+    """What a job needs in the compute type `dtype`. Raises InputError for an impossible job."""
     plan = layout(config, job)
     item = dtype.itemsize
     frame_tokens = (job.height // config.cell) * (job.width // config.cell)
@@ -61,7 +61,7 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
 
 
 def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
-    """What it takes to encode the clip of such a job to noise."""
+    """What encoding such a job's clip to noise needs."""
     plan = layout(config, job)
     tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
     shallow = min(SHALLOW_TOKENS, job.batch * tokens) * config.width
@@ -72,7 +72,7 @@ def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecas
 
 
 def _denoiser_values(denoiser: Denoiser, frames: int) -> int:
-    """Keys and values in sight, in every layer, for one token's place in the frame."""
+    """Keys and values in all layers' bands, for one token of a frame."""
     return 2 * denoiser.layers * denoiser.width * min(denoiser.window + 1, frames)
 
 
@@ -85,7 +85,7 @@ def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
 
 
 def parameters(config: FlowConfig) -> int:
-    """Parameters of the flow and its denoiser, from the shapes alone."""
+    """Number of parameters of the flow and its denoiser, from shapes alone."""
     channels = config.token_channels
 
     def layers(width: int, count: int) -> int:
@@ -105,7 +105,7 @@ def parameters(config: FlowConfig) -> int:
 
 
 def free(device: torch.device) -> int | None:
-    """Bytes that are free on a device; None where nobody can tell."""
+    """Free bytes on a device; None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     if device.type == "cpu" and Path("/proc/meminfo").exists():
@@ -116,23 +116,23 @@ def free(device: torch.device) -> int | None:
 
 
 def require(need: int, device: torch.device, what: str) -> None:
-    """Raise OutOfMemoryForecast where `need` bytes are more than is free."""
+    """Raise OutOfMemoryForecast if fewer than `need` bytes are free."""
     available = free(device)
     if available is not None and need > available * (1 - RESERVE):
         raise OutOfMemoryForecast(
-            f"{what} needs about {size(need)}, but {size(available)} are free on {device}. "
+            f"{what} needs about {readable(need)}, but {readable(available)} are free on {device}. "
             "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."
         )
 
 
 def ran_out(error: BaseException) -> bool:
-    """Whether an exception says that there is no memory left, on any device."""
+    """Whether an exception means that a device ran out of memory."""
     text = str(error).lower()
     return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
 
 
-def size(count: int) -> str:
-    """Bytes for a person: 1.5 GB."""
+def readable(count: int) -> str:
+    """Bytes as people read them: 1.5 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):
         if count >= scale:
             return f"{count / scale:.1f} {unit}"

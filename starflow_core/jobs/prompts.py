@@ -14,8 +14,8 @@ TASK_PREFIX = {"extend": "(extend) ", "edit": "(v2v) ", "last_frame": "(last) "}
 def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str = "text") -> str:
     """The text that a model reads for a caption; the empty caption is the unconditional text.
 
-    `fps` 0 is a still; `aspect` is a ratio such as "16:9". Image models take the caption as it is,
-    with its task's prefix. Raises InputError for an unknown task.
+    `fps` 0 is a still; `aspect` is a ratio such as "16:9". Image models take the caption as it is, after its task's
+    prefix. Raises InputError for an unknown task.
     """
     if task not in TASKS:
         raise InputError(f"unknown task {task!r}; known are {', '.join(TASKS)}")
@@ -37,7 +37,7 @@ def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None 
 
 @dataclass(frozen=True)
 class MadeFor:
-    """What a prompt was wrapped for: embeddings say something else to another model, size, rate or task.
+    """What a prompt was wrapped for; its embeddings are wrong for another model, size, rate or task.
 
     `fps` is 0 for an image.
     """

@@ -1,4 +1,4 @@
-"""A job from prompts and given frames to latents in VAE space: the layer that converts.
+"""Jobs: from prompts and given frames to latents in VAE space.
 
 Text to image and video, first frame, extend, edit and last frame are one path: a `Job` with or
 without a `Context`, run by a `Generation`.
@@ -28,7 +28,7 @@ from .context import Context, later_factors
 
 @dataclass(frozen=True)
 class Job:
-    """What to make. Sizes in pixels, frames 4n + 1 (1: an image), times in frames a second.
+    """What to make. Sizes are in pixels; `frames` is 4n + 1 (1: an image), `fps` frames per second.
 
     `frames` counts the result's frames, given ones included. Element i of a batch uses seed + i.
     `window` and `keep` are latent frames (None: the model's own).
@@ -70,11 +70,10 @@ class Layout:
 
 
 def layout(config: FlowConfig, job: Job) -> Layout:
-    """Check a job against a model and lay it out; InputError names what is wrong and the nearest
-    valid value."""
+    """Lay a job out for a model. Raises InputError that names what is wrong and the nearest valid value."""
     config.check_size(job.height, job.width)
     if job.batch < 1:
-        raise InputError(f"batch is {job.batch}, the least is 1")
+        raise InputError(f"batch is {job.batch}; the minimum is 1")
     if not 0 <= job.guidance < math.inf:
         raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
     if config.kind == "image" and job.frames != 1:
@@ -119,8 +118,8 @@ def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int)
 
 @dataclass(frozen=True)
 class Piece:
-    """Latent frames (B, C, n, h, w) in VAE space that begin at latent frame `first` of the result.
-    Not `final`: sampled, but not denoised yet."""
+    """Latent frames (B, C, n, h, w) in VAE space, starting at latent frame `first` of the result. A piece that isn't
+    `final` is sampled, but not denoised yet."""
 
     first: int
     latents: Tensor
@@ -174,8 +173,8 @@ class Generation:
         return self._convert(self._denoised(sampled)[:, hidden:], hidden)
 
     def stream(self) -> Iterator[Piece]:
-        """Pieces as they are made. Final ones come in order and together are what `run` gives; where
-        there is a denoiser, each frame is first shown as provisional."""
+        """Pieces as they are made. The final ones come in order and add up to what `run` returns; if frames are
+        denoised, each comes first as a provisional piece."""
         denoiser = self._denoise_stream() if self._learned else None
         whole = self.job.denoise and not self._learned
         sampled, done, first = [], 0, 0
@@ -206,7 +205,7 @@ class Generation:
             yield Piece(first - hidden, self._convert(frames, first), final)
 
     def _convert(self, frames: Tensor, first: int) -> Tensor:
-        """Flow-space frames of the deep sequence to VAE space, given ones replaced by the clean."""
+        """Flow-space frames of the deep sequence to VAE space, with given frames replaced by their clean latents."""
         stop = first + frames.shape[1]
         given = self.given[:, first : min(stop, self.layout.given)]
         frames = torch.cat((given, frames[:, given.shape[1] :]), 1)
@@ -222,7 +221,7 @@ class Generation:
         return clean.expand(self.job.batch, -1, -1, -1, -1)
 
     def _noise(self, sampled: Tensor | None) -> Tensor:
-        """Noise by frame of the result; hidden frames are given and need none."""
+        """Noise for each frame; hidden frames are given and get zeros."""
         shape = (self.job.batch, self.layout.frames, *self.layout.shape)
         if sampled is None:
             sampled = noise.draw(self.job.seed, self.job.batch, self.layout.frames, self.layout.shape)
@@ -249,7 +248,7 @@ class Generation:
         return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)
 
     def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
-        """Hand the denoiser the frames of the deep sequence from `first` on; gives those that are done."""
+        """Give the denoiser the frames of the deep sequence from `first` on; return those that are done."""
         total, stop = self.layout.total, first + frames.shape[1]
         self.control.report(Progress("denoise", first, total))
         tokens = stream.push(self.flow.tokens(frames).to(self.placement.denoiser), last=stop == total)

@@ -1,13 +1,13 @@
 """Pictures and clips: reading, fitting to a size, writing frame by frame, metadata in the file.
 
 Pixels are float32 in [-1, 1], a picture (3, H, W), a clip (F, 3, H, W). A path says what its file is: see
-`VideoWriter`.
+`VideoWriter`. Files are read and written with imageio; the modules say where they go past it, and why.
 """
 
-from .paths import STILLS
 from .pictures import read_image
 from .pixels import Clip, fit
 from .reading import read_metadata, read_video
+from .targets import STILLS
 from .writing import VideoWriter, check_writable, write_video
 
 __all__ = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 
 from ..errors import InputError
 
@@ -10,16 +11,13 @@ from ..errors import InputError
 def check_complete(path) -> None:
     """Raise InputError for an mp4 or webm that ends before its header says."""
     with open(path, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
+        size = os.fstat(file.fileno()).st_size
         start = file.read(8)
-        file.seek(0)
-        if start[:4] == b"\x1a\x45\xdf\xa3":
-            end = _matroska_end(file)
-        elif start[4:] == b"ftyp":
+        end = 0
+        if start[4:] == b"ftyp":
             end = _mp4_end(file, size)
-        else:
-            return
+        elif start[:4] == b"\x1a\x45\xdf\xa3":
+            end = _matroska_end(file)
     if end > size:
         raise InputError(f"{path} is truncated: {size} of {end} bytes; copy or download it again")
 
@@ -29,8 +27,7 @@ def _mp4_end(file, size: int) -> int:
     end = 0
     while end < size:
         file.seek(end)
-        header = file.read(16).ljust(16, b"\0")
-        length, wide = int.from_bytes(header[:4], "big"), int.from_bytes(header[8:], "big")
+        length, wide = struct.unpack(">I4xQ", file.read(16).ljust(16, b"\0"))
         length = wide if length == 1 else length
         if length < 8:
             return size
@@ -47,6 +44,7 @@ def _matroska_end(file) -> int:
         value = int.from_bytes(first + file.read(width - 1), "big")
         return value - (1 << 7 * width)
 
+    file.seek(0)
     file.seek(element_size(), os.SEEK_CUR)
     size = element_size()
     return file.tell() + size if (size + 1) & size else 0

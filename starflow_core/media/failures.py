@@ -10,11 +10,11 @@ from ..errors import InputError, StarflowError
 
 
 @contextmanager
-def reading(path, kind: str) -> Iterator[None]:
+def decoding_errors(path, kind: str) -> Iterator[None]:
     """Turn what is raised while `path` is read as a `kind` of file into InputError."""
     try:
         yield
-    except (StarflowError, MemoryError):
+    except (StarflowError, ImportError, MemoryError):
         raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such file or folder; check the path") from None
@@ -28,11 +28,11 @@ def reading(path, kind: str) -> Iterator[None]:
 
 
 @contextmanager
-def writing(path) -> Iterator[None]:
+def encoding_errors(path) -> Iterator[None]:
     """Turn what is raised while `path` is written into StarflowError."""
     try:
         yield
-    except StarflowError:
+    except (StarflowError, ImportError):
         raise
     except Exception as error:  # encoders raise errors of their own kinds
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):

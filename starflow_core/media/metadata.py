@@ -10,6 +10,8 @@ from typing import Any
 
 from ..errors import InputError
 
+Metadata = dict[str, Any]
+
 _KEY = re.compile(r"[a-z][a-z0-9_]{0,60}")  # what every format gives back as it was; Matroska has one case only
 # Set, left out or renamed by ffmpeg itself.
 _CONTAINER_KEYS = {"major_brand", "minor_version", "compatible_brands", "encoder", "encoding_tool", "creation_time"}
@@ -18,7 +20,7 @@ _IMAGE_DESCRIPTION = 0x010E  # EXIF
 _COMFYUI_TAGS = {"prompt": 0x0110, "workflow": 0x010F}  # where ComfyUI's page looks in a webp, as "key:JSON"
 
 
-def check_metadata(metadata: dict[str, Any]) -> None:
+def check_metadata(metadata: Metadata) -> None:
     """Raise InputError for a key or value that some format could not give back."""
     for key, value in metadata.items():
         if not _is_key(key):
@@ -29,12 +31,12 @@ def check_metadata(metadata: dict[str, Any]) -> None:
             raise InputError(f"metadata {key!r} cannot be stored as JSON ({error})") from None
 
 
-def encode_tags(metadata: dict[str, Any]) -> dict[str, str]:
+def encode_tags(metadata: Metadata) -> dict[str, str]:
     """A tag for each key, for formats that take Unicode."""
     return {key: _tag(value) for key, value in metadata.items()}
 
 
-def decode_tags(tags: Mapping[str, str]) -> dict[str, Any]:
+def decode_tags(tags: Mapping[str, str]) -> Metadata:
     """The tags that are metadata, among others that a file may have."""
     values = {}
     for key, text in tags.items():
@@ -44,12 +46,12 @@ def decode_tags(tags: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def encode_text(metadata: dict[str, Any]) -> str:
+def encode_text(metadata: Metadata) -> str:
     """One text, for fields that are 7-bit by their format."""
     return json.dumps(metadata, allow_nan=False)
 
 
-def decode_text(text: Any) -> dict[str, Any]:
+def decode_text(text: Any) -> Metadata:
     """The inverse of `encode_text`; {} for anything else."""
     with suppress(ValueError, TypeError, RecursionError):
         values = json.loads(text)
@@ -57,7 +59,17 @@ def decode_text(text: Any) -> dict[str, Any]:
     return {}
 
 
-def encode_exif(metadata: dict[str, Any]) -> bytes:
+def encode_png(metadata: Metadata) -> Any:
+    """What Pillow takes for a PNG: a text for each key."""
+    from PIL.PngImagePlugin import PngInfo
+
+    texts = PngInfo()
+    for key, text in encode_tags(metadata).items():
+        texts.add_text(key, text)
+    return texts
+
+
+def encode_exif(metadata: Metadata) -> bytes:
     """An EXIF block with ComfyUI's tags, and the rest as the image's description; empty if there is none."""
     from PIL import Image
 
@@ -71,7 +83,7 @@ def encode_exif(metadata: dict[str, Any]) -> bytes:
     return exif.tobytes()
 
 
-def decode_exif(exif: Mapping[int, Any]) -> dict[str, Any]:
+def decode_exif(exif: Mapping[int, Any]) -> Metadata:
     """The inverse of `encode_exif`, of what Pillow makes of the block."""
     values = decode_text(exif.get(_IMAGE_DESCRIPTION))
     for key, tag in _COMFYUI_TAGS.items():

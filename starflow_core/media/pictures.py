@@ -1,8 +1,7 @@
-"""Single pictures, through Pillow."""
+"""Pictures, through imageio's pillow plugin."""
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,10 +13,10 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError
-from .encoding import AddFrame, Job
-from .failures import reading
-from .metadata import decode_exif, decode_tags, decode_text, encode_exif, encode_tags
+from .failures import decoding_errors
+from .metadata import Metadata, decode_exif, decode_tags, decode_text, encode_exif, encode_png
 from .pixels import from_bytes
+from .targets import Recording, WriteFrame
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
@@ -26,13 +25,16 @@ def read_image(path: str | os.PathLike) -> Tensor:
     16-bit grey keeps its depth; an animation gives its first frame; colour profiles are ignored.
     Raises InputError for a file that is missing, damaged or not a picture.
     """
-    with opened(path) as image:
-        return pixels_of(image)
+    with opened(path) as file:
+        return next(frames_of(file, []))
 
 
-def picture_metadata(path) -> dict[str, Any]:
+def picture_metadata(path) -> Metadata:
     """As `read_metadata`, of a picture or an animation."""
-    with opened(path) as image:
+    from PIL import Image
+
+    # Not through imageio: its own "mode" and "shape" replace texts of a PNG with these keys.
+    with decoding_errors(path, "picture"), Image.open(path) as image:
         if image.format == "PNG":
             return decode_tags(image.text)
         if image.format == "GIF":
@@ -41,54 +43,67 @@ def picture_metadata(path) -> dict[str, Any]:
 
 
 @contextmanager
-def opened(path) -> Iterator[Any]:
-    """Pillow's image; its errors inside become InputError."""
-    from PIL import Image
+def still_recorder(recording: Recording, height: int, width: int) -> Iterator[WriteFrame]:
+    """Recorder of one .png, .jpg or .webp."""
+    suffix = recording.target.suffix
 
-    with reading(path, "picture"), Image.open(path) as image:
-        yield image
+    def write(frame: np.ndarray) -> None:
+        if recording.part.exists():
+            raise InputError(f"{suffix} holds one picture; write .mp4, or a name such as frames/%05d.png")
+        recording.part.write_bytes(encoded(frame, suffix, recording.quality, recording.metadata))
+
+    yield write
 
 
-def pixels_of(image) -> Tensor:
-    """Pillow's image, or one frame of it, as `read_image` gives it."""
-    from PIL import Image, ImageOps
+def encoded(frame: np.ndarray, suffix: str, quality: int, metadata: Metadata) -> bytes:
+    """A frame (H, W, 3) uint8 as a picture's file: in memory, as Pillow does not notice that a disk is full."""
+    import imageio.v3 as iio
 
-    image = ImageOps.exif_transpose(image)
-    if image.mode == "F":
-        raise InputError("floating-point pixels have no known range; save it with 8 or 16 bits")
-    if image.mode.startswith("I"):
-        grey = torch.from_numpy(np.asarray(image).astype(np.float32)) / 65535
-        return grey.clamp(0, 1).mul(2).sub(1).expand(3, -1, -1).contiguous()
-    if image.has_transparency_data:
-        black = Image.new("RGBA", image.size, (0, 0, 0, 255))
-        image = Image.alpha_composite(black, image.convert("RGBA"))
-    return from_bytes(np.array(image.convert("RGB")))
+    if suffix == ".png":
+        options = {"pnginfo": encode_png(metadata)}
+    else:
+        options = {"quality": quality, "subsampling": 0, "exif": encode_exif(metadata)}
+    return iio.imwrite("<bytes>", frame, plugin="pillow", extension=suffix, **options)
 
 
 @contextmanager
-def still_encoder(job: Job, height: int, width: int) -> Iterator[AddFrame]:
-    """Encoder of one .png, .jpg or .webp."""
+def opened(path) -> Iterator[Any]:
+    """imageio's file of pictures; what goes wrong inside becomes InputError."""
+    import imageio.v3 as iio
 
-    def add(frame: np.ndarray) -> None:
-        if job.part.exists():
-            raise InputError(f"{job.target.suffix} holds one picture; write .mp4, or a name such as frames/%05d.png")
-        save_picture(frame, job, job.part, job.metadata)
+    with decoding_errors(path, "picture"):
+        try:
+            file = iio.imopen(Path(os.path.abspath(path)), "r", plugin="pillow")
+        except OSError as error:
+            raise (error.__cause__ or error) from None  # imageio's own words hide the reason
+        with file:
+            yield file
 
-    yield add
+
+def frames_of(file, notes: list[dict]) -> Iterator[Tensor]:
+    """Each frame as `read_image` gives it; what the file tells of it is added to `notes`."""
+    stored = file.properties(index=0).dtype
+    if stored.kind == "f":
+        raise InputError("floating-point pixels have no known range; save it with 8 or 16 bits")
+    for index, array in enumerate(file.iter(mode="RGBA" if stored.itemsize == 1 else None)):
+        notes.append(file.metadata(index=index, exclude_applied=False))
+        yield _upright(_over_black(array) if array.ndim == 3 else _grey(array), notes[-1].get("Orientation"))
 
 
-def save_picture(frame: np.ndarray, job: Job, path: Path, metadata: dict[str, Any]) -> None:
-    """Write a frame (H, W, 3) uint8 to `path` in the job's format."""
-    from PIL import Image, PngImagePlugin
+def _over_black(rgba: np.ndarray) -> Tensor:
+    colour, alpha = rgba[..., :3], rgba[..., 3:]
+    return from_bytes(colour if alpha.min() == 255 else (colour * (alpha / 255)).round().astype(np.uint8))
 
-    picture = Image.fromarray(frame)
-    file = io.BytesIO()  # written from here, as Pillow's own writing does not notice a disk that fills up
-    if job.target.suffix == ".png":
-        text = PngImagePlugin.PngInfo()
-        for key, value in encode_tags(metadata).items():
-            text.add_text(key, value)
-        picture.save(file, format="PNG", pnginfo=text)
-    else:
-        kind = "WEBP" if job.target.suffix == ".webp" else "JPEG"
-        picture.save(file, format=kind, quality=job.quality, subsampling=0, exif=encode_exif(metadata))
-    path.write_bytes(file.getvalue())
+
+def _grey(levels: np.ndarray) -> Tensor:
+    """16-bit levels (H, W) as a picture."""
+    return torch.from_numpy(levels.astype(np.float32)).div_(32767.5).sub_(1).clamp_(-1, 1).repeat(3, 1, 1)
+
+
+def _upright(picture: Tensor, orientation: int | None) -> Tensor:
+    """Turned as EXIF says. imageio (2.38) mirrors the channels, not the columns, of what is stored in one channel."""
+    if orientation not in range(2, 9):
+        return picture
+    if orientation > 4:
+        picture = picture.mT
+    return picture.flip([(), (2,), (1, 2), (1,)][(orientation - 1) % 4])

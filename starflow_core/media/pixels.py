@@ -40,8 +40,8 @@ def fit(pixels: Tensor, height: int, width: int) -> Tensor:
 
 def from_bytes(array: np.ndarray) -> Tensor:
     """(..., H, W, 3) uint8 to (..., 3, H, W) in [-1, 1]."""
-    pixels = torch.from_numpy(array).movedim(-1, -3).to(torch.float32, memory_format=torch.contiguous_format)
-    return pixels.div_(127.5).sub_(1)
+    pixels = torch.from_numpy(np.array(array)).movedim(-1, -3)  # a copy: decoders give views that torch cannot take
+    return pixels.to(torch.float32, memory_format=torch.contiguous_format).div_(127.5).sub_(1)
 
 
 def to_bytes(pixels: Tensor) -> np.ndarray:

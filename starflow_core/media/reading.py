@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from typing import Any
 
 from ..errors import InputError
 from .animations import read_animation
-from .containers import container_metadata, read_container
-from .paths import PICTURES, target_of
+from .metadata import Metadata
 from .pictures import picture_metadata
 from .pixels import Clip
 from .sequences import read_sequence, sequence_metadata
+from .targets import PICTURES, target_of
+from .videos import container_metadata, read_container
 
 
 def read_video(path: str | os.PathLike, frames: int | None = None, size: tuple[int, int] | None = None) -> Clip:
@@ -29,7 +29,7 @@ def read_video(path: str | os.PathLike, frames: int | None = None, size: tuple[i
     return (read_animation if target.suffix in PICTURES else read_container)(path, frames, size)
 
 
-def read_metadata(path: str | os.PathLike) -> dict[str, Any]:
+def read_metadata(path: str | os.PathLike) -> Metadata:
     """The metadata that `VideoWriter` stored, or another program as JSON under such keys; {} where there is none.
 
     Raises InputError for a file that is missing or damaged.

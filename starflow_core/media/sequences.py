@@ -15,11 +15,11 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
-from .encoding import AddFrame, Job
-from .failures import reading
-from .paths import PICTURES, Target
-from .pictures import read_image, save_picture
+from .failures import decoding_errors
+from .metadata import Metadata
+from .pictures import encoded, read_image
 from .pixels import Clip, stacked
+from .targets import PICTURES, Recording, Target, WriteFrame
 
 _RECORD = "metadata.json"
 _SCHEMA = 1  # version of the record
@@ -28,22 +28,23 @@ _SCHEMA = 1  # version of the record
 def read_sequence(path, target: Target, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of a folder or a pattern; `path` is what the user called it."""
     names = _names(path, target)[:frames]
-    seen: list[str] = []
 
     def pictures() -> Iterator[Tensor]:
+        first = ""
         for name in names:
             picture = read_image(target.path / name)
-            seen.append(_size(picture))
-            if seen[0] != seen[-1]:
-                raise InputError(f"{target.path / name} is {seen[-1]}, {names[0]} is {seen[0]}; a clip needs one size")
+            seen = "{2} x {1}".format(*picture.shape)
+            first = first or seen
+            if seen != first:
+                raise InputError(f"{target.path / name} is {seen}, {names[0]} is {first}; a clip needs one size")
             yield picture
 
     pixels = stacked(pictures(), size)
-    with reading(target.path / _RECORD, "record of a sequence"):
+    with decoding_errors(target.path / _RECORD, "record of a sequence"):
         return Clip(pixels, Fraction(_record(target.path).get("fps", 0)))
 
 
-def sequence_metadata(path, target: Target) -> dict[str, Any]:
+def sequence_metadata(path, target: Target) -> Metadata:
     """As `read_metadata`, of a folder or a pattern; `path` is what the user called it."""
     _names(path, target)  # refuses a folder without pictures
     return _record(target.path).get("metadata", {})
@@ -65,24 +66,26 @@ def check_replaceable(folder: Path) -> None:
 
 
 @contextmanager
-def sequence_encoder(job: Job, height: int, width: int) -> Iterator[AddFrame]:
-    """Encoder of a folder of pictures."""
+def sequence_recorder(recording: Recording, height: int, width: int) -> Iterator[WriteFrame]:
+    """Recorder of a folder of pictures."""
     names: list[str] = []
-    job.part.mkdir()
+    recording.part.mkdir()
+    suffix = recording.target.suffix
 
-    def add(frame: np.ndarray) -> None:
+    def write(frame: np.ndarray) -> None:
         # One picture with everything in it is enough for a program that reads pictures; JPEG has little room.
-        metadata = job.metadata if not names and job.target.suffix == ".png" else {}
-        names.append(job.target.picture(len(names)))
-        save_picture(frame, job, job.part / names[-1], metadata)
+        metadata = recording.metadata if not names and suffix == ".png" else {}
+        names.append(recording.target.picture(len(names)))
+        (recording.part / names[-1]).write_bytes(encoded(frame, suffix, recording.quality, metadata))
 
-    yield add
-    record = {"starflow_sequence": _SCHEMA, "fps": str(job.rate), "metadata": job.metadata, "files": names}
-    (job.part / _RECORD).write_text(json.dumps(record, ensure_ascii=False, indent=1), encoding="utf-8")
+    yield write
+    about = {"fps": str(recording.rate), "metadata": recording.metadata, "files": names}
+    text = json.dumps({"starflow_sequence": _SCHEMA, **about}, ensure_ascii=False, indent=1)
+    (recording.part / _RECORD).write_text(text, encoding="utf-8")
 
 
 def _record(folder: Path) -> dict[str, Any]:
-    """What `sequence_encoder` left; {} in any other folder."""
+    """What `sequence_recorder` left; {} in any other folder."""
     with suppress(OSError, ValueError):
         record = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         if isinstance(record, dict) and {"starflow_sequence", "fps", "files", "metadata"} <= set(record):
@@ -92,7 +95,7 @@ def _record(folder: Path) -> dict[str, Any]:
 
 def _names(path, target: Target) -> list[str]:
     """The pictures of a sequence in the order of their numbers: those of the pattern, or all, if `path` is a folder."""
-    with reading(path, "folder"):
+    with decoding_errors(path, "folder"):
         names = os.listdir(target.path)
     if target.path == Path(os.path.abspath(path)):
         names = [name for name in names if Path(name).suffix.lower() in PICTURES]
@@ -103,7 +106,3 @@ def _names(path, target: Target) -> list[str]:
     return sorted(
         names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
     )
-
-
-def _size(picture: Tensor) -> str:
-    return f"{picture.shape[-1]} x {picture.shape[-2]}"

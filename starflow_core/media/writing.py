@@ -10,28 +10,26 @@ from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from .animations import FASTEST, gif_encoder, webp_encoder
-from .containers import CODECS, container_encoder
-from .encoding import AddFrame, Encoder, Job
-from .failures import reason, writing
-from .metadata import check_metadata, encode_exif
-from .paths import STILLS, target_of
-from .pictures import still_encoder
+from .animations import FASTEST, gif_recorder, webp_recorder
+from .failures import encoding_errors, reason
+from .metadata import Metadata, check_metadata, encode_exif
+from .pictures import still_recorder
 from .pixels import to_bytes
-from .sequences import check_replaceable, sequence_encoder
+from .sequences import check_replaceable, sequence_recorder
+from .targets import STILLS, Recorder, Recording, WriteFrame, target_of
+from .videos import CONTAINERS, container_recorder
 
 _FORMATS = ".mp4, .webm, .gif, .webp, .png, .jpg, or a folder (with a / at its end) for an image sequence"
-_ENCODERS: dict[str, Encoder] = {
-    **dict.fromkeys(CODECS, container_encoder),
-    ".gif": gif_encoder,
-    ".webp": webp_encoder,
-    **dict.fromkeys(STILLS, still_encoder),
+_RECORDERS: dict[str, Recorder] = {
+    **dict.fromkeys(CONTAINERS, container_recorder),
+    ".gif": gif_recorder,
+    ".webp": webp_recorder,
+    **dict.fromkeys(STILLS, still_recorder),
 }
 _JPEG_EXIF_LIMIT = 65000
 
@@ -43,13 +41,12 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
     write there. Leaves nothing behind.
     """
     target = target_of(path)
-    if target.suffix not in _ENCODERS:
-        raise InputError(f"{path}: unknown format {target.suffix!r}; known are {_FORMATS}")
-    if not target.pattern and target.suffix in STILLS and frames not in (None, 1):
-        raise InputError(
-            f"{path}: {target.suffix} holds one picture, not {frames}; write .mp4 or a name such as %05d.png"
-        )
-    _check_encoder(path, target.suffix)
+    suffix = target.suffix
+    if suffix not in _RECORDERS:
+        raise InputError(f"{path}: unknown format {suffix!r}; known are {_FORMATS}")
+    if not target.pattern and suffix in STILLS and frames not in (None, 1):
+        raise InputError(f"{path}: {suffix} holds one picture, not {frames}; write .mp4 or a name such as %05d.png")
+    _check_encoder(path, suffix)
     try:
         if target.pattern:
             check_replaceable(target.path)
@@ -81,25 +78,21 @@ class VideoWriter:
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike,
-        fps: int | Fraction,
-        metadata: dict[str, Any] | None = None,
-        quality: int = 90,
+        self, path: str | os.PathLike, fps: int | Fraction, metadata: Metadata | None = None, quality: int = 90
     ):
         check_writable(path)
+        target = target_of(path)
         metadata = dict(metadata or {})
         check_metadata(metadata)
-        target = target_of(path)
         if not 0 <= quality <= 100:
             raise InputError(f"quality {quality}: expected 0 to 100")
         if target.suffix in STILLS[1:] and not target.pattern and len(encode_exif(metadata)) > _JPEG_EXIF_LIMIT:
             raise InputError(f"{path}: the metadata does not fit into {target.suffix}; write .png")
         rate = _checked_rate(fps, target.suffix)
         self.path = path
-        self._job = Job(target, _part_of(target.path), rate, metadata, quality)
-        self._encoder = ExitStack()
-        self._encode: AddFrame | None = None
+        self._recording = Recording(target, _part_of(target.path), rate, metadata, quality)
+        self._recorder = ExitStack()
+        self._write: WriteFrame | None = None
         self._size: tuple[int, int] = (0, 0)
         self._frames = 0
 
@@ -109,24 +102,25 @@ class VideoWriter:
     def add(self, frames: Tensor) -> None:
         """Encode frames (F, 3, H, W) in [-1, 1], all of one size."""
         array = to_bytes(self._checked(frames))
-        with writing(self.path):
+        with encoding_errors(self.path):
             for frame in array:
-                if self._encode is None:
-                    self._job.part.parent.mkdir(parents=True, exist_ok=True)
-                    self._encode = self._encoder.enter_context(_encoder_of(self._job)(self._job, *self._size))
-                self._encode(frame)
+                if self._write is None:
+                    self._recording.part.parent.mkdir(parents=True, exist_ok=True)
+                    recorder = _recorder_of(self._recording)
+                    self._write = self._recorder.enter_context(recorder(self._recording, *self._size))
+                self._write(frame)
                 self._frames += 1
 
     def __exit__(self, kind, error, trace) -> None:
         try:
-            with writing(self.path):
-                self._encoder.__exit__(kind, error, trace)
+            with encoding_errors(self.path):
+                self._recorder.__exit__(kind, error, trace)
                 if kind is None:
                     if not self._frames:
                         raise InputError(f"{self.path}: there are no frames to write")
-                    _publish(self._job.part, self._job.target.path)
+                    _publish(self._recording.part, self._recording.target.path)
         finally:
-            _remove(self._job.part)
+            _remove(self._recording.part)
 
     def _checked(self, frames: Tensor) -> Tensor:
         if frames.ndim != 4 or frames.shape[1] != 3:
@@ -147,7 +141,7 @@ def write_video(
     path: str | os.PathLike,
     frames: Tensor | Iterable[Tensor],
     fps: int | Fraction,
-    metadata: dict[str, Any] | None = None,
+    metadata: Metadata | None = None,
     quality: int = 90,
 ) -> None:
     """Write a clip (F, 3, H, W), or pieces of it as they come, with a `VideoWriter`."""
@@ -196,11 +190,13 @@ def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:
 
 
 def _check_encoder(path, suffix: str) -> None:
-    if suffix in CODECS:
+    if suffix in CONTAINERS:
         import av
 
-        name, present = CODECS[suffix].name, CODECS[suffix].name in av.codecs_available
+        name = CONTAINERS[suffix][0].name
+        present = name in av.codecs_available
     else:
+        import imageio  # noqa: F401  if it is missing, that is told before the work
         from PIL import features
 
         name, present = "webp", suffix != ".webp" or features.check("webp")
@@ -208,7 +204,7 @@ def _check_encoder(path, suffix: str) -> None:
         raise InputError(f"{path}: the encoder {name} is not in this installation; write .gif or an image sequence")
 
 
-def _encoder_of(job: Job) -> Encoder:
-    if job.target.pattern:
-        return sequence_encoder
-    return _ENCODERS[job.target.suffix] if job.rate else still_encoder
+def _recorder_of(recording: Recording) -> Recorder:
+    if recording.target.pattern:
+        return sequence_recorder
+    return _RECORDERS[recording.target.suffix] if recording.rate else still_recorder

@@ -9,8 +9,8 @@ from torch import Tensor
 class Cache:
     """Keys and values (layers, rows, heads, slots, head_dim) in the compute type.
 
-    Positions are absolute within a window, so a rotated key never changes. Which slots are valid is
-    the caller's knowledge: an unsettled slot is simply written again.
+    Positions are absolute within a window, so a rotated key never changes. The caller knows which slots are valid; an
+    unsettled one is simply overwritten.
     """
 
     def __init__(self, layers: int, rows: int, heads: int, slots: int, head_dim: int, dtype, device):

@@ -1,4 +1,4 @@
-"""What a checkpoint is: shapes, latent format, prompt wrapping, defaults of its jobs."""
+"""What defines a model: its shapes, latent format, prompt wrapping, and the defaults for its jobs."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from ..errors import CheckpointError, InputError
 from .latent import SD_VAE, WAN22_VAE, LatentFormat
 
-SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
+CONFIG_SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
 ROUNDINGS = ("exact", "angles", "positions")
 TASKS = ("text", "first_frame", "extend", "edit", "last_frame")
 ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
@@ -38,13 +38,13 @@ class Denoiser:
 
     @property
     def reach(self) -> int:
-        """Latent frames after its own that a denoised frame depends on, through all layers."""
+        """How many later latent frames a denoised frame depends on, through all layers."""
         return self.layers * self.look_ahead
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """A job's settings where the user gives none. `size` is the side of a square of equal area."""
+    """A job's settings unless the user chooses others. `size` is the side of a square of equal area."""
 
     guidance: float
     size: int
@@ -101,18 +101,18 @@ class FlowConfig:
 
     @property
     def cell(self) -> int:
-        """Pixels a token covers, in each direction."""
+        """Pixels that a token covers in each direction."""
         return self.latent.spatial * self.patch_size
 
     def sliding_window(self, frames: int, window: int | None = None, keep: int | None = None) -> tuple[int, int]:
-        """Latent frames that the deep block attends to at once, and those that stay when it slides.
+        """Latent frames that the deep block attends to at once, and how many of them stay when the window slides.
 
-        None is the model's own number (the reference keeps 16 of 21). Raises InputError for numbers
+        None stands for the model's own number (the reference keeps 16 of 21). Raises InputError for numbers
         that cannot make `frames` latent frames.
         """
         window = (self.window or 1) if window is None else window
         if window < 1:
-            raise InputError(f"window is {window} latent frames, the least is 1")
+            raise InputError(f"window is {window} latent frames; the minimum is 1")
         if keep is None:
             keep = min(max(round(16 * window / 21), 1), max(window - 1, 1))
         if frames > window and not 1 <= keep < window:
@@ -126,7 +126,7 @@ class FlowConfig:
         ratio = float(parse_aspect(aspect or self.defaults.aspect))
         side = side or self.defaults.size
         if side < self.cell:
-            raise InputError(f"size {side} is smaller than one token; the least is {self.cell}")
+            raise InputError(f"size {side} is smaller than one token; the minimum is {self.cell}")
         height, width = side / math.sqrt(ratio), side * math.sqrt(ratio)
         return tuple(max(1, math.floor(v / self.cell + 0.5)) * self.cell for v in (height, width))
 
@@ -161,16 +161,17 @@ class FlowConfig:
         return min(self.aspects, key=lambda a: abs(math.log(parse_aspect(a)) - target))
 
     def to_dict(self) -> dict[str, Any]:
-        return {"schema": SCHEMA, **dataclasses.asdict(self)}
+        return {"schema": CONFIG_SCHEMA, **dataclasses.asdict(self)}
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> FlowConfig:
         """The inverse of `to_dict`. Raises CheckpointError for a newer schema or unknown fields."""
         values = dict(values)
         schema = values.pop("schema", None)
-        if schema != SCHEMA:
+        if schema != CONFIG_SCHEMA:
             raise CheckpointError(
-                f"configuration has schema {schema}, this version reads {SCHEMA}; update the pack or convert again"
+                f"configuration has schema {schema}, this version reads {CONFIG_SCHEMA}; "
+                "update the pack or convert again"
             )
         parts = {"latent": LatentFormat, "prompt": PromptFormat, "defaults": Defaults, "denoiser": Denoiser}
         for name, part in parts.items():

@@ -33,7 +33,8 @@ class DenoiserNet(nn.Module):
         self.proj_out = operations.Linear(width, channels, **factory)
 
     def forward(self, tokens: Tensor, bands: list[Band], last: bool, text: Tensor | None = None) -> Tensor:
-        """Tokens (B, n, c) of new frames in, outputs (B, m, c), float32, of the frames that are complete by now.
+        """Take tokens (B, n, c) of new frames; return outputs (B, m, c), float32, of the frames that are complete by
+        now.
 
         `bands` holds what each layer has seen so far. `text` (B, L, D) goes in once, before the first frame;
         `last` says that no more frames will come. Tokens and text are in the compute type.
@@ -60,9 +61,9 @@ class DenoiserRun:
         self.taken = 0  # frames
 
     def push(self, tokens: Tensor, last: bool) -> Tensor:
-        """Take frames (B, n, N, c) and give the outputs (B, m, N, c) of those that are complete, in order.
+        """Take frames (B, n, N, c); return the outputs (B, m, N, c) of those that are complete, in order.
 
-        With `last` no more frames will come, and all that are left are given.
+        `last` says that no more frames will come, and returns all that are left.
         """
         self.taken += tokens.shape[1]
         text, self.text = self.text, None
@@ -71,7 +72,7 @@ class DenoiserRun:
 
 
 class Band:
-    """What one layer has seen: keys and values that frames to come will need, and the frames that wait for theirs.
+    """What one layer holds: the keys and values that later frames need, and the frames still waiting for theirs.
 
     The text comes first and is seen by all; it sees what frame 0 sees. The last layer needn't pass it on.
     """
@@ -92,7 +93,7 @@ class Band:
         return self.rotary[self.slots : self.slots + slots]
 
     def attend(self, queries: Tensor, keys: Tensor, values: Tensor, last: bool) -> Tensor:
-        """Take slots (rows, heads, slots, head_dim); give attention of the frames that have all they see."""
+        """Take new slots (rows, heads, slots, head_dim); return the attention of the frames whose band is complete."""
         self._take(*(self._pieces(x, 2) for x in (queries, keys, values)))
         until = self.taken if last else max(self.taken - self.ahead, 0)
         done = [queries[:, :, :0]]
@@ -105,7 +106,7 @@ class Band:
         return torch.cat(done, 2)
 
     def residual(self, hidden: Tensor) -> Tensor:
-        """Take the hidden states of the slots that `attend` took; give those of the slots that it gave."""
+        """Take the hidden states of the slots `attend` took; return those of the slots it returned."""
         pieces = self._pieces(hidden, 1)
         self.hidden += pieces if self.slots or self.passes_text else pieces[1:]
         self.slots += hidden.shape[1]
@@ -113,7 +114,7 @@ class Band:
         return torch.cat((hidden[:, :0], *leaving), 1)
 
     def _pieces(self, x: Tensor, dim: int) -> list[Tensor]:
-        """New slots frame by frame; the text, which comes with the first, as a piece of its own."""
+        """New slots split by frame; the text, which comes with the first frame, is a piece of its own."""
         frames = (x.shape[dim] - (0 if self.slots else self.text_tokens)) // self.frame_tokens
         if frames < 0:  # the layer below has given nothing yet
             return []

@@ -66,7 +66,7 @@ class Encoding:
 
 
 class Block(nn.Module):
-    """One autoregressive affine map (STARFlow, section 3.1); the deep one also reads text."""
+    """One autoregressive affine map (STARFlow, section 3.1); the deep block also reads text."""
 
     def __init__(self, config: FlowConfig, index: int, operations, **factory):
         super().__init__()
@@ -127,9 +127,8 @@ class Block(nn.Module):
 class Flow(nn.Module):
     """STARFlow or STARFlow-V.
 
-    `operations` makes the layers that hold large weights (`torch.nn`, or a host's namespace that
-    casts and offloads). `compute_dtype` is the type the network runs in; the affine maps, the noise
-    and the likelihood are float32 always.
+    `operations` provides the layers with large weights (`torch.nn`, or a host's namespace that casts and offloads).
+    `compute_dtype` is the type the network runs in; the affine maps, the noise and the likelihood are always float32.
     """
 
     def __init__(self, config: FlowConfig, operations=torch.nn, dtype=torch.float32, device=None):
@@ -230,7 +229,7 @@ class Flow(nn.Module):
         return self(latents, text)
 
     def loss(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
-        """Training loss of each sample, in nats an element: (B,).
+        """Training loss of each sample, in nats per element: (B,).
 
         The mean over elements of 0.5 z^2 + sum over blocks of log a, which is the negative log-likelihood without
         its constant 0.5 log 2 pi. The first `given` frames are a context: what follows sees them, but they don't count.
@@ -248,8 +247,8 @@ def _encoded(block: Block, x: Tensor, affine: tuple[Tensor, Tensor], shape: torc
 
 
 def require_finite(tokens: Tensor, where: str, grid: Grid, first: int = 0) -> None:
-    """Raise NonFiniteError unless tokens (B, T, N, c) are finite; names the first bad token. `first` is
-    the clip's frame that they begin with."""
+    """Raise NonFiniteError, naming the first bad token, unless tokens (B, T, N, c) are finite. `first` is the index of
+    their first frame in the clip."""
     bad = ~torch.isfinite(tokens).all(-1)
     if not bad.any():
         return

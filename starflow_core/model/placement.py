@@ -1,4 +1,4 @@
-"""Where the parts of a model compute."""
+"""Where each part of a model computes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Placement:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """The type that the network runs in where the user names none."""
+    """The type that the network runs in by default."""
     return torch.float32 if device.type == "cpu" else torch.bfloat16
 
 

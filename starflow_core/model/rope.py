@@ -32,8 +32,8 @@ def token_rotary(
 ) -> Rotary:
     """Angles of a grid of tokens, frame by frame in row-major order.
 
-    `length` is the reference length that the grid is scaled to, `rounding` one of
-    `config.ROUNDINGS`. A shallow block passes frames=1: its frames are separate.
+    `length` is the reference length that the grid is scaled to, `rounding` one of `config.ROUNDINGS`. Shallow blocks
+    pass frames=1, since they treat each frame on its own.
     """
     scale = length / (height * width) ** 0.5
     time, row, col = torch.meshgrid(
@@ -46,7 +46,7 @@ def token_rotary(
 
 
 def text_rotary(tokens: int, *, length: float, head_dim: int, rounding: str, device) -> Rotary:
-    """Angles of the text prefix: no place in the picture, spread over `length` steps of time."""
+    """Angles of the text prefix, which has no place in the picture but is spread over `length` steps of time."""
     time = torch.arange(tokens, dtype=torch.float32) * (length / tokens)
     nowhere = torch.zeros(tokens)
     return _rotary(nowhere, nowhere, time, head_dim, rounding, device)

@@ -14,13 +14,12 @@ from ..errors import InputError, NonFiniteError
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
 
-
 PAD, EOS = "<pad>", "</s>"
 
 
 @dataclass(frozen=True)
 class EncodedText:
-    """`embeddings` (B, tokens, dim), zero behind a text's end; `cut`: of each text what did not fit."""
+    """`embeddings` (B, tokens, dim), zero after the end of a text, and what was `cut` off each text."""
 
     embeddings: Tensor
     cut: list[str]
@@ -38,9 +37,9 @@ class TextEncoder:
         return self.model.shared.weight.shape[1]
 
     def encode(self, texts: list[str], tokens: int) -> EncodedText:
-        """Embeddings of wrapped prompts in the encoder's type; "" is a valid text, the unconditional one.
+        """Embeddings of wrapped prompts, in the encoder's type; "" is a valid text, the unconditional one.
 
-        Raises InputError without texts, NonFiniteError where the encoder overflows.
+        Raises InputError if there are no texts, and NonFiniteError if the encoder overflows.
         """
         # The embeddings outlive the caller's inference mode: a score step differentiates through them.
         with torch.inference_mode(False), torch.no_grad():
@@ -49,13 +48,13 @@ class TextEncoder:
         return encoded
 
     def embed(self, texts: list[str], tokens: int) -> EncodedText:
-        """As `encode`, but with gradients and unchecked, for training."""
+        """As `encode`, but with gradients and without the check, for training."""
         ids, mask, cut = self.tokenize(texts, tokens)
         hidden = self.model(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
         return EncodedText(F.pad(hidden, (0, 0, 0, tokens - ids.shape[1])), cut)
 
     def tokenize(self, texts: list[str], tokens: int) -> tuple[Tensor, Tensor, list[str]]:
-        """Token ids and mask, both (B, n) with n <= tokens that of the longest text, and what was cut."""
+        """Token ids and mask, both (B, n) for a longest text of n <= `tokens`, and what was cut off each text."""
         if not texts:
             raise InputError("no prompt to encode; the empty prompt is a text of length 0")
         eos, pad = (self.tokenizer.token_to_id(name) for name in (EOS, PAD))

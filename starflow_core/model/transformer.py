@@ -48,7 +48,7 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """x + Attention(LN x), then x + MLP(LN x). Hidden states are (rows, slots, width).
 
-    Everything runs through `forward`, so that whatever hooks into modules (sharding, offloading) sees each use.
+    All computation goes through `forward`, so that hooks on modules (sharding, offloading) see every use.
     """
 
     def __init__(self, width: int, head_dim: int, operations, **factory):
@@ -57,14 +57,14 @@ class Layer(nn.Module):
         self.mlp = MLP(width, operations, **factory)
 
     def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend, residual: Residual | None = None) -> Tensor:
-        """`residual` gives the hidden states that belong to `attend`'s result, where a pipeline delays them."""
+        """`residual` returns the hidden states that go with `attend`'s result, for a pipeline that delays them."""
         attended = attend(*self.attention.project(hidden, rotary))
         hidden = (residual(hidden) if residual else hidden) + self.attention.output(attended)
         return hidden + self.mlp(hidden)
 
 
 class FinalNorm(nn.Module):
-    """RMSNorm with gain 1 + weight, computed in float32, given back in the input's type."""
+    """RMSNorm with gain 1 + weight, computed in float32 and returned in the input's type."""
 
     def __init__(self, width: int, **factory):
         super().__init__()
@@ -78,7 +78,7 @@ class FinalNorm(nn.Module):
 
 
 def causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """Attention of a whole sequence, each slot to itself and what is before it."""
+    """Attention over a whole sequence: each slot sees itself and the slots before it."""
     if queries.requires_grad and queries.device.type == "cpu" and queries.dtype != torch.float32:
         # PyTorch's half-precision gradient is up to ten times slower than float32 on short sequences.
         with torch.autocast("cpu", enabled=False):
@@ -89,7 +89,7 @@ def causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
 def causal_tail(slots: int, length: int, device: torch.device) -> Attend:
     """Attention of the last `slots` of a sequence of `length`; made once for all layers.
 
-    A dense mask is only built where a back end has no causal attention aligned to the end.
+    A dense mask is built only for back ends without causal attention aligned to the end of the sequence.
     """
     if slots == length:
         return causal

@@ -1,4 +1,4 @@
-"""Taking the noise out of samples: the learned denoiser in chunks, or one score step."""
+"""Removing the noise from samples: the learned denoiser in chunks, or one score step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ STEP = 0.3  # share of the denoiser's output that is taken off, trained with the
 class DenoiseStream:
     """Learned denoising (STARFlow-V, section 3.3) of frames as they come.
 
-    Clips longer than the window are denoised in chunks of `window` frames; each next chunk begins
-    with the last frames of the one before, as they were sampled, and only its new frames are kept.
-    `overlap` "denoised" hands over those frames denoised instead, as the reference does.
+    Clips longer than the window are denoised in chunks of `window` frames; each later chunk starts with the last frames
+    of the one before, as they were sampled, and only its new frames are kept. With `overlap` "denoised" it starts with
+    their denoised versions, as in the reference.
     """
 
     def __init__(self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy"):
@@ -39,7 +39,7 @@ class DenoiseStream:
         self._begin()
 
     def push(self, tokens: Tensor, last: bool = False) -> Tensor:
-        """Take sampled frames (B, n, N, c); give the denoised ones that are final, in order."""
+        """Take sampled frames (B, n, N, c); return the denoised frames that are final, in order."""
         done = [tokens[:, :0]]
         while tokens.shape[1]:
             if self.run.taken == self.window:
@@ -68,7 +68,7 @@ class DenoiseStream:
         return clean
 
     def _run(self, part: Tensor, last: bool) -> Tensor:
-        """Frames through the chunk's run; gives the clean ones that are final and new."""
+        """Run frames through the chunk; return the clean ones that are final and new."""
         self.pending += part.unbind(1)
         output = self.run.push(part, last)
         count = output.shape[1]
@@ -88,8 +88,8 @@ def denoise(flow: Flow, latents: Tensor, text: Tensor, *, window=None, overlap="
 def score_denoise(flow: Flow, latents: Tensor, text: Tensor, control: Control | None = None) -> Tensor:
     """One Tweedie step x + sigma^2 grad log p(x | text) (STARFlow, section 3.2), no guidance.
 
-    Latents (B, T, C, H, W) or (B, C, H, W). Samples are done one at a time and keep one hidden
-    state a layer plus one layer's activations. May be called inside `torch.inference_mode()`.
+    Latents (B, T, C, H, W) or (B, C, H, W). Samples are processed one at a time; each keeps one hidden state per layer
+    and one layer's activations. May be called inside `torch.inference_mode()`.
     """
     control = control or Control()
     clean = []
@@ -105,7 +105,7 @@ def score_denoise(flow: Flow, latents: Tensor, text: Tensor, control: Control | 
 
 
 class _recomputing:
-    """Blocks keep no activations for the gradient while this is open."""
+    """While this context is open, blocks recompute their activations for the gradient instead of keeping them."""
 
     def __init__(self, flow: Flow):
         self.blocks = flow.blocks

@@ -1,4 +1,4 @@
-"""Noise that means the same on every device: drawn on the CPU, per batch element, frame by frame."""
+"""Noise that is the same on every device: drawn on the CPU, per batch element, frame by frame."""
 
 from __future__ import annotations
 

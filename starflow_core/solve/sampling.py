@@ -42,7 +42,7 @@ class Sampler:
     noise (B, T, C, H, W), text and uncond (B, L, D); uncond may be None or one row, and is not used
     with guidance 0. `context` holds the first latent frames, noise included; they come back as they
     are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
-    when it is full, the last `keep` of them stay and it goes on. Without a `placement` everything
+    when it is full, it slides on, keeping the last `keep` of them. Without a `placement` everything
     computes where the text is.
     """
 

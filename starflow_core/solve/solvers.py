@@ -1,8 +1,8 @@
 """Inverting a block, x = a(x_<) z + b(x_<): token by token, or as a fixed point by Jacobi iteration.
 
 The map is strictly triangular, so its only fixed point is the autoregressive answer, and iterating from anywhere
-reaches it: after k sweeps the first k tokens are exact. A quasi-Newton step with one secant slope a token gets
-there sooner. `solve_span` slides over a long sequence with a cache, `solve_frames` iterates short ones whole.
+reaches it: after k sweeps the first k tokens are exact. A quasi-Newton step with one secant slope per token gets there
+sooner. `solve_span` slides over a long sequence with a cache, `solve_frames` iterates short ones whole.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class SolverSettings:
             raise InputError(f"solver method {self.method!r}: expected jacobi or autoregressive")
         for name in ("image_span", "first_span", "span", "max_sweeps"):
             if getattr(self, name) < 1:
-                raise InputError(f"solver setting {name} is {getattr(self, name)}, the least is 1")
+                raise InputError(f"solver setting {name} is {getattr(self, name)}; the minimum is 1")
         for name in ("tolerance", "shallow_tolerance"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"solver setting {name} is {getattr(self, name)}, expected 0 <= {name} < 1")
@@ -56,7 +56,7 @@ class SolverSettings:
         return self.first_span if token < frame_tokens else self.span
 
     def with_numbers(self, **numbers) -> SolverSettings:
-        """The same settings with those numbers changed that are not None."""
+        """The same settings with the given numbers changed; None leaves a number as it is."""
         return replace(self, **{k: v for k, v in numbers.items() if v is not None})
 
 
@@ -71,7 +71,7 @@ AUTOREGRESSIVE = SolverSettings(method="autoregressive")
 @dataclass
 class Statistics:
     """What the solvers did. Token evaluations count a batch element's tokens once per sweep,
-    whatever the guidance; a shallow block's frames count separately.
+    whatever the guidance; each frame of a shallow block counts.
 
     `deep_changes` has, for each sweep of the deep block, the first token's index in the whole clip and
     the relative squared change of each token of the span (largest over the batch).
@@ -109,7 +109,7 @@ class Window:
         return self.z.shape[1]
 
     def inputs(self, evaluate: Evaluate, start: int, stop: int) -> Tensor:
-        """What the slots start .. stop - 1 read: the token before each."""
+        """Inputs of the slots start .. stop - 1: the token before each."""
         if start:
             return self.x[:, start - 1 : stop - 1]
         return torch.cat((evaluate.start(self.x), self.x[:, : stop - 1]), 1)
@@ -164,7 +164,7 @@ def solve_span(
 
 
 def _sweep(evaluate: Evaluate, window: Window, start: int, stop: int) -> tuple[Tensor, Tensor]:
-    """The tokens that one evaluation gives, and how much each of them changed."""
+    """One evaluation: the new tokens, and how much each changed."""
     now = slice(start, stop)
     a, b = evaluate(window.inputs(evaluate, start, stop), start)
     window.a[:, now], window.b[:, now] = a, b
@@ -263,7 +263,7 @@ def solve_frames(
     statistics: Statistics,
     report: Callable[[int, float], None],
 ) -> Tensor:
-    """Jacobi over whole frames z (rows, N, c), each row stopping on its own.
+    """Jacobi over whole frames z (rows, N, c); each row stops on its own.
 
     `affine(tokens)` gives a, b of whole rows. `report(rows done, residual)` is called every sweep.
     """

@@ -1,6 +1,6 @@
-"""Checkpoints of flows: recognise, check, load, convert and save, one tensor at a time.
+"""Checkpoints of flows: recognise, check, load, convert and save them.
 
-Tensors carry the reference's names; what holds them is opened and written by `tensorfiles`.
+Tensors have the reference's names; `tensorfiles` opens and writes the files.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.placement import Placement
+from .keys import Shapes, check_tensors, loading_dtype, module_shapes
 from .tensorfiles import (
     DTYPES,
     INDEX,
@@ -43,15 +44,14 @@ APPLE_LICENSE = (
     "Apple Machine Learning Research Model is licensed under the "
     "Apple Machine Learning Research Model License Agreement."
 )
-READABLE = (*DTYPES.values(), torch.float64)
 
-# Buffers of the reference that follow from the configuration.
+# Buffers of the reference, which follow from the configuration.
 IGNORED = re.compile(r"var|blocks\.\d+\.attn_mask|feat_rope\.freqs_(cos|sin)")
 BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 LAYER = re.compile(r"blocks\.(\d{1,4})\.attn_blocks\.(\d{1,4})\.")
 DENOISER = "learnable_self_denoiser."
 DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d{1,4})\.")
-# What people have lying in the same folders, the first match counts.
+# Other models that are kept in the same folders; the first match counts.
 FOREIGN = (
     (("lora_", ".lora.", "hada_w1"), "a LoRA"),
     (("double_blocks.",), "a Flux-like diffusion model"),
@@ -68,12 +68,12 @@ FOREIGN = (
 def find_config(checkpoint: TensorFile) -> FlowConfig:
     """The configuration from the file's metadata, a JSON beside it, or the known models' shapes.
 
-    Raises CheckpointError if the file is no STARFlow (says what it looks like), if a configuration
-    contradicts the tensors, or if there is none.
+    Raises CheckpointError if the file is no STARFlow (and says what it looks like), if a configuration
+    contradicts the tensors, or if none is found.
     """
     structure = _structure(checkpoint)
     for where, text in _config_texts(checkpoint):
-        config = _parse_config(text, where)
+        config = _parse_flow_config(text, where)
         if config:
             _check_structure(checkpoint, config, where)
             return config
@@ -81,51 +81,31 @@ def find_config(checkpoint: TensorFile) -> FlowConfig:
     if presets:
         return presets[0]
     raise CheckpointError(
-        f"{checkpoint.path.name}: no known model has these shapes: {_text(structure)}. {_nearest(structure)}"
+        f"{checkpoint.path.name}: no known model has these shapes: {_listing(structure)}. {_nearest(structure)}"
         f"For a model of your own put its configuration beside it, as {config_file(checkpoint).name}: "
         "JSON of FlowConfig.to_dict() or the reference's constructor arguments."
     )
 
 
 def config_file(checkpoint: TensorFile) -> Path:
-    """Where a configuration beside this checkpoint is looked for first."""
+    """The file beside this checkpoint in which its configuration is looked for first."""
     name = checkpoint.path.name
     stem = name.removesuffix(INDEX) if name.endswith(INDEX) else checkpoint.path.stem
     return checkpoint.path.with_name(f"{stem}.json")
 
 
-def expected_shapes(config: FlowConfig) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of all weights of such a model."""
-    return {name: tuple(tensor.shape) for name, tensor in Flow(config, device="meta").state_dict().items()}
+def expected_shapes(config: FlowConfig) -> Shapes:
+    """Names and shapes of the model's weights."""
+    return module_shapes(Flow(config, device="meta"))
 
 
-def check_keys(checkpoint: TensorFile, config: FlowConfig) -> dict[str, tuple[int, ...]]:
-    """The weights' names and shapes, once the checkpoint has exactly these. Raises CheckpointError
-    that names the first missing, unexpected, wrongly shaped and wrongly typed ones."""
-    expected, shapes, dtypes = expected_shapes(config), checkpoint.shapes, checkpoint.dtypes
-    problems = {
-        "missing": [name for name in expected if name not in shapes],
-        "unexpected": [name for name in shapes if name not in expected and not IGNORED.fullmatch(name)],
-        "wrongly shaped": [
-            f"{name} {shapes[name]} instead of {shape}"
-            for name, shape in expected.items()
-            if shapes.get(name, shape) != shape
-        ],
-        "of a type other than bf16, fp16 and fp32": [
-            f"{name} {dtypes[name]}" for name in expected if name in dtypes and dtypes[name] not in READABLE
-        ],
-    }
-    if not any(problems.values()):
-        return expected
-    parts = [
-        f"{len(names)} {problem} ({', '.join(names[:5])}{', ..' if len(names) > 5 else ''})"
-        for problem, names in problems.items()
-        if names
-    ]
-    raise CheckpointError(
-        f"{checkpoint.path.name} does not fit {config.name}: {'; '.join(parts)}. "
-        "Get the file again, or correct its configuration."
-    )
+def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
+    """The model's `expected_shapes`. Raises CheckpointError unless the checkpoint has exactly these."""
+    expected = expected_shapes(config)
+    weights = {name: tensor for name, tensor in checkpoint.tensors.items() if not IGNORED.fullmatch(name)}
+    remedy = "Get the file again, or correct its configuration."
+    check_tensors(weights, expected, checkpoint.path.name, config.name, remedy)
+    return expected
 
 
 def load_flow(
@@ -138,10 +118,9 @@ def load_flow(
 ) -> Flow:
     """A flow with a checkpoint's weights, frozen and in eval mode, never twice in memory.
 
-    `device` may be a `Placement`, for parts on different devices. `dtype` None takes the type that most of the file
-    is in. `progress` counts bytes of the file; it
-    may raise to stop. Raises CheckpointError, InputError for an unusable type or device, and
-    NonFiniteError naming the first tensor with NaN or infinity.
+    `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
+    weights. `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an
+    unusable type or device, and NonFiniteError naming the first tensor with NaN or infinity.
     """
     checkpoint, config, expected = _resolve(source, config)
     placement = device if isinstance(device, Placement) else Placement.on(device)
@@ -170,11 +149,11 @@ def convert(
 ) -> None:
     """Write a checkpoint as one safetensors file in `dtype` ("bf16", "fp16" or "fp32").
 
-    The metadata of the source is kept and gets the configuration (`starflow_config`), `source_name`,
-    `source_sha256` (of shards: a JSON object of name and hash), `license` and `converter_version`.
-    `progress` counts bytes in two phases, "hash" and "convert"; it may raise to stop. Nothing is
-    left behind on an error. Raises CheckpointError, NonFiniteError, and InputError for a target that
-    exists or cannot be written.
+    One tensor is in memory at a time. The source's metadata is kept; added are the configuration
+    (`starflow_config`), `source_name`, `source_sha256` (for shards a JSON object of names and hashes),
+    `license` and `converter_version`. `progress` counts bytes in two phases, "hash" and "convert"; it
+    may raise to stop. Nothing is left behind on an error. Raises CheckpointError, NonFiniteError, and
+    InputError for a target that exists or cannot be written.
     """
     torch_dtype, target = parse_dtype(dtype), Path(target)
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
@@ -187,7 +166,7 @@ def convert(
         "source_name": checkpoint.path.name,
         "source_sha256": hash_files(checkpoint.files, progress),
     }
-    if CONFIG_KEY not in checkpoint.metadata:  # else the file says itself what its licence is
+    if CONFIG_KEY not in checkpoint.metadata:  # else the file itself states its licence
         metadata.setdefault("license", APPLE_LICENSE)
     names = _counted(checkpoint, expected, "convert", progress)
     weights = (cast(checkpoint.tensor(name), torch_dtype, name, checkpoint.path) for name in names)
@@ -195,17 +174,17 @@ def convert(
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:
-    """Write a flow's weights and configuration; errors as in `save_tensors`.
+    """Write a flow's weights and configuration; errors are those of `save_tensors`.
 
-    `metadata` is added to the file's; give `license` there.
+    `metadata` is added to the file's own; state the `license` there.
     """
     save_tensors(flow.state_dict(), path, dtype, {**(metadata or {}), **_own_metadata(flow.config)})
 
 
 def quick_look(path: str | Path) -> str | None:
-    """The name of the STARFlow in a safetensors file or index, None if it is something else.
+    """The name of the STARFlow in a safetensors file or index, or None if it is something else.
 
-    Reads headers only and never raises: made for file lists.
+    For lists of files: reads headers only and never raises.
     """
     if not str(path).lower().endswith((".safetensors", INDEX)):
         return None
@@ -224,7 +203,7 @@ def quick_look(path: str | Path) -> str | None:
 
 
 def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
-    """Where a configuration may be, and its text."""
+    """Every place that may hold a configuration, with its text."""
     for key in (CONFIG_KEY, "config"):
         if key in checkpoint.metadata:
             yield f"metadata {key} of {checkpoint.path.name}", checkpoint.metadata[key]
@@ -235,8 +214,8 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
             yield file.name, text
 
 
-def _parse_config(text: str, where: str) -> FlowConfig | None:
-    """A configuration in our form or the reference's, None for JSON that is about something else."""
+def _parse_flow_config(text: str, where: str) -> FlowConfig | None:
+    """A configuration in our form or the reference's, or None for JSON about something else."""
     try:
         values = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -254,7 +233,7 @@ def _parse_config(text: str, where: str) -> FlowConfig | None:
 
 
 def _from_reference(values: dict[str, Any]) -> FlowConfig:
-    """Constructor arguments say nothing of VAE and noise: these are the released model's of this kind."""
+    """Constructor arguments say nothing about VAE and noise: these are taken from the released model of the kind."""
     config = FlowConfig.from_reference(values)
     for preset in KNOWN_MODELS.values():
         if (preset.kind, preset.latent.channels) == (config.kind, config.latent.channels):
@@ -264,7 +243,7 @@ def _from_reference(values: dict[str, Any]) -> FlowConfig:
 
 
 def _structure(checkpoint: TensorFile) -> dict[str, Any]:
-    """What the shapes tell of the model, None where a tensor is missing. Raises CheckpointError if
+    """What the shapes say about the model, None where a tensor is missing. Raises CheckpointError if
     it is no STARFlow."""
     shapes = checkpoint.shapes
     blocks = sorted({int(match[1]) for name in shapes if (match := BLOCK.match(name))})
@@ -296,7 +275,7 @@ def _structure(checkpoint: TensorFile) -> dict[str, Any]:
 
 
 def _differences(structure: dict[str, Any], config: FlowConfig) -> dict[str, tuple[Any, Any]]:
-    """What the file has and what the configuration wants, where these differ."""
+    """What the file has and what the configuration says, where they differ."""
     positions = round(config.rope_length**2)
     wanted = {
         "layers per block": config.layers,
@@ -322,7 +301,7 @@ def _check_structure(checkpoint: TensorFile, config: FlowConfig, where: str) -> 
 
 
 def _nearest(structure: dict[str, Any]) -> str:
-    """A sentence about the known model that this one seems to be a part or a variant of."""
+    """A sentence that compares the file with the known model of which it seems to be a part or a variant."""
     for preset in KNOWN_MODELS.values():
         differences = _differences(structure, preset)
         if not differences.keys() & {"shallow width", "channels per token"}:
@@ -340,7 +319,7 @@ def _foreign(checkpoint: TensorFile) -> str:
     )
 
 
-def _text(structure: dict[str, Any]) -> str:
+def _listing(structure: dict[str, Any]) -> str:
     return "; ".join(f"{what} {_value(value)}" for what, value in structure.items())
 
 
@@ -357,7 +336,7 @@ def _value(value: Any) -> str:
 # Loading and converting
 
 
-def _resolve(source, config: FlowConfig | None) -> tuple[TensorFile, FlowConfig, dict[str, tuple[int, ...]]]:
+def _resolve(source, config: FlowConfig | None) -> tuple[TensorFile, FlowConfig, Shapes]:
     """The opened checkpoint, its configuration and its weights' shapes, all in agreement."""
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
     if config:
@@ -371,8 +350,7 @@ def _main_dtype(checkpoint: TensorFile, names) -> torch.dtype:
     sizes = Counter()
     for name in names:
         sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])
-    dtype = sizes.most_common(1)[0][0]
-    return torch.float32 if dtype == torch.float64 else dtype
+    return loading_dtype(sizes.most_common(1)[0][0])
 
 
 def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.device:
@@ -392,7 +370,7 @@ def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:
 
 
 def _counted(checkpoint: TensorFile, names, phase: str, progress: Report | None) -> Iterator[str]:
-    """The names, one by one; reports the bytes of each when the next one is asked for."""
+    """The names; reports the bytes of each one when the next is asked for."""
     done, total = 0, sum(checkpoint.nbytes(name) for name in names)
     for name in names:
         yield name

@@ -1,11 +1,12 @@
-"""Prompts: the wrapping that a model was trained with, and the T5 encoder that reads it."""
+"""T5 text encoders and their tokenizers: find, check and load them in any layout they are published in."""
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from ..errors import CheckpointError
 from ..model.text import EOS, PAD, TextEncoder
-from .tensorfiles import DTYPES, TensorFile
+from .keys import Shapes, check_tensors, loading_dtype, module_shapes
+from .tensorfiles import TensorFile
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -24,7 +26,8 @@ T5_CONFIG_KEY = "starflow_t5_config"  # metadata of a single file: T5Config's ar
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 FIRST_BLOCK = "encoder.block.0.layer."
-EXPECTED = "expected the encoder of flan-t5-xl or another T5"
+EXPECTED_ENCODER = "expected the encoder of flan-t5-xl or another T5"
+REMEDY = "Use the whole encoder of flan-t5-xl or another T5, in bf16, fp16 or fp32."
 # T5 pads its embedding to a round number of rows; beyond this it is another model's tokenizer.
 MOST_SPARE_ROWS = 1024
 
@@ -41,29 +44,33 @@ def load_text_encoder(
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
-    """A T5 encoder that was looked at but not loaded: its weights' file, their names there, the
-    configuration and the tokenizer."""
+    """A T5 encoder that was inspected, not loaded: the `weights` in their file, by T5EncoderModel's names, the
+    `outline` of the model, without memory, and the tokenizer."""
 
-    checkpoint: TensorFile
-    names: dict[str, str]
-    config: T5Config
+    weights: TensorFile
+    outline: nn.Module
     tokenizer: Tokenizer
 
     @property
     def dim(self) -> int:
         """Channels of an embedding."""
-        return self.config.d_model
+        return self.outline.config.d_model
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Memory that the weights will take."""
-        return sum(
-            _weight_dtype(name, dtype).itemsize * math.prod(self.checkpoint.shapes[stored])
-            for name, stored in self.names.items()
-        )
+        return sum(_weight_dtype(name, dtype).itemsize * math.prod(s) for name, s in self.weights.shapes.items())
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TextEncoder:
         """Read the weights; `dtype` None keeps the file's type."""
-        return TextEncoder(_load_model(self.checkpoint, self.names, self.config, dtype, device), self.tokenizer)
+        # Weights outlive the caller's inference mode: training may go on from them.
+        with torch.inference_mode(False), torch.no_grad():
+            model, state = copy.deepcopy(self.outline), {}
+            for name in self.weights.tensors:
+                weight = self.weights.tensor(name)
+                state[name] = weight.to(device, _weight_dtype(name, dtype or loading_dtype(weight.dtype)))
+            state[EMBEDDING_ALIAS] = state[EMBEDDING]
+            model.load_state_dict(state, assign=True)
+        return TextEncoder(model.eval(), self.tokenizer)
 
 
 def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextEncoderFiles:
@@ -71,23 +78,26 @@ def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
 
     The decoder of a full T5 is skipped. `tokenizer` is a folder with tokenizer.json or spiece.model,
     by default the weights' own or a folder `tokenizer` in or beside it. Nothing is downloaded, no
-    weights are read. Raises CheckpointError.
+    weights are read. Raises CheckpointError for anything else, and for missing, unexpected, wrongly
+    shaped or quantised tensors.
     """
     path = Path(path)
     if path.is_dir() and (path / "text_encoder").is_dir():
         path = path / "text_encoder"
-    checkpoint = TensorFile.open(path)
-    names = _encoder_names(checkpoint)
-    config = _find_config(path, checkpoint, names)
+    weights = _encoder_weights(TensorFile.open(path))
+    outline = _make_t5(_find_t5_config(path, weights))
+    expected = {name: shape for name, shape in module_shapes(outline).items() if name != EMBEDDING_ALIAS}
+    check_tensors(weights.tensors, expected, weights.path.name, "a T5 encoder", REMEDY)
     folder = _find_tokenizer(path if path.is_dir() else path.parent, tokenizer)
     loaded_tokenizer = load_tokenizer(folder)
-    spare = checkpoint.shapes[names[EMBEDDING]][0] - loaded_tokenizer.get_vocab_size()
+    rows = weights.shapes[EMBEDDING][0]
+    spare = rows - loaded_tokenizer.get_vocab_size()
     if not 0 <= spare <= MOST_SPARE_ROWS:
         raise CheckpointError(
-            f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {checkpoint.path.name} "
-            f"{checkpoint.shapes[names[EMBEDDING]][0]}: give the tokenizer that belongs to it"
+            f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {weights.path.name} "
+            f"{rows}: give the tokenizer that belongs to it"
         )
-    return TextEncoderFiles(checkpoint, names, config, loaded_tokenizer)
+    return TextEncoderFiles(weights, outline, loaded_tokenizer)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -139,50 +149,44 @@ def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
     )
 
 
-def _encoder_names(checkpoint: TensorFile) -> dict[str, str]:
-    """The file's names by T5EncoderModel's, once they look like a T5's and are of a readable type."""
-    names = {
-        EMBEDDING if name == EMBEDDING_ALIAS else name: name
-        for name in checkpoint.shapes
+def _encoder_weights(file: TensorFile) -> TensorFile:
+    """The file with T5EncoderModel's names and without a decoder, once it looks like a T5's."""
+    tensors = {
+        EMBEDDING if name == EMBEDDING_ALIAS else name: tensor
+        for name, tensor in file.tensors.items()
         if not name.startswith(("decoder.", "lm_head."))
     }
-    if EMBEDDING not in names or not any(name.startswith(FIRST_BLOCK) for name in names):
-        found = ", ".join(list(names)[:3]) or "no encoder"
-        raise CheckpointError(f"{checkpoint.path.name} is not a T5 text encoder: {EXPECTED}, found {found}")
-    for name in names.values():
-        if checkpoint.dtypes[name] not in DTYPES.values():
-            raise CheckpointError(
-                f"{checkpoint.path.name} is quantised ({name} is {checkpoint.dtypes[name] or 'of an unknown type'}); "
-                "use a text encoder in bf16, fp16 or fp32"
-            )
-    return names
+    if EMBEDDING not in tensors or not any(name.startswith(FIRST_BLOCK) for name in tensors):
+        found = ", ".join(list(tensors)[:3]) or "no encoder"
+        raise CheckpointError(f"{file.path.name} is not a T5 text encoder: {EXPECTED_ENCODER}, found {found}")
+    return replace(file, tensors=tensors)
 
 
-def _find_config(path: Path, checkpoint: TensorFile, names: dict[str, str]) -> T5Config:
+def _find_t5_config(path: Path, weights: TensorFile) -> T5Config:
     """The configuration from the file's metadata, the folder's config.json, or the shapes."""
     from transformers import T5Config
 
     file = path / "config.json"
-    if T5_CONFIG_KEY in checkpoint.metadata:
-        where, text = checkpoint.path.name, checkpoint.metadata[T5_CONFIG_KEY]
+    if T5_CONFIG_KEY in weights.metadata:
+        where, text = weights.path.name, weights.metadata[T5_CONFIG_KEY]
     elif file.is_file():
         where, text = str(file), file.read_text(encoding="utf-8", errors="replace")
     else:
-        return T5Config(**_config_from_shapes({name: checkpoint.shapes[source] for name, source in names.items()}))
+        return T5Config(**_config_from_shapes(weights.shapes))
     try:
         values = json.loads(text)
         kind = values.get("model_type", "t5")
     except (ValueError, AttributeError):
         raise CheckpointError(f"the text encoder's configuration in {where} is not readable; get it again") from None
     if kind != "t5":
-        raise CheckpointError(f"{where} describes a {kind} model: {EXPECTED}")
+        raise CheckpointError(f"{where} describes a {kind} model: {EXPECTED_ENCODER}")
     try:
         return T5Config(**values)
     except Exception as error:  # transformers 5 has error classes of its own
         raise CheckpointError(f"the text encoder's configuration in {where} is wrong: {error}") from error
 
 
-def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
+def _config_from_shapes(shapes: Shapes) -> dict[str, Any]:
     try:
         vocabulary, width = shapes[EMBEDDING]
         buckets, heads = shapes[FIRST_BLOCK + "0.SelfAttention.relative_attention_bias.weight"]
@@ -190,7 +194,7 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
         _, hidden = shapes[FIRST_BLOCK + "1.DenseReluDense.wo.weight"]
         head_dim = inner // heads
     except (KeyError, ValueError, ZeroDivisionError):
-        raise CheckpointError(f"the text encoder's weights are incomplete or not a T5's: {EXPECTED}") from None
+        raise CheckpointError(f"the text encoder's weights are incomplete or not a T5's: {EXPECTED_ENCODER}") from None
     blocks = (re.match(r"encoder\.block\.(\d{1,4})\.", name) for name in shapes)
     gated = FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes
     return {
@@ -205,38 +209,16 @@ def _config_from_shapes(shapes: dict[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _load_model(
-    checkpoint: TensorFile, names: dict[str, str], config: T5Config, dtype: torch.dtype | None, device
-) -> nn.Module:
+def _make_t5(config: T5Config) -> nn.Module:
+    """The encoder, without memory for its weights."""
     from transformers import T5EncoderModel
 
-    # Weights outlive the caller's inference mode: training may go on from them.
-    with torch.inference_mode(False), torch.no_grad():
-        with torch.device("meta"):
-            model = T5EncoderModel(config)
-        model.set_input_embeddings(model.shared)  # one parameter, also where transformers ties two later
-        expected = {name: tuple(weight.shape) for name, weight in model.state_dict().items() if name != EMBEDDING_ALIAS}
-        _check_names(checkpoint, names, expected)
-        weights = {}
-        for name in expected:
-            weight = checkpoint.tensor(names[name])
-            weights[name] = weight.to(device=device, dtype=_weight_dtype(name, dtype or weight.dtype))
-        weights[EMBEDDING_ALIAS] = weights[EMBEDDING]
-        model.load_state_dict(weights, assign=True)
-    return model.eval()
+    with torch.device("meta"):
+        model = T5EncoderModel(config)
+    model.set_input_embeddings(model.shared)  # one parameter, also where transformers ties two later
+    return model
 
 
 def _weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
     # T5 leaves float16's range in this layer; transformers keeps it in float32 too.
     return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
-
-
-def _check_names(checkpoint: TensorFile, names: dict[str, str], expected: dict[str, tuple[int, ...]]) -> None:
-    problems = {
-        "missing": [name for name in expected if name not in names],
-        "unexpected": [name for name in names if name not in expected],
-        "wrongly shaped": [n for n in expected if n in names and checkpoint.shapes[names[n]] != expected[n]],
-    }
-    parts = [f"{len(found)} {problem} ({', '.join(found[:3])})" for problem, found in problems.items() if found]
-    if parts:
-        raise CheckpointError(f"{checkpoint.path.name} is not a whole T5 encoder: {'; '.join(parts)}; {EXPECTED}")

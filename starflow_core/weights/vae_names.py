@@ -1,13 +1,13 @@
-"""Names of a VAE's tensors, from every layout they are published in to that of diffusers."""
+"""A VAE's tensors, from every layout they are published in to that of diffusers."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
 
-from torch import Tensor
+from .tensorfiles import StoredTensor
 
-# Original names to those of diffusers: every rule is applied in turn.
+# From original names to those of diffusers; all rules are applied, in this order.
 WAN_RULES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -26,7 +26,6 @@ WAN_RULES = (
     (r"\.shortcut\.", ".conv_shortcut."),
 )
 
-
 LDM_RULES = (
     (r"\.(down|up)\.(\d+)\.block\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
     (r"\.(down|up)\.(\d+)\.\1sample\.", r".\1_blocks.\2.\1samplers.0."),
@@ -39,8 +38,7 @@ LDM_RULES = (
     (r"coder\.norm_out\.", "coder.conv_norm_out."),
 )
 
-
-# What sd-vae-ft-ema's own folder still calls its attention.
+# Older diffusers called the attention's layers so; the folder of sd-vae-ft-ema still does.
 OLD_DIFFUSERS_RULES = (
     (r"\.attentions\.0\.query\.", ".attentions.0.to_q."),
     (r"\.attentions\.0\.key\.", ".attentions.0.to_k."),
@@ -48,43 +46,43 @@ OLD_DIFFUSERS_RULES = (
     (r"\.attentions\.0\.proj_attn\.", ".attentions.0.to_out.0."),
 )
 
-
-PREFIX = "first_stage_model."
-
-
+PREFIX = "first_stage_model."  # of the VAE in a whole Stable Diffusion checkpoint
 TRAINING_ONLY = ("loss.", "model_ema.")
 
 
-def _rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def with_diffusers_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
     """The VAE's tensors under the names and in the shapes that diffusers gives them."""
     if any(name.startswith(PREFIX) for name in tensors):
         tensors = {name[len(PREFIX) :]: t for name, t in tensors.items() if name.startswith(PREFIX)}
     tensors = {name: t for name, t in tensors.items() if not name.startswith(TRAINING_ONLY)}
     if any(name.startswith("encoder.downsamples.0.downsamples.") for name in tensors):
-        return {_apply(WAN_RULES, name): t for name, t in tensors.items()}
+        return _apply(WAN_RULES, tensors)
     if any(name.startswith("encoder.down.0.block.") for name in tensors):
-        return _rename_ldm(tensors)
-    return {_apply(OLD_DIFFUSERS_RULES, name): t for name, t in tensors.items()}
+        return _from_ldm(_apply(LDM_RULES, tensors))
+    return _apply(OLD_DIFFUSERS_RULES, tensors)
 
 
-def _rename_ldm(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    renamed = {_apply(LDM_RULES, name): t for name, t in tensors.items()}
-    last = _count(renamed, r"decoder\.up_blocks\.(\d+)\.") - 1
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the names have in the group of `pattern`, matched from their start."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
+
+
+def _apply(rules: Iterable[tuple[str, str]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    renamed = {}
+    for name, tensor in tensors.items():
+        for pattern, replacement in rules:
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor
+    return renamed
+
+
+def _from_ldm(tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:
+    """Tensors of latent diffusion, already renamed: its decoder's blocks and its attention differ, too."""
+    last = count_numbers(tensors, r"decoder\.up_blocks\.(\d+)\.") - 1
     result = {}
-    for name, tensor in renamed.items():
-        # counted from the finest block there, from the coarsest in diffusers
+    for name, tensor in tensors.items():
+        # there the finest block is the first, in diffusers the coarsest
         name = re.sub(r"(\.up_blocks\.)(\d+)", lambda match: f"{match[1]}{last - int(match[2])}", name)
-        attention = ".attentions." in name and tensor.ndim == 4  # a 1 x 1 convolution there, linear in diffusers
-        result[name] = tensor.flatten(1) if attention else tensor
+        attention = ".attentions." in name and len(tensor.shape) == 4  # there a 1 x 1 convolution, in diffusers linear
+        result[name] = tensor.flatten() if attention else tensor
     return result
-
-
-def _apply(rules: Iterable[tuple[str, str]], name: str) -> str:
-    for pattern, replacement in rules:
-        name = re.sub(pattern, replacement, name)
-    return name
-
-
-def _count(tensors: dict[str, Tensor], pattern: str) -> int:
-    """How many different numbers the group of `pattern` takes in the names."""
-    return len({match[1] for name in tensors if (match := re.match(pattern, name))})

@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from starflow_core.media import read_video, to_bytes
+from starflow_core.media import read_video
+from starflow_core.media.pixels import to_bytes
 from tests.nodes.workflows import EXAMPLES, FOLDER, ROOT
 from tests.server.host import Server, example
 

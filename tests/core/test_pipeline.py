@@ -65,6 +65,11 @@ def test_both_lists_of_requirements_are_one():
     ]
 
 
+def test_the_version_is_one():
+    assert f'\nversion = "{starflow_core.__version__}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\n## [{starflow_core.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+
+
 @pytest.mark.parametrize("damaged", [tiny.TEXT_FILE, tiny.VAE_FILE])
 def test_small_files_are_checked_before_the_flow_is_read(tmp_path, monkeypatch, damaged):
     tiny.write_model(tmp_path)

@@ -13,8 +13,8 @@ COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
 FAULTS: list[Fault] = [
     # From options to a job
     Fault(
-        PLAN, "{**given.settings, **job_settings(args, model, given, len(captions))}",
-        "{**job_settings(args, model, given, len(captions)), **given.settings}",
+        PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
+        "{**job_settings(args, setup, given, len(captions)), **given.settings}",
         "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
     ),
     Fault(
@@ -22,7 +22,7 @@ FAULTS: list[Fault] = [
         "a source's frame rate is forgotten", TESTS + "test_every_task",
     ),
     Fault(
-        PLAN, "read_video(args.video, 1).pixels, **size(args))", "read_video(args.video, 1).pixels)",
+        PLAN, "read_video(args.video, 1).pixels, **size_options(args))", "read_video(args.video, 1).pixels)",
         "--size is ignored with --video", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS: list[Fault] = [
         "default names that collide", TESTS + "test_image_model",
     ),
     Fault(
-        PLAN, "job.task not in model.config.tasks", "job.task in model.config.tasks",
+        PLAN, "job.task not in setup.config.tasks", "job.task in setup.config.tasks",
         "warnings of trained tasks", TESTS + "test_task_that_was_not_trained",
     ),
     Fault(

@@ -1,7 +1,66 @@
-"""Faults in media."""
+"""Faults in media: pictures and clips in and out."""
 
 from __future__ import annotations
 
 from . import Fault
 
-FAULTS: list[Fault] = []
+MEDIA, TESTS = "starflow_core/media", "tests/core/media"
+
+FAULTS = [
+    Fault(
+        f"{MEDIA}/videos.py", "codec.best - codec.worst) * recording.quality", "codec.worst - codec.best) * 0",
+        "quality of a video ignored", f"{TESTS}/test_writing.py",
+    ),
+    Fault(
+        f"{MEDIA}/videos.py", "**codec.options, **_BT709,", "**codec.options,",
+        "a video's colour tags left out", f"{TESTS}/test_writing.py {TESTS}/test_round_trips.py",
+    ),
+    Fault(
+        f"{MEDIA}/videos.py", "stream.average_rate or stream.guessed_rate or 0", "stream.guessed_rate or 0",
+        "a varying rate guessed instead of averaged", f"{TESTS}/test_foreign_files.py",
+    ),
+    Fault(
+        f"{MEDIA}/videos.py", "np.rot90(array, first.rotation // 90)", "array",
+        "a video's rotation ignored", f"{TESTS}/test_foreign_files.py",
+    ),
+    Fault(
+        f"{MEDIA}/videos.py", 'mode="edge"', 'mode="constant"',
+        "odd sizes padded with black", f"{TESTS}/test_round_trips.py",
+    ),
+    Fault(
+        f"{MEDIA}/videos.py", "        check_complete(path)\n", "",
+        "truncated videos read as shorter ones", f"{TESTS}/test_unreadable_files.py",
+    ),
+    Fault(
+        f"{MEDIA}/animations.py", "round(frame * steps / rate) for frame", "frame * round(steps / rate) for frame",
+        "errors of an animation's durations add up", f"{TESTS}/test_writing.py {TESTS}/test_round_trips.py",
+    ),
+    Fault(
+        f"{MEDIA}/animations.py", "animated | (has_exif if exif else 0)", "animated",
+        "a webp doesn't say that it has metadata", f"{TESTS}/test_round_trips.py {TESTS}/test_writing.py",
+    ),
+    Fault(
+        f"{MEDIA}/pictures.py", "(colour * (alpha / 255)).round().astype(np.uint8)", "colour",
+        "transparency ignored", f"{TESTS}/test_foreign_files.py",
+    ),
+    Fault(
+        f"{MEDIA}/pictures.py", "    if orientation > 4:", "    if orientation > 5:",
+        "one EXIF orientation not turned", f"{TESTS}/test_foreign_files.py",
+    ),
+    Fault(
+        f"{MEDIA}/pixels.py", "scale = max(height / old_height", "scale = min(height / old_height",
+        "a picture fitted inside instead of covering", f"{TESTS}/test_fit.py",
+    ),
+    Fault(
+        f"{MEDIA}/pixels.py", "add(1).mul_(127.5).round_()", "add(1).mul_(127.5)",
+        "levels cut off instead of rounded", f"{TESTS}/test_round_trips.py {TESTS}/test_writing.py",
+    ),
+    Fault(
+        f"{MEDIA}/writing.py", "            _remove(self._recording.part)\n", "            pass\n",
+        "a part left behind", f"{TESTS}/test_writing.py {TESTS}/test_sequences.py",
+    ),
+    Fault(
+        f"{MEDIA}/metadata.py", "_COMFYUI_TAGS = {\"prompt\": 0x0110", "_COMFYUI_TAGS = {\"prompt\": 0x010E",
+        "ComfyUI's prompt in another EXIF tag", f"{TESTS}/test_round_trips.py {TESTS}/test_writing.py",
+    ),
+]  # fmt: skip

@@ -1,6 +1,6 @@
 """Loads the pack as ComfyUI does: under a name of its own, with its root as a package.
 
-With COMFYUI_PATH a real checkout stands behind it; without, a small stand-in that knows schemas only.
+With COMFYUI_PATH a real checkout stands behind it; without, `standin`: the part of a host that the nodes use.
 """
 
 from __future__ import annotations
@@ -10,10 +10,14 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
+from types import ModuleType
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
 NAME = "starflow_pack"
+NODE_ID = "7"  # of every node that a test runs
 
 
 def load() -> dict[str, type]:
@@ -29,21 +33,39 @@ def load() -> dict[str, type]:
     return {node.GET_SCHEMA().node_id: node for node in asyncio.run(_nodes())}
 
 
+def module(name: str) -> ModuleType:
+    """One of the pack's modules, such as "nodes.host"."""
+    return importlib.import_module(f"{NAME}.{name}")
+
+
 def core_nodes() -> dict[str, type]:
-    """Core's own node classes (only with a checkout)."""
+    """Core's own node classes."""
     _host()
     import nodes
 
     return nodes.NODE_CLASS_MAPPINGS
 
 
-def run(node: type, **inputs):
-    """What a node gives for these inputs, as the host runs it."""
+def run(node: type, hidden: dict | None = None, **inputs):
+    """What a node gives for these inputs, as the host runs it.
+
+    Widgets have their defaults, as in the page. `hidden`, and the node's id, it gets as far as its schema asks.
+    """
     from comfy_api.latest import io
 
-    clone = type(node.__name__, (node,), {})
-    clone.hidden = io.HiddenHolder.from_dict(None) if hasattr(io.HiddenHolder, "from_dict") else None
-    return clone.execute(**inputs)
+    given, schema = {"unique_id": NODE_ID, **(hidden or {})}, node.GET_SCHEMA()
+    told = io.HiddenHolder.from_dict({asked: given.get(asked.name) for asked in schema.hidden or []})
+    clone = type(node.__name__, (node,), {"hidden": told})
+    with torch.inference_mode():
+        output = clone.execute(**{**_defaults(node), **inputs})
+    assert len(output.args) == len(schema.outputs)
+    return output
+
+
+def _defaults(node: type) -> dict:
+    groups = node.GET_NODE_INFO_V1()["input"]
+    given = {**groups["required"], **groups.get("optional", {})}
+    return {name: options["default"] for name, (_, options) in given.items() if "default" in options}
 
 
 async def _nodes():

@@ -72,7 +72,7 @@ def test_lists_are_checked_alike_on_all_hosts(name):
         assert node.validate_inputs() is True
 
 
-@pytest.mark.parametrize("name", ["transformers", "diffusers", "av"])
+@pytest.mark.parametrize("name", ["transformers", "diffusers", "imageio", "av"])
 def test_a_missing_package_takes_its_nodes_away_and_says_so(name):
     """Other nodes stay: an exception while the list is made would drop the whole pack."""
     code = f"import sys; sys.modules[{name!r}] = None; from tests.nodes import pack; print(*pack.load())"

@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from starflow_core import __version__
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_workflows"
 INFO = json.loads((Path(__file__).parent / "object_info.json").read_text())
@@ -22,7 +24,6 @@ CORE = {  # what the examples use of core: inputs in order, outputs
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
 COLUMN, ROW_GAP, WIDTH = 380, 70, 320
-VERSION = "0.1.0"
 HUB = "https://huggingface.co"
 
 
@@ -170,7 +171,7 @@ def _drawn(node: Node, order: int, top: int, sockets: list[str], links: list[lis
     outgoing = [[link[0] for link in links if link[1] == node.id and link[2] == i] for i in range(len(node.outputs))]
     ours = node.type not in CORE
     models = [dict(zip(("name", "url", "directory"), model, strict=True)) for model in node.models]
-    properties = {"cnr_id": "starflow" if ours else "comfy-core", "ver": VERSION if ours else "0.3.64"}
+    properties = {"cnr_id": "starflow" if ours else "comfy-core", "ver": __version__ if ours else "0.3.64"}
     drawn = {
         "id": node.id,
         "type": node.type,

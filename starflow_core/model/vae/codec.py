@@ -1,7 +1,7 @@
 """Image and video VAEs of diffusers behind one class.
 
-All tensors are VAE space: pixels (B, 3, F, H, W) in [-1, 1] and raw latents (B, C, T, h, w) of a
-video VAE, (B, 3, H, W) and (B, C, h, w) of an image VAE. Mean, deviation and scale belong to the caller.
+All tensors are in VAE space: pixels (B, 3, F, H, W) in [-1, 1] and raw latents (B, C, T, h, w) of a
+video VAE, (B, 3, H, W) and (B, C, h, w) of an image VAE. Mean, deviation and scale are the caller's business.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...control import Control, Progress
 from ...errors import InputError, NonFiniteError
 from ..latent import LatentFormat
-from .tiles import Stream, _Tiled
+from .tiles import Stream, TiledStream
 
 STEP_COPIES = {"video": 28, "image": 16}  # measured: activations of the widest layer that are held at once
 
@@ -52,7 +52,7 @@ class VAE:
         """
         clip = self._with_frames(pixels, 3, "pixels")
         self._check_size(*clip.shape[2:])
-        stream = _Tiled(self._encoder, tile, self.spatial, 1)
+        stream = TiledStream(self._encoder, tile, self.spatial, 1)
         latents, start, control = [], 0, control or Control()
         total = (clip.shape[2] - 1) // self.temporal + 1
         while start < clip.shape[2]:
@@ -76,15 +76,14 @@ class VAE:
     ) -> Iterator[Tensor]:
         """Yield the pixel frames (B, 3, f, H, W) of each latent frame as soon as it is decoded.
 
-        `latents` is a whole tensor or pieces of it in order, of one or more latent frames each. In
-        a clip f is 1 for the first latent frame and `temporal` for later ones; a picture is f = 1.
-        Memory doesn't grow with length. `tile` bounds activations to tiles of that many latent
-        cells a side, whose seams are blended. What the causal layers remember is kept for every
-        tile, overlaps included, so that tiles of a clip below about 32 cells save little more.
-        Without `clamp` values may leave [-1, 1], and gradients pass. Raises InputError for wrong
-        shapes, NonFiniteError naming the latent frame.
+        `latents` is a whole tensor or pieces of it in order, of one or more latent frames each. In a clip f is 1 for
+        the first latent frame and `temporal` for later ones; a picture is f = 1. Memory doesn't grow with length.
+        `tile` bounds activations to tiles of that many latent cells a side, whose seams are blended. The causal layers'
+        memory is kept for every tile, overlaps included, so in a clip tiles smaller than about 32 cells save little
+        more. Without `clamp` values may leave [-1, 1], and gradients pass. Raises InputError for wrong shapes,
+        NonFiniteError naming the latent frame.
         """
-        stream = _Tiled(self._decoder, tile, 1, self.spatial)
+        stream = TiledStream(self._decoder, tile, 1, self.spatial)
         index, seen = 0, None
         for piece in [latents] if isinstance(latents, Tensor) else latents:
             piece = self._with_frames(piece, self.channels, "latents")
@@ -101,9 +100,9 @@ class VAE:
                 index += 1
 
     def step_bytes(self, height: int, width: int, batch: int = 1, tile: int | None = None) -> int:
-        """About what encoding or decoding one latent frame of height x width latent cells takes beside the
-        weights, for a batch of clips or pictures. `tile` counts for pictures alone: tiles of a clip keep
-        what their causal layers remember, which is most of it."""
+        """Roughly the bytes that encoding or decoding one latent frame of height x width cells needs on top of the
+        weights, for a batch. `tile` matters only for pictures: in a clip, the causal layers' memory of every tile is
+        kept, and that is most of it."""
         return self.step_values(height, width, batch, tile) * next(self.module.parameters()).element_size()
 
     def step_values(self, height: int, width: int, batch: int = 1, tile: int | None = None) -> int:
@@ -177,7 +176,7 @@ class VAE:
 
 
 def _one_by_one(stream: Stream) -> Stream:
-    """Pictures of a batch one after the other: a large batch takes no more memory than a small one."""
+    """The pictures of a batch one after the other, so that a large batch needs no more memory than a small one."""
     return lambda batch: torch.cat([stream(one) for one in batch.split(1)])
 
 

@@ -13,11 +13,10 @@ from ...errors import InputError
 
 LEAST_TILE = 4  # in latent cells, half of it shared with the next one
 
-
 Stream = Callable[[Tensor], Tensor]  # takes the chunks (B, C, t, h, w) of one clip in order
 
 
-class _Tiled:
+class TiledStream:
     """A stream that runs tile by tile: one fresh stream per tile, overlaps blended linearly.
 
     A cell is `enter` wide in the input and `leave` in the output. Without `tile`, or if one tile

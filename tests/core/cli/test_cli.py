@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starflow_core import cli, pipeline
+from starflow_core import __version__, cli, pipeline
 from starflow_core.cli import arguments, generate, main, progress, settings
 from starflow_core.cli.progress import Meter, Sampling
 from starflow_core.control import Progress
@@ -317,7 +317,7 @@ def test_metadata_tells_how_to_make_it_again(run, given):
     assert found == {
         "prompt": PROMPT, "negative": "blue", "seed": 11, "task": "first_frame", "height": 32, "width": 32,
         "frames": 13, "fps": 23.976, "guidance": 1.5, "denoise": False, "window": 4, "keep": 2, "image": "picture.png",
-        "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": "0.1.0",
+        "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": __version__,
     }  # fmt: skip
     again = [f"--{name.replace('_', '-')}={solver[name]}" for name in settings.NUMBERS]
     again += [
@@ -376,7 +376,7 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--height 32 --width 5", "width 5 .* nearest are 16 and 32"),
     ("--height 32", "height and width go together"),
     ("--height 32 --width 32 --aspect 1:1", "give one pair"),
-    ("--size 8", "size 8 is smaller than one token; the least is 16"),
+    ("--size 8", "size 8 is smaller than one token; the minimum is 16"),
     ("--aspect 16x9", "'16x9': expected width:height"),
     ("--aspect 0:1", "too extreme"),
     ("--aspect 1:0", "'1:0': expected width:height"),
@@ -384,9 +384,9 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--frames 0", "0 frames: .* nearest are 1 and 5"),
     ("--guidance -1", "guidance is -1.0; 0 is off, typical is 1"),
     ("--guidance nan", "guidance is nan"),
-    ("--window 0", "window is 0 latent frames, the least is 1"),
+    ("--window 0", "window is 0 latent frames; the minimum is 1"),
     ("--window 3 --keep 3 --frames 17", "keep is 3; a window of 3 latent frames keeps 1 to 2"),
-    ("--span 0", "span is 0, the least is 1"),
+    ("--span 0", "span is 0; the minimum is 1"),
     ("--tolerance 2", "tolerance is 2.0, expected 0 <= tolerance < 1"),
     ("--solver autoregressive --preset exact", "autoregressive solver has no settings"),
     ("--solver autoregressive --span 3", "autoregressive solver has no settings"),
@@ -779,6 +779,6 @@ def test_what_cannot_be_inspected(refused, given, demo, words, message):
 
 def test_model_is_found_before_it_is_loaded(demo):
     args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None)
-    model = settings.Model.find(args)
+    model = settings.Setup.find(args)
     assert (model.config.name, model.dtype) == ("tiny video", torch.bfloat16)
     assert model.parts.checkpoint.path == demo / pipeline.FLOW_FILE

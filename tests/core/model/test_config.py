@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from starflow_core.errors import CheckpointError, InputError, OutOfMemoryForecast
-from starflow_core.jobs.memory import forecast, parameters, require, size
+from starflow_core.jobs.memory import forecast, parameters, readable, require
 from starflow_core.jobs.tasks import Job
 from starflow_core.model.config import ASPECTS, KNOWN_MODELS, STARFLOW_3B, STARFLOW_V_7B, FlowConfig, parse_aspect
 from starflow_core.model.flow import Flow
@@ -122,4 +122,4 @@ def test_too_little_memory_is_said_before(monkeypatch):
     require(10**9, torch.device("cpu"), "this job")
     with pytest.raises(OutOfMemoryForecast, match=r"this job needs about 5\.0 GB, but 2\.0 GB are free on cpu"):
         require(5 * 10**9, torch.device("cpu"), "this job")
-    assert size(1_500_000) == "1.5 MB"
+    assert readable(1_500_000) == "1.5 MB"

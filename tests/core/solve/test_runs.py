@@ -109,8 +109,8 @@ def test_every_part_computes_on_its_device(monkeypatch, task, streamed):
         flow = Flow(models.config())
         for part, device in ((flow, shallow), (flow.deep, deep), (flow.learnable_self_denoiser, denoiser)):
             move(part, device)
-        context = Context("extend", torch.randn(1, 4, 2, 2, 3)) if task == "extend" else None
-        job = Job(32, 48, frames=13, guidance=1.0, context=context, solver=AUTOREGRESSIVE)
+        context = Context("extend", torch.randn(1, 4, 1, 1, 2)) if task == "extend" else None
+        job = Job(16, 32, frames=9, guidance=1.0, context=context, solver=AUTOREGRESSIVE)
         run = Generation(flow, job, torch.randn(1, 5, 12), torch.randn(1, 5, 12), placement=placement)
         latents = list(run.stream())[-1].latents if streamed else run.run()
     assert latents.device == shallow

@@ -14,7 +14,7 @@ from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.model.latent import WAN22_VAE
 from starflow_core.model.vae.codec import VAE
 from starflow_core.model.vae.norms import ChannelNorm, with_fast_norms
-from starflow_core.model.vae.tiles import _Tiled
+from starflow_core.model.vae.tiles import TiledStream
 from starflow_core.weights.vae import METADATA_KEY, _kl_config, _wan_config, find_vae, load_vae
 
 from .. import golden
@@ -325,7 +325,7 @@ def test_tiles_of_a_local_map_have_no_seams(size, tile, enter, leave):
         return x.repeat_interleave(leave, -1).repeat_interleave(leave, -2)
 
     x = torch.randn(1, 2, 3, size[0] * enter, size[1] * enter)
-    torch.testing.assert_close(_Tiled(lambda: local, tile, enter, leave)(x), local(x))
+    torch.testing.assert_close(TiledStream(lambda: local, tile, enter, leave)(x), local(x))
 
 
 def test_overlaps_are_blended_linearly():
@@ -335,7 +335,7 @@ def test_overlaps_are_blended_linearly():
         value = next(tiles)
         return lambda x: torch.full_like(x, value)
 
-    row = _Tiled(start, 8, 1, 1)(torch.zeros(1, 1, 1, 8, 14))[0, 0, 0, 0]
+    row = TiledStream(start, 8, 1, 1)(torch.zeros(1, 1, 1, 8, 14))[0, 0, 0, 0]
     torch.testing.assert_close(row, torch.tensor([0.0] * 6 + [0.25, 0.75] + [1.0] * 6))
 
 

@@ -1,7 +1,4 @@
-"""A stand-in for ComfyUI's node API, for tests where ComfyUI can't be had: schemas, nothing that runs.
-
-It gives the same description of a node as the host's `object_info`.
-"""
+"""ComfyUI's node API: schemas with the same description as the host's `object_info`, and running a node."""
 
 from __future__ import annotations
 
@@ -43,6 +40,18 @@ class Hidden(str, Enum):
     unique_id = "UNIQUE_ID"
     prompt = "PROMPT"
     extra_pnginfo = "EXTRA_PNGINFO"
+
+
+class HiddenHolder(SimpleNamespace):
+    """What a node is told of the graph it runs in; None for what its schema doesn't ask for."""
+
+    @classmethod
+    def from_dict(cls, given: dict[Hidden, Any]) -> HiddenHolder:
+        return cls(**{hidden.name: given.get(hidden) for hidden in Hidden})
+
+
+class FolderType(str, Enum):
+    output = "output"
 
 
 @dataclass
@@ -94,12 +103,19 @@ class ComfyExtension:
     pass
 
 
+class SavedResult(dict):
+    """A file in one of the host's folders, as the page asks for it."""
+
+    def __init__(self, filename: str, subfolder: str, type: FolderType):
+        super().__init__(filename=filename, subfolder=subfolder, type=type.value)
+
+
 io = SimpleNamespace(
-    ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, HiddenHolder=object, Custom=custom,
-    FolderType=SimpleNamespace(output="output"),
+    ComfyNode=ComfyNode, Schema=Schema, NodeOutput=NodeOutput, Hidden=Hidden, HiddenHolder=HiddenHolder, Custom=custom,
+    FolderType=FolderType,
     Boolean=custom("BOOLEAN"), Int=custom("INT"), Float=custom("FLOAT"),
     String=custom("STRING", multiline=False), Combo=custom("COMBO", multiselect=False),
     Image=custom("IMAGE"), Latent=custom("LATENT"), Conditioning=custom("CONDITIONING"), Vae=custom("VAE"),
     Video=custom("VIDEO"),
 )  # fmt: skip
-ui = SimpleNamespace(SavedResult=dict)
+ui = SimpleNamespace(SavedResult=SavedResult)

@@ -1,11 +1,18 @@
-"""What a path stands for."""
+"""What a path stands for, and a clip that is being written there."""
 
 from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
+
+import numpy as np
+
+from .metadata import Metadata
 
 STILLS = (".png", ".jpg", ".jpeg")
 PICTURES = (*STILLS, ".webp", ".gif", ".bmp", ".tif", ".tiff")  # what Pillow reads here, also as a clip
@@ -40,3 +47,21 @@ def target_of(path: str | os.PathLike) -> Target:
     if len(_NUMBER.findall(path.name)) == 1 and suffix in STILLS:
         return Target(path.parent, suffix, path.name)
     return Target(path, suffix)
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A clip that is being written. `part` is its file or folder, renamed to the target when it is complete."""
+
+    target: Target
+    part: Path
+    rate: Fraction
+    metadata: Metadata
+    quality: int
+
+
+WriteFrame = Callable[[np.ndarray], None]  # takes a frame (H, W, 3) uint8
+
+# Entered with a recording and its frames' height and width, it gives the function that takes frames, and completes
+# the file when it is left without an error.
+Recorder = Callable[[Recording, int, int], AbstractContextManager[WriteFrame]]

@@ -1,0 +1,115 @@
+"""Videos, through ffmpeg: any that it reads, and .mp4 and .webm to write.
+
+imageio's pyav plugin decodes. PyAV itself is used for what imageio (2.38) cannot do. Reading: a rate that is the mean,
+turned frames, metadata of a file without pictures. Writing: options of the encoder (quality), colour tags, audio, and
+rates with a numerator above 65535.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from ..errors import InputError
+from .completeness import check_complete
+from .failures import decoding_errors
+from .metadata import Metadata, decode_tags, encode_tags
+from .pixels import Clip, from_bytes, stacked
+from .targets import Recording, WriteFrame
+
+_TO_RGB = [("scale", "out_range=full:flags=bilinear"), ("format", "rgb24")]  # from the frame's own matrix and range
+_BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
+
+
+@dataclass(frozen=True)
+class Codec:
+    """An encoder of ffmpeg's, its constant rate factors for quality 100 and 0, and its options."""
+
+    name: str
+    best: int
+    worst: int
+    options: dict[str, str]
+
+
+# cpu-independent: x264's AVX-512 macroblock tree differs from run to run in widths that are no multiple of 128.
+H264 = Codec("libx264", 12, 51, {"x264-params": "cpu-independent=1"})
+VP9 = Codec("libvpx-vp9", 15, 63, {"row-mt": "1", "cpu-used": "4"})
+CONTAINERS = {  # by suffix: the codec in it, the container's own options
+    ".mp4": (H264, {"movflags": "faststart+use_metadata_tags"}),  # the latter keeps keys that mp4 has no name for
+    ".webm": (VP9, {"fflags": "bitexact"}),  # no random identifiers
+}
+
+
+def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
+    """As `read_video`, of anything that ffmpeg reads."""
+    import imageio.v3 as iio
+
+    with _header(path) as container:
+        if not container.streams.video:
+            raise InputError(f"{path} holds no video; give a clip with pictures")
+        stream = container.streams.video[0]
+        first = next(container.decode(stream), None)
+        if first is None:
+            raise InputError(f"{path} holds no frames; it may be damaged: export it again")
+        rate = Fraction(stream.average_rate or stream.guessed_rate or 0)
+    with decoding_errors(path, "video"), iio.imopen(os.path.abspath(path), "r", plugin="pyav") as file:
+        arrays = file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME")
+        upright = (np.rot90(array, first.rotation // 90) for array in islice(arrays, frames))
+        return Clip(stacked(map(from_bytes, upright), size), rate)
+
+
+def container_metadata(path) -> Metadata:
+    """As `read_metadata`, of anything that ffmpeg reads."""
+    with _header(path) as container:
+        return decode_tags({key.lower(): value for key, value in container.metadata.items()})
+
+
+@contextmanager
+def _header(path) -> Iterator[Any]:
+    """PyAV's container; what goes wrong inside becomes InputError."""
+    import av
+
+    with decoding_errors(path, "video"):
+        check_complete(path)
+        with av.open(os.path.abspath(path)) as container:  # absolute, as ffmpeg takes "a:b.mp4" for a protocol
+            yield container
+
+
+@contextmanager
+def container_recorder(recording: Recording, height: int, width: int) -> Iterator[WriteFrame]:
+    """Recorder of .mp4 and .webm."""
+    import av
+    from av.video.reformatter import VideoReformatter
+
+    suffix = recording.target.suffix
+    codec, container_options = CONTAINERS[suffix]
+    crf = round(codec.worst + (codec.best - codec.worst) * recording.quality / 100)
+    padding = (0, height % 2), (0, width % 2), (0, 0)  # 4:2:0 has one chroma value for 2 x 2 pixels
+    reformatter = VideoReformatter()
+    container = av.open(str(recording.part), "w", format=suffix[1:], container_options=container_options)
+
+    def write(frame: np.ndarray) -> None:
+        picture = av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
+        picture = reformatter.reformat(
+            picture, format="yuv420p", dst_colorspace="ITU709", src_color_range="JPEG", dst_color_range="MPEG"
+        )
+        container.mux(stream.encode(picture))
+
+    try:
+        container.metadata.update(encode_tags(recording.metadata))
+        stream = container.add_stream(codec.name, recording.rate, {**codec.options, **_BT709, "crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+        yield write
+        container.mux(stream.encode(None))
+        container.close()
+    except BaseException:
+        with suppress(Exception):  # closing completes the file, which can fail for the same reason again
+            container.close()
+        raise

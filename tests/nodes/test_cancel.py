@@ -1,0 +1,100 @@
+"""Cancel: every node that takes long stops soon, and gives back what it held."""
+
+from __future__ import annotations
+
+import gc
+import warnings
+
+import pytest
+import torch
+
+from . import pack
+from .steps import SMALL, run
+
+
+@pytest.fixture
+def long_nodes(monkeypatch, tmp_path, demo, clip):
+    """Each such node, as something that can be run."""
+    import folder_paths
+
+    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path))
+    latent, pair = demo.empty(**SMALL), demo.encode(demo.empty(**SMALL))[:2]
+    given = {"vae": demo.vae, "latent": latent}
+    return {
+        "load": lambda: run("STARFlowLoadModel"),
+        "sample": lambda: demo.sampler(*pair, latent),
+        "decode": lambda: demo.decode(latent),
+        "core's decode": lambda: pack.core_nodes()["VAEDecode"]().decode(demo.vae, latent),
+        "first frame": lambda: run("STARFlowFirstFrame", image=clip[:1], **given),
+        "last frame": lambda: run("STARFlowFirstLastFrame", last_image=clip[:1], **given),
+        "extend": lambda: run("STARFlowExtend", model=demo.model, images=clip, **given),
+        "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
+        "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
+    }
+
+
+NAMES = ["load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "combine"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_long_node_asks_whether_to_go_on(long_nodes, tmp_path, name):
+    import comfy.model_management as management
+
+    management.interrupt_current_processing()
+    with pytest.raises(management.InterruptProcessingException):
+        long_nodes[name]()
+    management.throw_exception_if_processing_interrupted()  # it was told once
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_sampler_asks_while_it_works(monkeypatch, demo):
+    """In every phase, so that nothing takes long to stop."""
+    import comfy.model_management as management
+
+    sampling, seen, asked = pack.module("nodes.sampling"), [], []
+    progress = sampling.Watch.progress
+
+    def noted(watch, now):
+        before = len(asked)
+        progress(watch, now)
+        seen.append((now.phase, len(asked) - before))
+
+    monkeypatch.setattr(sampling.Watch, "progress", noted)
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", lambda: asked.append(True))
+    demo.sample(demo.empty(**SMALL))
+    assert set(seen) == {("deep", 1), ("shallow", 1), ("denoise", 1)}
+
+
+def test_cancel_gives_everything_back(monkeypatch, demo):
+    import comfy.model_management as management
+
+    latent, kind = demo.empty(**SMALL), pack.module("starflow_core.model.cache").Cache
+
+    def held() -> tuple[int, int]:
+        """Caches of keys and values, and models that the host has loaded."""
+        gc.collect()
+        with warnings.catch_warnings(action="ignore"):
+            caches = sum(isinstance(thing, kind) for thing in gc.get_objects())
+        return caches, len(management.current_loaded_models)
+
+    def cancelled() -> bool:
+        try:
+            demo.sample(latent)
+        except management.InterruptProcessingException:
+            return True
+        return False
+
+    expected = demo.sample(latent)[0]["samples"]
+    before, seen, calls = held(), [], iter(range(1000))
+
+    def interrupt():
+        if next(calls) == 5:
+            seen.append(held())
+            raise management.InterruptProcessingException
+
+    monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", interrupt)
+    assert cancelled()
+    monkeypatch.undo()
+    assert seen[0][0] > before[0]  # there was something to give back
+    assert held() == before
+    assert torch.equal(demo.sample(latent)[0]["samples"], expected)

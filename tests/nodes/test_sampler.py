@@ -1,0 +1,255 @@
+"""The sampler and its settings: what comes out is what the core makes of the same numbers."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import asdict, replace
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from starflow_core import AUTOREGRESSIVE, PRESETS
+from tests.core.models import relative_error
+
+from . import pack
+from .steps import SMALL, run
+
+sampling = pack.module("nodes.sampling")
+CHANGES = [
+    {"guidance": 0.0}, {"guidance": 2.5}, {"seed": 7}, {"denoise": False}, {"window": 2}, {"window": 3, "keep": 1},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def latent(demo):
+    """4 latent frames of 6 tokens."""
+    return demo.empty(**SMALL, frames=13)
+
+
+@pytest.fixture(scope="module")
+def plain(demo, latent):
+    return demo.sample(latent)[0]["samples"]
+
+
+@pytest.fixture(scope="module")
+def conditioned(demo, latent):
+    return demo.encode(latent)[:2]
+
+
+def test_without_inputs_it_is_the_models_own_job(plain, made):
+    assert relative_error(plain, made(frames=13)[0]) < 1e-6
+
+
+@pytest.mark.parametrize("inputs", CHANGES, ids=str)
+def test_inputs_reach_the_core(demo, made, latent, plain, inputs):
+    wanted = made(frames=13, **inputs)[0]
+    assert relative_error(demo.sample(latent, **inputs)[0]["samples"], wanted) < 1e-6
+    assert relative_error(plain, wanted) > 1e-3
+
+
+def test_no_other_guidance_below_0(demo, conditioned, latent):
+    with pytest.raises(Exception, match=r"guidance is -0\.5; 0 is off, -1 uses the model's own value"):
+        demo.sampler(*conditioned, latent, guidance=-0.5)
+
+
+def test_a_batch_takes_the_seeds_that_follow(demo, made):
+    pair = demo.sample(demo.empty(**SMALL, frames=5, batch_size=2), seed=5)[0]["samples"]
+    assert relative_error(pair, made(frames=5, batch=2, seed=5)[0]) < 1e-6
+    second = demo.sample(demo.empty(**SMALL, frames=5), seed=6)[0]["samples"]
+    assert relative_error(pair[1:], second) < 1e-3
+
+
+def test_a_seed_repeats(demo, latent, plain):
+    assert torch.equal(demo.sample(latent)[0]["samples"], plain)
+
+
+def test_the_negative_prompt_counts_with_guidance_only(demo, made, latent, plain):
+    wanted = made(frames=13, negative="a blue ring")[0]
+    assert relative_error(demo.sample(latent, negative_prompt="a blue ring")[0]["samples"], wanted) < 1e-6
+    assert relative_error(plain, wanted) > 1e-3
+    positive, _, _ = demo.encode(latent)
+    unread = demo.sampler(positive, [["nothing", {}]], latent, guidance=0.0)[0]["samples"]
+    assert relative_error(unread, made(frames=13, guidance=0.0)[0]) < 1e-6
+
+
+def test_settings_are_the_presets_and_the_numbers():
+    for name, preset in {**PRESETS, "autoregressive": AUTOREGRESSIVE}.items():
+        assert asdict(run("STARFlowJacobiSettings", preset=name)[0]) == asdict(preset)
+    numbers = {"image_span": 3, "first_span": 4, "span": 5, "tolerance": 0.1, "shallow_tolerance": 0.2, "max_sweeps": 6}
+    (settings,) = run("STARFlowJacobiSettings", preset="fast", **numbers)
+    assert asdict(settings) == {**numbers, "method": "jacobi"}
+
+
+def test_settings_reach_the_solver(demo, made, latent):
+    (settings,) = run("STARFlowJacobiSettings", preset="fast", span=3, max_sweeps=2)
+    samples, report, _ = demo.sample(latent, settings=settings)
+    wanted, statistics = made(frames=13, solver=PRESETS["fast"].with_numbers(span=3, max_sweeps=2))
+    assert relative_error(samples["samples"], wanted) < 1e-6
+    assert f"deep block: {statistics.deep_sweeps} sweeps" in report
+
+
+def test_report_counts_what_the_solver_did(demo, made, latent):
+    _, report, picture = demo.sample(latent, guidance=2.5, seed=3)
+    _, done = made(frames=13, guidance=2.5, seed=3)
+    first, deep, shallow, _ = report.splitlines()
+    assert re.fullmatch(r"method jacobi, guidance 2\.5, seed 3, \d+\.\d s", first)
+    per_token = done.deep_evaluations / 24
+    assert deep == (
+        f"deep block: {done.deep_sweeps} sweeps, {done.deep_evaluations} token evaluations, {per_token:.1f} per token"
+    )
+    assert shallow == f"shallow blocks: {done.shallow_sweeps} sweeps, {done.shallow_evaluations} token evaluations"
+    config = demo.model.model.config
+    job = SimpleNamespace(height=32, width=48)
+    assert torch.equal(picture, pack.module("nodes.plot").convergence(done, job, config))
+
+
+def test_report_of_token_by_token(demo, latent):
+    (settings,) = run("STARFlowJacobiSettings", preset="autoregressive")
+    _, report, _ = demo.sample(latent, settings=settings)
+    assert report.startswith("method autoregressive, guidance 1,")
+    assert "deep block: 24 sweeps, 24 token evaluations\n" in report
+
+
+def test_memory_is_asked_for_before_anything_runs(demo, core, conditioned, latent, told):
+    report = demo.sampler(*conditioned, latent, guidance=2.0)[1]
+    job = core.job(height=32, width=48, frames=13, guidance=2.0)
+    need = sampling.memory.forecast(core.config, job, torch.float32)
+    work = need.cache + need.activations
+    assert told.loads == [(demo.model, work, False)]
+    assert told.texts[0] == f"needs about {sampling.memory.readable(work)} on top of the weights"
+    assert report.splitlines()[3] == f"memory: about {sampling.memory.readable(work)} on top of the weights"
+
+
+def test_memory_that_is_not_there_is_refused(monkeypatch, demo, conditioned, latent, told):
+    monkeypatch.setattr(sampling.memory, "free", lambda device: 1000)
+    with pytest.raises(Exception, match=r"this job needs about .* 1 kB are free on cpu"):
+        demo.sampler(*conditioned, latent)
+    assert told.steps == []
+
+
+def test_the_run_is_shown(demo, latent, plain, told):
+    """Each frame as it was sampled, then those that are denoised; the bar ends at the last token."""
+    raw = demo.sample(latent, denoise=False)[0]["samples"]
+    told.steps.clear(), told.previews.clear(), told.texts.clear()
+    report = demo.sample(latent)[1]
+    picture = pack.module("nodes.preview").Preview(demo.model.model.config).picture
+    values = [value for value, _ in told.steps]
+    assert values == sorted(values)
+    assert told.steps[-1] == (24, 24)
+    assert told.nodes == {pack.NODE_ID}
+    shown = [np.asarray(image, np.int16) for _, image, _ in told.previews]
+    expected = [(255 * picture(frame).clamp(0, 1)).numpy() for frame in (raw[0, :, 0], raw[0, :, 1], plain[0, :, -1])]
+    for image, wanted in zip((shown[0], shown[1], shown[-1]), expected, strict=True):
+        assert np.abs(image - wanted).max() <= 1
+    assert len(shown) > 4
+    assert {(kind, side) for kind, _, side in told.previews} == {("JPEG", 512)}
+    sweeps = re.search(r"deep block: (\d+) sweeps", report)[1]
+    assert re.fullmatch(rf"13 frames in \d+\.\d s, {sweeps} sweeps", told.texts[-1])
+
+
+def test_time_left_is_said_now_and_then(monkeypatch, demo, told):
+    clock = iter([100.0, 110.0, 110.3, 111.0, 112.0])
+    monkeypatch.setattr(sampling, "time", SimpleNamespace(monotonic=lambda: next(clock)))
+    watch = sampling.Watch(pack.NODE_ID, sampling.Preview(demo.model.model.config))
+    for settled, phase in ((2, "deep"), (3, "deep"), (5, "shallow"), (4, "deep")):
+        watch.progress(sampling.Progress(phase, 0, 0, settled, 8, 0.25 / settled))
+    watch.finished(1)
+    assert told.texts == [
+        "2 of 8 tokens, residual 1.2e-01, about 30 s left",
+        "4 of 8 tokens, residual 6.2e-02, about 11 s left",
+        "image in 12.0 s, 3 sweeps",
+    ]
+
+
+def test_results_wait_where_the_host_wants_them(monkeypatch, demo, conditioned, latent):
+    import comfy.model_management as management
+
+    monkeypatch.setattr(management, "intermediate_device", lambda: torch.device("meta"))
+    assert demo.sampler(*conditioned, latent)[0]["samples"].device.type == "meta"
+
+
+def test_conditioning_of_another_job_is_refused(demo, conditioned, latent, clip):
+    others = {
+        "a clip at 16 fps of 48 x 48": demo.empty(width=48, height=48),
+        "a clip at 16 fps of 32 x 32": demo.empty(width=32, height=32),
+        "an image of 48 x 32": demo.empty(**SMALL, frames=1),
+    }
+    made_for = "was made for STARFlow demo: text, a clip at 16 fps of 48 x 32, but this is STARFlow demo: text,"
+    for name, other in others.items():
+        with pytest.raises(Exception, match=f"{made_for} {name};"):
+            demo.sampler(*conditioned, other)
+    (context,) = run("STARFlowFirstFrame", image=clip[:1], vae=demo.vae, latent=latent)
+    with pytest.raises(Exception, match=r"this is STARFlow demo: first frame, .*the same model, latent and context"):
+        demo.sampler(*conditioned, latent, context=context)
+    longer = demo.empty(**SMALL, frames=17)
+    assert demo.sampler(*conditioned, longer)[0]["samples"].shape[2] == 5  # the words around a prompt are the same
+
+
+def test_conditioning_of_another_model_is_refused(demo, conditioned, latent):
+    """Of the same shapes: only the name tells them apart."""
+    flow = demo.model.model
+    config, flow.config = flow.config, replace(flow.config, name="another")
+    try:
+        with pytest.raises(Exception, match=r"was made for STARFlow demo: .*but this is another: .*the same model"):
+            demo.sampler(*conditioned, latent)
+    finally:
+        flow.config = config
+
+
+def test_the_sampler_takes_over_the_prompts_rate(monkeypatch, demo, conditioned, latent):
+    positive, negative, _ = demo.encode(latent, frame_rate=24.0)
+    jobs, original = [], sampling.Generation
+    monkeypatch.setattr(sampling, "Generation", lambda flow, job, *args, **options: jobs.append(job) or original(
+        flow, job, *args, **options
+    ))  # fmt: skip
+    demo.sampler(positive, negative, latent)
+    assert jobs[0].fps == 24
+    with pytest.raises(Exception, match=r"negative was made for .* at 16 fps .*but this is .* at 24 fps"):
+        demo.sampler(positive, conditioned[1], latent, guidance=1.0)
+
+
+def test_conditioning_that_is_none_of_ours_is_refused(demo, conditioned, latent):
+    positive, negative = conditioned
+    with pytest.raises(Exception, match="positive wasn't made for STARFlow; make it with STARFlow Text Encode"):
+        demo.sampler([[positive[0][0], {}]], negative, latent)
+    with pytest.raises(Exception, match="negative wasn't made for STARFlow"):
+        demo.sampler(positive, [[negative[0][0], {}]], latent)
+    with pytest.raises(Exception, match="positive combines 2 conditionings, but a flow reads only one prompt"):
+        demo.sampler(positive * 2, negative, latent)
+
+
+def test_a_task_without_training_is_warned_of(monkeypatch, caplog, demo, latent, clip):
+    (context,) = run("STARFlowFirstFrame", image=clip[:1], vae=demo.vae, latent=latent)
+    demo.sample(latent, context=context)
+    assert not caplog.records
+    flow = demo.model.model
+    monkeypatch.setattr(flow, "config", replace(flow.config, tasks=("text",)))
+    demo.sample(latent, context=context)
+    assert "wasn't trained for first_frame" in caplog.text
+
+
+def test_an_image_model_makes_latents_of_images(image_model):
+    """It has no denoiser of its own: a score step, whose gradient inference mode must not forbid."""
+    latent = image_model.empty(frames=1, batch_size=2)
+    assert latent["samples"].shape == (2, 4, 4, 4)
+    samples = image_model.sample(latent)[0]["samples"]
+    assert samples.shape == (2, 4, 4, 4)
+    raw = image_model.sample(latent, denoise=False)[0]["samples"]
+    assert 1e-4 < relative_error(samples, raw) < 1
+    assert image_model.decode({"samples": samples}).shape == (2, 32, 32, 3)
+
+
+def test_score_denoising_works_where_the_host_moves_weights(monkeypatch, demo, latent):
+    """A gradient step needs weights that aren't inference tensors, also after a move to a card."""
+    import comfy.model_management as management
+
+    def move(models, **_):
+        for weight in models[0].model.parameters():
+            weight.data = weight.data.clone()
+
+    monkeypatch.setattr(management, "load_models_gpu", move)
+    flow = demo.model.model
+    monkeypatch.setattr(flow, "config", replace(flow.config, denoiser=None))
+    assert demo.sample(latent)[0]["samples"].isfinite().all()
