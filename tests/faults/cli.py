@@ -4,4 +4,188 @@ from __future__ import annotations
 
 from . import Fault
 
-FAULTS: list[Fault] = []
+TESTS = "tests/core/cli/test_cli.py::"
+COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
+    f"starflow_core/cli/{name}.py"
+    for name in ("__init__", "arguments", "files", "generate", "invert", "plan", "progress", "settings")
+)
+
+FAULTS: list[Fault] = [
+    # From options to a job
+    Fault(
+        PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
+        "{**job_settings(args, setup, given, len(captions)), **given.settings}",
+        "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
+    ),
+    Fault(
+        PLAN, 'rate = {"fps": self.fps} if self.fps else {}', "rate = {}",
+        "a source's frame rate is forgotten", TESTS + "test_every_task",
+    ),
+    Fault(
+        PLAN, "read_video(args.video, 1).pixels, **size_options(args))", "read_video(args.video, 1).pixels)",
+        "--size is ignored with --video", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
+    ),
+    Fault(
+        PLAN, 'args.frames if args.task == "edit" else None', "None",
+        "edit reads all of its source", TESTS + "test_every_task",
+    ),
+    Fault(
+        PLAN, '"guidance", "window", "keep")', '"guidance", "window")',
+        "--keep is ignored", TESTS + "test_metadata_tells_how_to_make_it_again",
+    ),
+    Fault(
+        PLAN, "min(args.batch or 1, results)", "args.batch or 1",
+        "the forecast is of more results than are made", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
+    ),
+    Fault(
+        PLAN, "several = len(captions) > job.batch", "several = False",
+        "the forecast leaves out the text encoder that stays",
+        TESTS + "test_the_text_encoder_stays_until_the_last_batch",
+    ),
+    Fault(
+        PLAN, '"denoise": args.denoise, ', "",
+        "--no-denoise is ignored", TESTS + "test_metadata_tells_how_to_make_it_again",
+    ),
+    Fault(
+        SETTINGS, "PRESETS[args.preset or args.default_preset].with_numbers(**numbers)",
+        "PRESETS[args.preset or args.default_preset]",
+        "a preset's numbers can't be overridden", TESTS + "test_choices_are_the_cores",
+    ),
+    Fault(
+        SETTINGS, "DTYPES.get(args.dtype, default_dtype(device))", "default_dtype(device)",
+        "--dtype is ignored", TESTS + "test_model_is_found_before_it_is_loaded",
+    ),
+    Fault(
+        SETTINGS, "tile < LEAST_TILE", "tile < 1",
+        "tiles too small to blend", TESTS + "test_impossible_jobs",
+    ),
+    Fault(
+        ARGUMENTS, '_add_solver(command, "exact")', '_add_solver(command, "balanced")',
+        "decode is not exact", TESTS + "test_decoding_is_exact_unless_told_otherwise",
+    ),
+    # Running
+    Fault(
+        GENERATE, "seed=job.seed + first", "seed=job.seed",
+        "every batch begins with the same seed", TESTS + "test_prompt_file",
+    ),
+    Fault(
+        GENERATE, "plan.writers[chunk]", "plan.writers[: job.batch]",
+        "every batch goes to the first files", TESTS + "test_prompt_file",
+    ),
+    Fault(
+        GENERATE, "more = chunk.stop < len(plan.captions)", "more = chunk.stop <= len(plan.captions)",
+        "the text encoder stays for the last frames", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
+    ),
+    Fault(
+        GENERATE, "keep_text_encoder=more)", "keep_text_encoder=False)",
+        "the text encoder is read for every batch", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
+    ),
+    Fault(
+        GENERATE, "start(pipeline, captions, part, args.negative,", 'start(pipeline, captions, part, "",',
+        "the negative prompt is ignored", TESTS + "test_guidance_steers_away_from_the_negative_prompt",
+    ),
+    Fault(
+        GENERATE, "plan.source, args.tile)", "plan.source)",
+        "generate ignores --tile", TESTS + "test_tiles_reach_the_decoder",
+    ),
+    Fault(
+        GENERATE, "max(repeated - frames.shape[1], 0)", "0",
+        "a joined clip repeats the end of its source", TESTS + "test_the_given_frames_are_shown",
+    ),
+    Fault(
+        GENERATE, "statistics.append(run.statistics)", "statistics = [run.statistics]",
+        "only the last batch's sweeps are reported", TESTS + "test_sweeps_of_all_batches_are_counted",
+    ),
+    Fault(
+        GENERATE, "sampling.wrote(frames.shape[1])", "sampling.wrote(len(frames))",
+        "results are counted as frames", TESTS + "test_every_written_frame_is_counted",
+    ),
+    Fault(
+        GENERATE, "        warn_of_cut(caption, rest, pipeline.config)", "        pass",
+        "a prompt is cut without a word", TESTS + "test_what_the_text_encoder_cut_off",
+    ),
+    # Names, metadata, warnings
+    Fault(
+        PLAN, '"seed": job.seed + index,', '"seed": job.seed,',
+        "all results claim the first seed", TESTS + "test_batch_is_each_alone",
+    ),
+    Fault(
+        PLAN, '        "negative": args.negative,\n', "",
+        "metadata without the negative prompt", TESTS + "test_metadata_tells_how_to_make_it_again",
+    ),
+    Fault(
+        PLAN, '{slug(c)}-{job.seed + i}"', '{slug(c)}-{job.seed}"',
+        "default names that collide", TESTS + "test_image_model",
+    ),
+    Fault(
+        PLAN, "job.task not in setup.config.tasks", "job.task in setup.config.tasks",
+        "warnings of trained tasks", TESTS + "test_task_that_was_not_trained",
+    ),
+    Fault(
+        SETTINGS, 'return f"{path.rstrip(\'/\' + os.sep)}-{index}/"', "return path",
+        "numbered picture sequences share a folder", TESTS + "test_numbered",
+    ),
+    # Encode, decode, score
+    Fault(
+        INVERT, "rate = args.fps or clip.fps", "rate = clip.fps",
+        "encode ignores --fps", TESTS + "test_decoding_is_exact_unless_told_otherwise",
+    ),
+    Fault(
+        INVERT, "inversion.job(config, solver(args))", "inversion.job(config)",
+        "decode ignores the solver's options", TESTS + "test_decoding_is_exact_unless_told_otherwise",
+    ),
+    Fault(
+        INVERT, "[writer], sampling, tile=args.tile)", "[writer], sampling)",
+        "decode ignores --tile", TESTS + "test_tiles_reach_the_decoder",
+    ),
+    Fault(
+        INVERT, "    warn_of_cut(args.prompt, cut, config)\n", "",
+        "score cuts a prompt without a word", TESTS + "test_what_the_text_encoder_cut_off",
+    ),
+    Fault(
+        INVERT, "encode_to_noise(pipeline, pixels, args.prompt,", 'encode_to_noise(pipeline, pixels, "",',
+        "score ignores the prompt", TESTS + "test_score",
+    ),
+    Fault(
+        INVERT, "latent.frames((found - 1) // latent.temporal + 1)", "found",
+        "odd frames are not left out", TESTS + "test_frames_that_do_not_fill_a_latent_frame",
+    ),
+    Fault(
+        INVERT, "if inversion.model != config.name:", "if False:",
+        "noise of another model is decoded without a word",
+        TESTS + "test_a_picture_and_back_by_an_image_model",
+    ),
+    # Inspect, progress, exit codes
+    Fault(
+        FILES, 'chosen(args, "frames", "guidance")', 'chosen(args, "frames")',
+        "inspect's memory ignores --guidance", TESTS + "test_inspect_forecasts",
+    ),
+    Fault(
+        FILES, "batch=args.batch, ", "",
+        "inspect's memory ignores --batch", TESTS + "test_inspect_forecasts",
+    ),
+    Fault(
+        FILES, "overwrite=args.overwrite, ", "overwrite=True, ",
+        "convert replaces files unasked", TESTS + "test_convert",
+    ),
+    Fault(
+        PROGRESS, "self._bar.update(done - self._bar.n)", "self._bar.update(done)",
+        "bars run ahead", TESTS + "test_bars_count_up_and_go",
+    ),
+    Fault(
+        PROGRESS, "self.sweeps += 1", "self.sweeps = progress.step",
+        "sweeps are mistaken for tokens", TESTS + "test_the_bar_shows_the_solver_and_then_the_frames",
+    ),
+    Fault(
+        COMMANDS, "        return INTERRUPTED", "        return 0",
+        "Ctrl-C looks like success", TESTS + "test_interruption",
+    ),
+    Fault(
+        COMMANDS, "except (MemoryError, RuntimeError)", "except RuntimeError",
+        "a MemoryError ends in a traceback", TESTS + "test_out_of_memory",
+    ),
+    Fault(
+        COMMANDS, "    except ModuleNotFoundError as error:\n", "    except ZeroDivisionError as error:\n",
+        "a missing package ends in a traceback", TESTS + "test_missing_package",
+    ),
+]  # fmt: skip

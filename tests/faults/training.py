@@ -15,183 +15,183 @@ FAULTS: list[Fault] = [
     # The loop
     Fault(
         LOOP, 'return state["done"]', 'return state["done"] + 1',
-        "training: a resumed run skips a step", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
+        "a resumed run skips a step", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
     ),
     Fault(
         LOOP, '"average": average, "optimizer": optimizer}', '"optimizer": optimizer}',
-        "training: the average isn't saved", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
+        "the average isn't saved", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
     ),
     Fault(
         LOOP, 'f"{name}:{self.seed}:{index}"', 'f"{name}:{self.seed}"',
-        "training: every step draws the same", GENERAL + "test_draws_depend_on_stage_seed_and_step",
+        "every step draws the same", GENERAL + "test_draws_depend_on_stage_seed_and_step",
     ),
     Fault(
         LOOP, "manual_seed(rng.getrandbits(62))", "manual_seed(index)",
-        "training: noise depends on the step alone", GENERAL + "test_draws_depend_on_stage_seed_and_step",
+        "noise depends on the step alone", GENERAL + "test_draws_depend_on_stage_seed_and_step",
     ),
     Fault(
         LOOP, "min(decay, (index + 1) / (index + 10))", "decay",
-        "training: the average decays slowly from the start", GENERAL + "test_the_average_forgets_its_beginning_sooner",
+        "the average decays slowly from the start", GENERAL + "test_the_average_forgets_its_beginning_sooner",
     ),
     Fault(
         LOOP, "kept.lerp_(new, 1 - decay)", "kept.lerp_(new, decay)",
-        "training: the average decays the wrong way round", GENERAL + "test_the_average_forgets_its_beginning_sooner",
+        "the average decays the wrong way round", GENERAL + "test_the_average_forgets_its_beginning_sooner",
     ),
     Fault(
         LOOP, "        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)\n", "",
-        "training: gradients aren't clipped", GENERAL + "test_each_step_takes_its_own_gradient_clipped",
+        "gradients aren't clipped", GENERAL + "test_each_step_takes_its_own_gradient_clipped",
     ),
     Fault(
         LOOP, "        optimizer.zero_grad(set_to_none=True)\n", "",
-        "training: gradients add up", GENERAL + "test_each_step_takes_its_own_gradient_clipped",
+        "gradients add up", GENERAL + "test_each_step_takes_its_own_gradient_clipped",
     ),
     Fault(
         LOOP, "(1 - index / total)", "(1 - index / total) ** 2",
-        "training: the rate falls too soon", GENERAL + "test_schedule_rises_stays_and_falls",
+        "the rate falls too soon", GENERAL + "test_schedule_rises_stays_and_falls",
     ),
     Fault(
         LOOP, "enabled=self.dtype != torch.float32", "enabled=self.dtype == torch.float32",
-        "training: bfloat16 isn't used", GENERAL + "test_matrix_products_are_in_the_loops_type",
+        "bfloat16 isn't used", GENERAL + "test_matrix_products_are_in_the_loops_type",
     ),
     Fault(
         LOOP, '"seed": self.seed, ', "",
-        "training: another seed's state is resumed", GENERAL + "test_the_state_of_another_run_is_refused",
+        "another seed's state is resumed", GENERAL + "test_the_state_of_another_run_is_refused",
     ),
     Fault(
         "starflow_core/training/files.py", "part.unlink(missing_ok=True)", "pass",
-        "training: a half-written file stays", GENERAL + "test_a_file_is_replaced_whole_or_not_at_all",
+        "a half-written file stays", GENERAL + "test_a_file_is_replaced_whole_or_not_at_all",
     ),
     # The optimizer
     Fault(
         OPTIMISER, "lerp_(parameter.grad, 1 - beta)", "lerp_(parameter.grad, beta)",
-        "training: Muon's momentum forgets at once", GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
+        "Muon's momentum forgets at once", GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
     ),
     Fault(
         OPTIMISER, 'parameter.grad.lerp(state["momentum"], beta)', 'state["momentum"]',
-        "training: Muon doesn't look ahead", GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
+        "Muon doesn't look ahead", GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
     ),
     Fault(
         OPTIMISER, "max(1.0, rows / columns)", "max(1.0, columns / rows)",
-        "training: Muon scales wide matrices, not tall ones",
+        "Muon scales wide matrices, not tall ones",
         GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
     ),
     Fault(
         OPTIMISER, "0.99 ** state", "0.9 ** state",
-        "training: Adam's bias correction of the squares", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
+        "Adam's bias correction of the squares", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
     ),
     Fault(
         OPTIMISER, "_is_matrix(p) and id(p) not in keep", "_is_matrix(p)",
-        "training: embeddings are updated by Muon", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
+        "embeddings are updated by Muon", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
     ),
     Fault(
         OPTIMISER, 'group["base_lr"] * scale', 'group["lr"] * scale',
-        "training: scales of the learning rate multiply", GENERAL + "test_both_learning_rates_are_scaled",
+        "scales of the learning rate multiply", GENERAL + "test_both_learning_rates_are_scaled",
     ),
     # Objectives
     Fault(
         OBJECTIVES, "(taken + pull)", "(taken - pull)",
-        "training: the denoiser learns to add noise", GENERAL + "test_the_denoiser_learns_the_score_step",
+        "the denoiser learns to add noise", GENERAL + "test_the_denoiser_learns_the_score_step",
     ),
     Fault(
         OBJECTIVES, "latents + sigma * noise", "latents + sigma**2 * noise",
-        "training: noise level squared", GENERAL + "test_noise_has_its_level_and_generator",
+        "noise level squared", GENERAL + "test_noise_has_its_level_and_generator",
     ),
     Fault(
         OBJECTIVES, '"attention.proj.weight", "main.2.weight"', '"attention.proj.weight"',
-        "training: fresh layers change what passes", GENERAL + "test_a_fresh_flow_adds_nothing",
+        "fresh layers change what passes", GENERAL + "test_a_fresh_flow_adds_nothing",
     ),
     Fault(
         FLOW, ", model.embed(batch.prompts), batch.given)", ", model.embed(batch.prompts))",
-        "training: given frames are learned", RECIPE + "test_flow_and_denoiser_learn",
+        "given frames are learned", RECIPE + "test_flow_and_denoiser_learn",
     ),
     # What the demo learns from
     Fault(
         CLIPS, "self.start + frames", "frames",
-        "training: later scenes forget their start", RECIPE + "test_recolouring_changes_only_the_colour",
+        "later scenes forget their start", RECIPE + "test_recolouring_changes_only_the_colour",
     ),
     Fault(
         CLIPS, "x.abs() - 0.5 * (y + radius)", "x.abs() - 0.5 * (y - radius)",
-        "training: triangles are too wide", RECIPE + "test_every_kind_keeps_its_margin",
+        "triangles are too wide", RECIPE + "test_every_kind_keeps_its_margin",
     ),
     Fault(
         VAE, "moving=frames > 1", "moving=False",
-        "training: the VAE sees only stills", RECIPE + "test_stills_stand_and_clips_move",
+        "the VAE sees only stills", RECIPE + "test_stills_stand_and_clips_move",
     ),
     Fault(
         VAE, "mean + strength * deviation * noise", "mean",
-        "training: the decoder sees clean latents", RECIPE + "test_the_decoder_learns_from_disturbed_latents",
+        "the decoder sees clean latents", RECIPE + "test_the_decoder_learns_from_disturbed_latents",
     ),
     Fault(
         VAE, ", clamp=False", "",
-        "training: saturated pixels have no gradient", RECIPE + "test_saturated_pixels_have_a_gradient",
+        "saturated pixels have no gradient", RECIPE + "test_saturated_pixels_have_a_gradient",
     ),
     Fault(
         VAE, "    torch.manual_seed(loop.seed)\n", "",
-        "training: the VAE's first weights have no seed", RECIPE + "test_the_seed_decides_the_first_weights",
+        "the VAE's first weights have no seed", RECIPE + "test_the_seed_decides_the_first_weights",
     ),
     Fault(
         VAE, "latents_std=latents.std(1)", "latents_std=latents.var(1)",
-        "training: variance for deviation in the VAE's statistics", RECIPE + "test_statistics_are_those_of_the_latents",
+        "variance for deviation in the VAE's statistics", RECIPE + "test_statistics_are_those_of_the_latents",
     ),
     Fault(
         BANK, " if c != s.colour]", "]",
-        "training: edits to the same colour", RECIPE + "test_banks_hold_clips_edits_and_last_frames",
+        "edits to the same colour", RECIPE + "test_banks_hold_clips_edits_and_last_frames",
     ),
     Fault(
         BANK, "range(4, 33, 4)", "range(3, 33, 4)",
-        "training: last frames are one too early", RECIPE + "test_banks_hold_clips_edits_and_last_frames",
+        "last frames are one too early", RECIPE + "test_banks_hold_clips_edits_and_last_frames",
     ),
     Fault(
         BATCHES, "direction=None)", "start=0)",
-        "training: captions of stills name a direction", RECIPE + "test_captions_of_every_task",
+        "captions of stills name a direction", RECIPE + "test_captions_of_every_task",
     ),
     Fault(
         BATCHES, 'task == "extend" or not scene.start', "True",
-        "training: shapes that have stopped in every task", RECIPE + "test_captions_of_every_task",
+        "shapes that have stopped in every task", RECIPE + "test_captions_of_every_task",
     ),
     Fault(
         BATCHES, '"" if rng.random() < CAPTION_DROP else c for c', "c for c",
-        "training: no caption is dropped", RECIPE + "test_captions_of_every_task",
+        "no caption is dropped", RECIPE + "test_captions_of_every_task",
     ),
     Fault(
         BATCHES, "rng.random() < PREFIX_DROP", "False",
-        "training: no prefix is dropped", RECIPE + "test_captions_of_every_task",
+        "no prefix is dropped", RECIPE + "test_captions_of_every_task",
     ),
     Fault(
         BATCHES, "later_factors(config, task, given,", 'later_factors(config, "text", given,',
-        "training: factors of continuations and edits", RECIPE + "test_frames_of_every_task",
+        "factors of continuations and edits", RECIPE + "test_frames_of_every_task",
     ),
     Fault(
         BATCHES, "bank.clips[picks, :, 1 : frames + 1]", "bank.clips[picks, :, :frames]",
-        "training: continuations hold a clip's first frame", RECIPE + "test_frames_of_every_task",
+        "continuations hold a clip's first frame", RECIPE + "test_frames_of_every_task",
     ),
     Fault(
         BATCHES, "bank.edits[picks]), 2)", "bank.clips[picks, :, : bank.edits.shape[2]]), 2)",
-        "training: edits change nothing", RECIPE + "test_frames_of_every_task",
+        "edits change nothing", RECIPE + "test_frames_of_every_task",
     ),
     Fault(
         BATCHES, "length - 3 : length - 2", "frames - 3 : frames - 2",
-        "training: clips end where the batch does", RECIPE + "test_last_frames_end_their_clips",
+        "clips end where the batch does", RECIPE + "test_last_frames_end_their_clips",
     ),
     Fault(
         BATCHES, "progress > GROWTH", "progress >= 0",
-        "training: long clips from the start", RECIPE + "test_short_clips_come_first",
+        "long clips from the start", RECIPE + "test_short_clips_come_first",
     ),
     # The finished files
     Fault(
         BUNDLE, "with_preview(model.flow.config, banks[0])", "model.flow.config",
-        "training: no preview factors", RECIPE + "test_the_files_are_a_demo",
+        "no preview factors", RECIPE + "test_the_files_are_a_demo",
     ),
     Fault(
         BUNDLE, "torch.ones(1, x[:, 0].numel())", "torch.zeros(1, x[:, 0].numel())",
-        "training: preview factors without a bias", RECIPE + "test_preview_factors_turn_latents_into_colours",
+        "preview factors without a bias", RECIPE + "test_preview_factors_turn_latents_into_colours",
     ),
     Fault(
         BUNDLE, 'shape = {**CONFIG, "latents_mean": vae.config.latents_mean, ', "shape = {**CONFIG, ",
-        "training: the VAE's file lacks its means", RECIPE + "test_the_files_are_a_demo",
+        "the VAE's file lacks its means", RECIPE + "test_the_files_are_a_demo",
     ),
     Fault(
         MAIN, "options.scale != 1 and", "False and",
-        "training: a trial replaces the demo", RECIPE + "test_a_shortened_schedule_does_not_replace_the_demo",
+        "a trial replaces the demo", RECIPE + "test_a_shortened_schedule_does_not_replace_the_demo",
     ),
 ]  # fmt: skip

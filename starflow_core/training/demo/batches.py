@@ -18,9 +18,9 @@ from .bank import Bank
 FPS = 16
 TASK_SHARES = {"still": 8, "text": 26, "extend": 10, "edit": 26, "last_frame": 30}
 GROWTH = 0.3  # share of the steps over which the clips grow to the whole window
-WHOLE = 0.8  # share of last-frame batches whose clips have the length of the longest
-CAPTION_DROP = 0.1  # what guidance is measured against
-PREFIX_DROP = 0.25  # later windows of a long video go on under a prompt without `(extend)`
+LONGEST_SHARE = 0.8  # of the last-frame batches have clips of the longest length
+CAPTION_DROP = 0.1  # share of empty captions, which guidance needs
+PREFIX_DROP = 0.25  # share of continuations without `(extend)`, as in the later windows of a long video
 
 
 @dataclass(frozen=True)
@@ -96,6 +96,6 @@ def _edits(bank: Bank, picks: list[int], frames: int, rng: random.Random):
 def _lasts(bank: Bank, picks: list[int], frames: int, rng: random.Random):
     """Mostly clips of the longest length: nothing tells the model how long they will be."""
     longest = bank.lasts.shape[2] + 2
-    length = max(frames, longest if rng.random() < WHOLE else rng.randint(3, longest))
+    length = max(frames, longest if rng.random() < LONGEST_SHARE else rng.randint(3, longest))
     last = bank.lasts[picks, :, length - 3 : length - 2]
     return torch.cat((last, bank.clips[picks, :, : frames - 1]), 2), _captions(bank, picks, rng)

@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from starflow_core import __version__, pipeline
-from starflow_core.cli import arguments, generate, main, settings
-from starflow_core.cli.progress import Sampling
+from starflow_core import __version__, cli, pipeline
+from starflow_core.cli import arguments, generate, main, progress, settings
+from starflow_core.cli.progress import Meter, Sampling
 from starflow_core.control import Progress
 from starflow_core.jobs import memory
 from starflow_core.media import fit, read_metadata, read_video, write_video, writing
@@ -175,6 +175,7 @@ TASKS = {
     "first and last": (["--image", "picture.png", "--last-image", "other.png"], "last_frame", 9),
     "extend": (["--video", "clip.mp4", "--task", "extend"], "extend", 9),
     "joined": (["--video", "clip.mp4", "--task", "extend", "--join"], "extend", 13),
+    "joined after one frame": (["--video", "clip.mp4", "--task", "extend", "--join", "--keep", 1], "extend", 17),
     "edit": (["--video", "clip.mp4", "--task", "edit", "--window", 6], "edit", 9),
     "edit of a part": (["--video", "long.mp4", "--task", "edit", "--frames", 5], "edit", 5),
     "picture sequence": (["-o", "frames/"], "text", 9),
@@ -216,6 +217,65 @@ def test_size_follows_what_is_given(run, tmp_path):
     assert pixels(out[0]).shape[-2:] == (48, 32)
 
 
+def test_size_and_rate_of_a_clip_can_be_changed(run, given):
+    out = run("generate", PROMPT, "--video", given / "clip.mp4", "--task", "extend", "--fps", 20, "--size", 48)
+    assert read_video(out[0]).fps == 20
+    assert pixels(out[0]).shape[-2:] == (48, 48)
+
+
+def test_guidance_steers_away_from_the_negative_prompt(run):
+    for name, guidance, negative in (("a", 2, ""), ("b", 2, "blue"), ("c", 0, ""), ("d", 0, "blue")):
+        options = ("--guidance", guidance, "--negative", negative)
+        run("generate", PROMPT, "--frames", 1, *options, "-o", f"{name}.png")
+    assert not torch.equal(pixels("a.png"), pixels("b.png"))
+    assert torch.equal(pixels("c.png"), pixels("d.png"))
+
+
+def test_the_text_encoder_stays_until_the_last_batch(run, monkeypatch):
+    """It is read once, and the forecast counts it as long as it stays."""
+    kept, forecasts, loads = [], [], []
+    start, forecast, load = pipeline.Pipeline.start, pipeline.Parts.forecast, pipeline.TextEncoderFiles.load
+
+    def starting(self, captions, job, **options):
+        kept.append((captions, options["keep_text_encoder"]))
+        return start(self, captions, job, **options)
+
+    def forecasting(self, job, dtype, tile, keep_text_encoder):
+        forecasts.append((job.batch, keep_text_encoder))
+        return forecast(self, job, dtype, tile, keep_text_encoder)
+
+    monkeypatch.setattr(pipeline.Pipeline, "start", starting)
+    monkeypatch.setattr(pipeline.Parts, "forecast", forecasting)
+    monkeypatch.setattr(pipeline.TextEncoderFiles, "load", lambda *a, **b: loads.append(1) or load(*a, **b))
+    run("generate", "one", "two", "three", "--frames", 1, "--batch", 2)
+    assert kept == [(["one", "two"], True), (["three"], False)]
+    assert len(loads) == 1
+    run("generate", "one", "two", "--frames", 1, "--batch", 5)
+    assert kept[2:] == [(["one", "two"], False)]
+    assert forecasts == [(2, True), (2, False)]
+
+
+def test_tiles_reach_the_decoder(run, given, monkeypatch):
+    tiles = []
+    frames = pipeline.Pipeline.frames
+    monkeypatch.setattr(
+        pipeline.Pipeline, "frames", lambda self, job, tile=None: tiles.append(tile) or frames(self, job, tile)
+    )
+    run("generate", PROMPT, "--frames", 1, "--tile", 4)
+    run("encode", given / "picture.png", "-o", "n.safetensors")
+    run("decode", "n.safetensors", "--tile", 5)
+    assert tiles == [4, 5]
+
+
+def test_sweeps_of_all_batches_are_counted(run):
+    def sweeps(*prompts):
+        out = run("generate", *prompts, "--frames", 1)
+        return [int(n) for n in re.findall(r"(\d+) deep .*?(\d+) token.*?(\d+) shallow", out[-1])[0]]
+
+    one, two, both = sweeps("one"), sweeps("two", "--seed", 1), sweeps("one", "two")
+    assert both == [a + b for a, b in zip(one, two, strict=True)]
+
+
 def test_image_model(run, image_model):
     out = run("generate", "a red circle", *image_model, "--aspect", "3:2", "--batch", 2, "--guidance", 2)
     assert out[:2] == ["outputs/a-red-circle-0.png", "outputs/a-red-circle-1.png"]
@@ -245,7 +305,7 @@ def test_prompt_file(run, tmp_path):
 
 
 def test_metadata_tells_how_to_make_it_again(run, given):
-    first = ("--image", given / "picture.png", "--negative", "blue", "--guidance", 1.5, "--window", 4, "--keep", 3)
+    first = ("--image", given / "picture.png", "--negative", "blue", "--guidance", 1.5, "--window", 4, "--keep", 2)
     numbers = ("--preset", "fast", "--span", 7, "--no-denoise", "--fps", "23.976", "--frames", 13)
     run("generate", PROMPT, "--seed", 11, *first, *numbers, "-o", "a/")
     found = read_metadata("a/")
@@ -256,7 +316,7 @@ def test_metadata_tells_how_to_make_it_again(run, given):
     }  # fmt: skip
     assert found == {
         "prompt": PROMPT, "negative": "blue", "seed": 11, "task": "first_frame", "height": 32, "width": 32,
-        "frames": 13, "fps": 23.976, "guidance": 1.5, "denoise": False, "window": 4, "keep": 3, "image": "picture.png",
+        "frames": 13, "fps": 23.976, "guidance": 1.5, "denoise": False, "window": 4, "keep": 2, "image": "picture.png",
         "model": "tiny video", "dtype": "float32", "noise_version": 1, "version": __version__,
     }  # fmt: skip
     again = [f"--{name.replace('_', '-')}={solver[name]}" for name in settings.NUMBERS]
@@ -301,10 +361,11 @@ def test_task_that_was_not_trained(run, given, tmp_path):
     run("generate", PROMPT, "--task", "extend", *options)
 
 
-def test_what_the_text_encoder_cut_off(run):
+def test_what_the_text_encoder_cut_off(run, given):
     long = " ".join(["red"] * 40 + ["circle"] * 9)
     message = r"^warning: tiny video reads only 48 tokens; left out of 'red .*': '.*circle"
     run("generate", long, "--frames", 1, "--batch", 2, "-o", "a.png", err=message)
+    run("score", given / "picture.png", "--prompt", long, err=message)
 
 
 # What is refused
@@ -399,9 +460,12 @@ def test_memory_is_forecast(refused, monkeypatch, given):
     refused("score", given / "clip.mp4", err="encoding this needs about")
 
 
-def test_out_of_memory(run, monkeypatch):
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB"),
+])  # fmt: skip
+def test_out_of_memory(run, monkeypatch, error):
     def fail(*_):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB")
+        raise error
 
     monkeypatch.setattr(pipeline.Pipeline, "frames", fail)
     run("generate", PROMPT, "-o", "a.mp4", code=2, err="^error: out of memory; use fewer frames[^\n]*\n$")
@@ -414,6 +478,15 @@ def test_other_failures_keep_their_traceback(run, monkeypatch):
     monkeypatch.setattr(pipeline.Pipeline, "frames", fail)
     with pytest.raises(RuntimeError, match="shapes do not match"):
         run("generate", PROMPT)
+
+
+def test_missing_package(run, monkeypatch):
+    def fail(*_):
+        raise ModuleNotFoundError("No module named 'av'", name="av")
+
+    monkeypatch.setattr(cli.importlib, "import_module", fail)
+    message = "^error: the package av is missing; run pip install -r requirements.txt\n$"
+    run("generate", PROMPT, code=2, err=message)
 
 
 def test_full_disk(run, monkeypatch, tmp_path):
@@ -500,6 +573,43 @@ def test_the_bar_shows_the_solver_and_then_the_frames():
     ]
 
 
+def test_every_written_frame_is_counted(run, monkeypatch):
+    counted = []
+    monkeypatch.setattr(Sampling, "wrote", lambda self, frames: counted.append((self._frames, frames)))
+    run("generate", PROMPT, "--batch", 2)
+    assert counted == [(9, 1), (9, 4), (9, 4)]
+
+
+def test_bars_count_up_and_go(monkeypatch):
+    """One bar for each phase, on a terminal alone."""
+    bars = []
+
+    class Bar:
+        def __init__(self, total, initial, **options):
+            assert options["disable"] is None
+            self.total, self.n, self.open = total, initial, True
+            bars.append(self)
+
+        def update(self, count):
+            self.n += count
+
+        def close(self):
+            self.open = False
+
+        def set_description_str(self, text, refresh): ...
+
+        def set_postfix_str(self, text, refresh): ...
+
+    monkeypatch.setattr(progress, "tqdm", Bar)
+    with Meter() as meter:
+        for done in (10, 30, 100):
+            meter.bytes(Progress("load", done, 100))
+        meter.encoding(Progress("encode", 1, 3))
+        meter.encoding(Progress("encode", 2, 3))
+        assert [(bar.n, bar.total, bar.open) for bar in bars] == [(100, 100, False), (2, 3, True)]
+    assert not bars[1].open
+
+
 # Encode, decode, score
 
 
@@ -519,8 +629,22 @@ def test_noise_and_back(run, given, demo, solver):
     assert load_file("noise.safetensors")["noise"].shape == (1, 3, 4, 2, 2)
     run("decode", "noise.safetensors", *solver, "-o", "back/%05d.png")
     assert (pixels("back/") - vae_round_trip(given / "clip.mp4", demo, 9)).abs().max() <= 1.01 / 127.5
-    assert read_metadata("back/")["prompt"] == PROMPT
+    found = read_metadata("back/")
+    assert (found["prompt"], found["task"], found["fps"], found["model"]) == (PROMPT, "decode", 12, "tiny video")
+    assert found["solver"]["method"] == (solver[1] if solver else "jacobi")
     assert read_video("back/").fps == 12
+
+
+def test_decoding_is_exact_unless_told_otherwise(run, given):
+    """And at the rate that was given to encode."""
+    run("encode", given / "clip.mp4", "--fps", 8, "-o", "n.safetensors")
+    sweeps = {}
+    for preset in ("", "exact", "fast"):
+        out = run("decode", "n.safetensors", *(["--preset", preset] if preset else []), "-o", f"{preset or 'default'}/")
+        sweeps[preset] = int(out[1].split(" s, ")[1].split()[0])
+        assert read_video(out[0]).fps == 8
+        assert read_metadata(out[0])["solver"]["tolerance"] == solvers.PRESETS[preset or "exact"].tolerance
+    assert sweeps[""] == sweeps["exact"] > sweeps["fast"]
 
 
 def test_a_picture_and_back(run, given, demo):

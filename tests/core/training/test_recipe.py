@@ -84,7 +84,7 @@ def test_recolouring_changes_only_the_colour():
     outside = (red == red[:, :1, :1, :1]).all(0)
     assert torch.equal(red[:, outside], blue[:, outside])
     assert not torch.allclose(red, blue)
-    assert torch.equal(clips.render([scene.later(2)], 3, 64, 64)[0], red[:, 2:])
+    assert torch.equal(clips.render([scene.later(1).later(1)], 3, 64, 64)[0], red[:, 2:])
 
 
 # VAE
@@ -200,12 +200,14 @@ def test_banks_are_made_once(made):
 
 
 def marked_bank():
-    """Latents that tell what they are: clips 1, edits 2, last frames 3, 4, ..; scenes that start late are red."""
+    """Latents that tell what they are: a clip's first frame 0, later ones 1, edits 2, last frames 3, 4, ..; scenes that
+    start late are red."""
     scene = clips.Scene("circle", "blue", "black", "left", 60.0, 40.0, 16.0, speed=1.0)
     scenes = [replace(scene, colour="red").later(9) if i % 2 else scene for i in range(80)]
     lasts = torch.arange(3.0, 3 + len(LAST_FRAMES)).view(1, 1, -1, 1, 1).expand(80, 4, -1, 3, 3)
     ones = torch.ones(80, 4, LATENT_FRAMES, 3, 3)
-    return Bank("16:9", scenes, ["green"] * 80, ones, 2 * ones[:, :, :EDIT_LATENTS], lasts)
+    shown = torch.cat((0 * ones[:, :, :1], ones[:, :, 1:]), 2)
+    return Bank("16:9", scenes, ["green"] * 80, shown, 2 * ones[:, :, :EDIT_LATENTS], lasts)
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +241,12 @@ def test_tasks_come_in_their_shares(drawn):
 
 
 def test_frames_of_every_task(drawn):
-    """With each clip's own first frame at full scale, the later ones at 0.6 of it."""
-    for task in ("text", "extend"):
-        assert all(set(marks) == {1.0} for _, marks in drawn[task])
-    assert all(marks == [1.0] * EDIT_LATENTS + [2.0] * EDIT_LATENTS for _, marks in drawn["edit"])
-    assert all(set(marks[1:]) == {1.0} for _, marks in drawn["last_frame"])
+    """Each clip's first frame at full scale, the later ones at 0.6 of it."""
+    clip = [0.0] + [1.0] * (LATENT_FRAMES - 1)
+    assert all(marks == clip[: len(marks)] for _, marks in drawn["text"])
+    assert all(marks == clip[1 : len(marks) + 1] for _, marks in drawn["extend"])
+    assert all(marks == clip[:EDIT_LATENTS] + [2.0] * EDIT_LATENTS for _, marks in drawn["edit"])
+    assert all(marks[1:] == clip[: len(marks) - 1] for _, marks in drawn["last_frame"])
 
 
 def test_lengths_of_batches(drawn):
@@ -274,7 +277,7 @@ def test_last_frames_end_their_clips(drawn):
 
 def test_stills_are_frames_of_any_moment(drawn):
     moments = {marks[0] for _, marks in drawn["still"]}
-    assert moments <= {1, *range(3, 11)}
+    assert moments <= {0, *range(3, 11)}
     assert len(moments) > 6
 
 
