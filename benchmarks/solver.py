@@ -69,20 +69,16 @@ class Case:
     guidance: float
 
 
-def baselines(thresholds: Sequence[float], chunks: Sequence[int]) -> list[Baseline]:
-    return [Baseline(chunk, threshold) for threshold in thresholds for chunk in chunks]
-
-
-def tolerances(
-    thresholds: Sequence[float] = THRESHOLDS, ratio: float | None = None, settings: SolverSettings = PRESETS["balanced"]
-) -> list[SolverSettings]:
-    """`settings` at other tolerances; `ratio` is shallow_tolerance / tolerance (None: that of `settings`)."""
-    ratio = ratio or settings.shallow_tolerance / settings.tolerance
-    return [replace(settings, tolerance=t, shallow_tolerance=t * ratio) for t in thresholds]
-
-
-def tolerance(settings: Settings) -> float:
-    return settings.threshold if isinstance(settings, Baseline) else settings.tolerance
+def turns(thresholds: Sequence[float], chunks: Sequence[int], ratio: float | None) -> list[Settings]:
+    """At each threshold the baseline with each chunk, then ours, whose shallow_tolerance / tolerance is `ratio` (None:
+    that of "balanced")."""
+    balanced = PRESETS["balanced"]
+    ratio = ratio or balanced.shallow_tolerance / balanced.tolerance
+    found = []
+    for threshold in thresholds:
+        found += [Baseline(chunk, threshold) for chunk in chunks]
+        found.append(replace(balanced, tolerance=threshold, shallow_tolerance=threshold * ratio))
+    return found
 
 
 def run_case(
@@ -206,10 +202,8 @@ def measure(case: Case, thresholds: Sequence[float], chunks: Sequence[int], rati
     """All solvers on one case, ready for JSON."""
     inputs, grid = (case.flow, case.noise, case.text, case.uncond, case.guidance), case.flow.grid(case.noise)
     exact, reference = autoregressive(*inputs)
-    theirs, ours = baselines(thresholds, distinct(chunks, grid)), tolerances(thresholds, ratio)
-    turns = sorted((*theirs, *ours), key=tolerance, reverse=True)
-    rows = run_case(*inputs, [*turns, *PRESETS.values()], exact)
-    rows, presets = rows[: len(turns)], rows[len(turns) :]
+    rows = run_case(*inputs, [*turns(thresholds, distinct(chunks, grid), ratio), *PRESETS.values()], exact)
+    rows, presets = rows[: -len(PRESETS)], rows[-len(PRESETS) :]
     equal = at_errors(rows, ERRORS)
     return {
         "model": case.model,
