@@ -1,14 +1,17 @@
 """How fast the flow is inverted, at what error: autoregressive, plain block Jacobi, and ours.
 
     python -m benchmarks.solver [--model demo|demo-192|mid|all] [--seeds 5] [--guidance G] [--json PATH] [--quick]
+    python -m benchmarks.solver --table benchmarks/results/solver-*.json
 
 An error is the relative squared error of the final latents (flow space, before denoising) against the autoregressive
 answer. All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an
 error: both Jacobi solvers run over a range of thresholds, and what each needs for one and the same error is
 interpolated between these (log against log). The baseline has one threshold for all blocks, as the reference has;
-ours keeps the ratio of its two tolerances. The solvers take turns, so that whatever else the machine does slows all
-of them; CPU seconds, summed over threads, are less sensitive to it. Peak memory (Linux only) is that of anonymous
-pages, sampled while a process of its own makes one sample.
+ours keeps the ratio of its two tolerances. Ours has the spans of its presets; the baseline has its authors' chunk and
+a range of others, the best of which is found from the same samples that are compared. The solvers take turns on one
+thread, so that whatever else the machine does slows all of them; CPU seconds are less sensitive to it. Peak memory
+(Linux only) is that of anonymous pages, sampled while a process of its own makes one sample. `--table` prints the
+README's tables from such files.
 """
 
 from __future__ import annotations
@@ -32,9 +35,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import Baseline, sample_baseline
-from benchmarks.convert_memory import MB, AnonymousPeak
+from benchmarks.comparison import AUTHORS_CHUNK, COSTS, Row, at_errors, case_text, compare, tables
+from benchmarks.convert_memory import AnonymousPeak
 from starflow_core.model.config import FlowConfig, PromptFormat
-from starflow_core.model.flow import Flow
+from starflow_core.model.flow import Flow, Grid
 from starflow_core.model.latent import LatentFormat
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve import noise as noises
@@ -42,14 +46,11 @@ from starflow_core.solve.sampling import sample
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
 from starflow_core.training.demo import clips
 
-THRESHOLDS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 1e-6)
-QUICK_THRESHOLDS = (3e-1, 3e-2, 1e-2, 1e-3, 1e-4, 1e-5)
+THRESHOLDS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
+RANGES = {"demo": (3e-1, 1e-5), "demo-192": (3e-1, 1e-4), "mid": (3e-2, 1e-4)}  # that reach the ERRORS
+CHUNKS, QUICK_CHUNKS = (4, 8, 16, 24, 32, 48, 64, 96, 128), (16, 32, 64)  # of the baseline
+SPANS = ("image_span", "first_span", "span")  # of ours
 ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
-CHUNKS = {"image": 16, "video": 32}  # of the baseline: the reference's
-WORK = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations")
-COSTS = ("seconds", "cpu_seconds", *WORK)
-HEADINGS = ("seconds", "cpu s", "deep sweeps", "evaluations", "shallow sweeps", "evaluations")
-GOALS = {"image": (1.4, 1.4, 1.5, 1.5, 4.0, None), "video": (1.4, 1.4, 1.5, 1.35, 4.0, None)}  # by COSTS
 LEAST_ERROR = 1e-14  # below what float32 resolves; an error of zero has no logarithm
 GAIN = 0.5  # of the output layers of the random model
 
@@ -69,31 +70,16 @@ class Case:
     guidance: float
 
 
-@dataclass(frozen=True)
-class Row:
-    """What one solver needs for one sample at one tolerance, and the error that remains."""
-
-    solver: str
-    tolerance: float
-    error: float
-    seconds: float
-    cpu_seconds: float
-    deep_sweeps: float
-    deep_evaluations: float
-    shallow_sweeps: float
-    shallow_evaluations: float
-
-
-def baselines(kind: str, thresholds: Sequence[float] = THRESHOLDS) -> list[Baseline]:
-    return [Baseline(CHUNKS[kind], threshold) for threshold in thresholds]
-
-
-def tolerances(
-    thresholds: Sequence[float] = THRESHOLDS, ratio: float | None = None, settings: SolverSettings = PRESETS["balanced"]
-) -> list[SolverSettings]:
-    """`settings` at other tolerances; `ratio` is shallow_tolerance / tolerance (None: that of `settings`)."""
-    ratio = ratio or settings.shallow_tolerance / settings.tolerance
-    return [replace(settings, tolerance=t, shallow_tolerance=t * ratio) for t in thresholds]
+def turns(thresholds: Sequence[float], chunks: Sequence[int], ratio: float | None) -> list[Settings]:
+    """At each threshold the baseline with each chunk, then ours, whose shallow_tolerance / tolerance is `ratio` (None:
+    that of "balanced")."""
+    balanced = PRESETS["balanced"]
+    ratio = ratio or balanced.shallow_tolerance / balanced.tolerance
+    found = []
+    for threshold in thresholds:
+        found += [Baseline(chunk, threshold) for chunk in chunks]
+        found.append(replace(balanced, tolerance=threshold, shallow_tolerance=threshold * ratio))
+    return found
 
 
 def run_case(
@@ -141,8 +127,8 @@ def timed(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidan
     else:
         out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
         latents, statistics = out.latents, out.statistics
-    seconds = (time.perf_counter() - wall, time.process_time() - cpu)
-    return latents, (*seconds, *(getattr(statistics, name) for name in WORK))
+    costs = vars(statistics) | {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
+    return latents, [costs[name] for name in COSTS]
 
 
 def relative_error(latents: Tensor, exact: Tensor) -> float:
@@ -152,31 +138,10 @@ def relative_error(latents: Tensor, exact: Tensor) -> float:
 def _row(settings: Settings, figures: list[tuple]) -> Row:
     means = [math.exp(sum(map(math.log, values)) / len(values)) for values in zip(*figures, strict=True)]
     if isinstance(settings, Baseline):
-        return Row("baseline", settings.threshold, *means)
+        return Row("baseline", {"chunk": settings.chunk}, settings.threshold, *means)
     if settings.method == "autoregressive":
-        return Row("autoregressive", 0.0, *means)
-    return Row("ours", settings.tolerance, *means)
-
-
-def at_error(rows: Sequence[Row], cost: str, error: float) -> float | None:
-    """What a solver needs so that its error stays below `error`, from its rows over a range of tolerances; None
-    outside the range."""
-    rows = sorted(rows, key=lambda row: -row.tolerance)
-    above = [i for i, row in enumerate(rows) if row.error > error]
-    if not above or above[-1] + 1 == len(rows):
-        return None
-    loose, tight = rows[above[-1]], rows[above[-1] + 1]
-    share = math.log(loose.error / error) / math.log(loose.error / tight.error)
-    return getattr(loose, cost) ** (1 - share) * getattr(tight, cost) ** share
-
-
-def ratios(theirs: Sequence[Row], ours: Sequence[Row], error: float) -> dict[str, float | None]:
-    """For each of the `COSTS`, theirs over ours at equal error."""
-    found = {}
-    for cost in COSTS:
-        needed = at_error(theirs, cost, error), at_error(ours, cost, error)
-        found[cost] = None if None in needed else needed[0] / needed[1]
-    return found
+        return Row("autoregressive", {}, 0.0, *means)
+    return Row("ours", {name: getattr(settings, name) for name in SPANS}, settings.tolerance, *means)
 
 
 def demo_case(kind: str, seeds: int, guidance: float, side: int = 96) -> Case:
@@ -192,7 +157,7 @@ def demo_case(kind: str, seeds: int, guidance: float, side: int = 96) -> Case:
     latent = pipeline.config.latent
     cells = (job.height // latent.spatial, job.width // latent.spatial)
     noise = noises.draw(0, seeds, latent.latent_frames(job.frames), (latent.channels, *cells))
-    return Case(f"demo {side}", kind, pipeline.flow, noise, text, uncond, guidance)
+    return Case(f"demo at {side} x {side}", kind, pipeline.flow, noise, text, uncond, guidance)
 
 
 def mid_case(kind: str, seeds: int, guidance: float) -> Case:
@@ -201,7 +166,7 @@ def mid_case(kind: str, seeds: int, guidance: float) -> Case:
     config, draw = flow.config, torch.Generator().manual_seed(1)
     text = torch.randn(seeds + 1, config.prompt.tokens, config.text_dim, generator=draw)
     noise = noises.draw(0, seeds, max(config.window, 1), (config.latent.channels, 12, 12))
-    return Case("mid", kind, flow, noise, text[1:], text[:1], guidance)
+    return Case("random mid-size model", kind, flow, noise, text[1:], text[:1], guidance)
 
 
 CASES = {"demo": demo_case, "demo-192": partial(demo_case, side=192), "mid": mid_case}
@@ -234,25 +199,28 @@ def random_flow(kind: str, gain: float = GAIN) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
-def measure(case: Case, thresholds: Sequence[float], ratio: float | None) -> dict:
+def measure(case: Case, thresholds: Sequence[float], chunks: Sequence[int], ratio: float | None) -> dict:
     """All solvers on one case, ready for JSON."""
     inputs, grid = (case.flow, case.noise, case.text, case.uncond, case.guidance), case.flow.grid(case.noise)
     exact, reference = autoregressive(*inputs)
-    theirs, ours = baselines(case.kind, thresholds), tolerances(thresholds, ratio)
-    turns = [settings for pair in zip(theirs, ours, strict=True) for settings in pair]
-    rows = run_case(*inputs, [*turns, *PRESETS.values()], exact)
-    theirs, ours, presets = rows[: len(turns) : 2], rows[1 : len(turns) : 2], rows[len(turns) :]
+    rows = run_case(*inputs, [*turns(thresholds, distinct(chunks, grid), ratio), *PRESETS.values()], exact)
+    rows, presets = rows[: -len(PRESETS)], rows[-len(PRESETS) :]
+    equal = at_errors(rows, ERRORS)
     return {
         "model": case.model,
         "kind": case.kind,
         "tokens": [grid.frames, grid.height, grid.width],
         "autoregressive": asdict(reference),
-        "baseline": [asdict(row) for row in theirs],
-        "ours": [asdict(row) for row in ours],
         "presets": {name: asdict(row) for name, row in zip(PRESETS, presets, strict=True)},
-        "at_equal_error": {str(error): ratios(theirs, ours, error) for error in ERRORS},
-        "goals": dict(zip(COSTS, GOALS[case.kind], strict=True)),
+        "rows": [asdict(row) for row in rows],
+        "at_equal_error": [asdict(row) for row in equal],
+        "comparisons": [asdict(comparison) for comparison in compare(equal, case.kind)],
     }
+
+
+def distinct(chunks: Sequence[int], grid: Grid) -> list[int]:
+    """Without the chunks that do the same as a smaller one, which holds all tokens already."""
+    return [chunk for i, chunk in enumerate(chunks) if i == 0 or chunks[i - 1] < grid.frames * grid.frame_tokens]
 
 
 def peak_memory(model: str, kind: str, guidance: float) -> dict[str, int]:
@@ -267,44 +235,17 @@ def peak_memory(model: str, kind: str, guidance: float) -> dict[str, int]:
 
 
 def sample_for_peak(model: str, kind: str, solver: str, guidance: float) -> int:
-    settings = {"autoregressive": AUTOREGRESSIVE, "baseline": baselines(kind, [1e-3])[0], "ours": PRESETS["balanced"]}
+    settings = {
+        "autoregressive": AUTOREGRESSIVE,
+        "baseline": Baseline(AUTHORS_CHUNK[kind]),
+        "ours": PRESETS["balanced"],
+    }
+    torch.set_num_threads(1)
     case = CASES[model](kind, 1, guidance)
     monitor = AnonymousPeak()
     monitor.start()
     timed(case.flow, case.noise, case.text, case.uncond, guidance, settings[solver])
     return monitor.stop()
-
-
-def table(result: dict) -> str:
-    frames, height, width = result["tokens"]
-    lines = [
-        f"{result['model']} {result['kind']}: tokens {frames} x {height} x {width}",
-        _line("solver", "tolerance", "error", HEADINGS),
-        _row_line("autoregressive", result["autoregressive"]),
-        *(_row_line("baseline", row) for row in result["baseline"]),
-        *(_row_line("ours", row) for row in result["ours"]),
-        *(_row_line(f"ours, {name}", row) for name, row in result["presets"].items()),
-        *(_line("baseline/ours", "", error, _times(found)) for error, found in result["at_equal_error"].items()),
-        _line("goal", "", "", _times(result["goals"])),
-    ]
-    if "peak_bytes" in result:
-        peaks = ", ".join(f"{solver} {peak / MB:.1f}" for solver, peak in result["peak_bytes"].items())
-        lines.append(f"  peak memory in MB: {peaks}")
-    return "\n".join(lines)
-
-
-def _line(name: str, tolerance: str, error: str, costs: Sequence[str]) -> str:
-    cells = (f"{cost:>{max(len(heading), 7)}}" for cost, heading in zip(costs, HEADINGS, strict=True))
-    return "  ".join((f"  {name:14} {tolerance:>9} {error:>8}", *cells))
-
-
-def _row_line(name: str, row: dict) -> str:
-    seconds, work = (f"{row[cost]:.2f}" for cost in COSTS[:2]), (f"{row[cost]:.1f}" for cost in COSTS[2:])
-    return _line(name, f"{row['tolerance']:.0e}", f"{row['error']:.1e}", (*seconds, *work))
-
-
-def _times(ratios: dict[str, float | None]) -> list[str]:
-    return ["-" if ratios[cost] is None else f"{ratios[cost]:.2f}x" for cost in COSTS]
 
 
 def machine() -> dict[str, str | int]:
@@ -332,23 +273,35 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--ratio", type=float, help="shallow over deep tolerance of ours (default: balanced's)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--quick", action="store_true", help="two seeds, fewer thresholds, no memory")
+    parser.add_argument("--quick", action="store_true", help="two seeds, fewer chunks, no memory")
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="only print the tables of these files")
     parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    if arguments.peak:
+    if arguments.table:
+        cases = [case for path in arguments.table for case in json.loads(path.read_text())["cases"]]
+        print(tables(cases))
+    elif arguments.peak:
         print(sample_for_peak(arguments.model, *arguments.peak, arguments.guidance))
-        return
-    seeds, thresholds = (2, QUICK_THRESHOLDS) if arguments.quick else (arguments.seeds, THRESHOLDS)
+    else:
+        run(arguments)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    torch.set_num_threads(1)
+    seeds, chunks = (2, QUICK_CHUNKS) if arguments.quick else (arguments.seeds, CHUNKS)
     results = []
     for model in CASES if arguments.model == "all" else (arguments.model,):
-        for kind in CHUNKS:
-            result = measure(CASES[model](kind, seeds, arguments.guidance), thresholds, arguments.ratio)
+        loosest, tightest = RANGES[model]
+        thresholds = [threshold for threshold in THRESHOLDS if tightest <= threshold <= loosest]
+        for kind in AUTHORS_CHUNK:
+            result = measure(CASES[model](kind, seeds, arguments.guidance), thresholds, chunks, arguments.ratio)
             if sys.platform == "linux" and not arguments.quick:
                 result["peak_bytes"] = peak_memory(model, kind, arguments.guidance)
             results.append(result)
-            print(table(result), end="\n\n", flush=True)
+            print(case_text(result), end="\n\n", flush=True)
+    print(tables(results))
     if arguments.json:
-        settings = {"seeds": seeds, "guidance": arguments.guidance, "ratio": arguments.ratio, "chunks": CHUNKS}
+        settings = {"seeds": seeds, "guidance": arguments.guidance, "ratio": arguments.ratio, "chunks": chunks}
         settings["presets"] = {name: asdict(preset) for name, preset in PRESETS.items()}
         write_json(arguments.json, {**machine(), "settings": settings, "cases": results})
 
