@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import os
 import pickle
+import stat
+import subprocess
+import sys
+import weakref
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
-from starflow_core.errors import CheckpointError
+from starflow_core.errors import CheckpointError, InputError, NonFiniteError
+from starflow_core.weights import tensorfiles
 from starflow_core.weights.flow import convert, expected_shapes, load_flow
-from starflow_core.weights.tensorfiles import TensorFile
+from starflow_core.weights.tensorfiles import TensorFile, save_tensors, write_tensors
 
 from ..weightfiles import CONFIG, METADATA, random_weights, write_pickle, write_safetensors, write_shards
 
@@ -44,6 +50,60 @@ def test_tensor_is_exact_and_independent_of_the_file(tmp_path):
         assert all(torch.equal(read[name], weights[name]) for name in weights)
 
 
+@pytest.fixture
+def mapping(monkeypatch):
+    """Files are mapped, as by safetensors before 0.8."""
+    monkeypatch.setattr(tensorfiles, "MAPS", True)
+    monkeypatch.setattr(tensorfiles, "BACKEND", {})
+
+
+def test_a_mapped_tensor_is_independent_of_the_file(tmp_path, mapping):
+    test_tensor_is_exact_and_independent_of_the_file(tmp_path)
+
+
+CUT_WHILE_MAPPED = """
+import os, sys
+from starflow_core.errors import CheckpointError
+from starflow_core.weights import tensorfiles
+tensorfiles.MAPS, tensorfiles.BACKEND = True, {}
+file = tensorfiles.TensorFile.open(sys.argv[1])
+os.truncate(sys.argv[1], 5000)
+try:
+    file.tensor("blocks.2.proj_in.weight")
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_a_mapped_file_that_is_cut_is_an_error_not_a_crash(tmp_path):
+    path = write_safetensors(tmp_path / "a.safetensors")
+    result = subprocess.run([sys.executable, "-c", CUT_WHILE_MAPPED, str(path)], capture_output=True, text=True)
+    assert "changed while it was read (it has another size now)" in result.stdout
+
+
+@pytest.mark.skipif(tensorfiles.MAPS, reason="safetensors before 0.8")
+def test_a_file_of_the_same_size_that_is_cut_in_between(tmp_path, monkeypatch):
+    """The library notices where the check of the size comes too early."""
+    path = write_safetensors(tmp_path / "a.safetensors")
+    checkpoint, size = TensorFile.open(path), path.stat()
+    path.write_bytes(path.read_bytes()[:-4])
+    monkeypatch.setattr(Path, "stat", lambda self: size)
+    with pytest.raises(CheckpointError, match="changed while it was read"):
+        checkpoint.tensor(max(checkpoint.shapes))
+
+
+def test_types_that_are_not_known_here_are_listed(tmp_path):
+    weights = {
+        "a": torch.ones(2, dtype=torch.float8_e4m3fn),
+        "b": torch.ones(2, dtype=torch.uint16),
+        "c": torch.ones(2),
+    }
+    save_file(weights, tmp_path / "a.safetensors")
+    file = TensorFile.open(tmp_path / "a.safetensors")
+    assert file.dtypes == {"a": torch.float8_e4m3fn, "b": None, "c": torch.float32}
+    assert set(file.shapes.values()) == {(2,)}
+
+
 def test_unaligned_header(tmp_path):
     """Older writers did not pad the header."""
     value = torch.arange(3, dtype=torch.float32)
@@ -58,7 +118,9 @@ def test_shards_by_index_and_by_folder(tmp_path):
     index = write_shards(tmp_path)
     assert_holds(index)
     assert_holds(tmp_path)
-    assert [file.name[:11] for file in TensorFile.open(index).files] == ["model-00001", "model-00002"]
+    file = TensorFile.open(index)
+    assert [part.name[:11] for part in file.files] == ["model-00001", "model-00002"]
+    assert file.metadata == METADATA
 
 
 def test_folder_with_one_file(tmp_path):
@@ -75,6 +137,8 @@ def test_pickle_wrappings(tmp_path, wrap):
 def test_parallel_prefix(tmp_path):
     weights = {f"module.{name}": value for name, value in random_weights().items()}
     assert_holds(write_pickle(tmp_path / "a.pth", weights))
+    mixed = {**weights, "ema.weight": torch.ones(1)}
+    assert TensorFile.open(write_pickle(tmp_path / "b.pth", mixed)).shapes.keys() == mixed.keys()
 
 
 def test_missing_file_and_folders_without_choice(tmp_path):
@@ -233,3 +297,62 @@ def test_broken_index(tmp_path, index, message):
     path.write_text(index)
     with pytest.raises(CheckpointError, match=message):
         TensorFile.open(path)
+
+
+# Writing
+
+
+def test_saved_tensors(tmp_path):
+    path, tensors = tmp_path / "new" / "a.safetensors", {"b": torch.randn(3, 4).T, "a": torch.ones(())}
+    for metadata in ({"license": "none"}, {"title": "again"}):
+        save_tensors(tensors, path, "bf16", metadata)
+        assert TensorFile.open(path).metadata == metadata
+    saved = load_file(path)
+    assert saved.keys() == tensors.keys()
+    assert all(torch.equal(saved[name], value.bfloat16()) for name, value in tensors.items())
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_saved_files_have_the_usual_permissions(tmp_path):
+    (tmp_path / "usual").touch()
+    save_tensors({"a": torch.ones(1)}, tmp_path / "a.safetensors", "fp32", {})
+    modes = {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()}
+    assert len(modes) == 1
+
+
+def test_a_save_that_fails_keeps_the_earlier_file(tmp_path):
+    path = tmp_path / "a.safetensors"
+    save_tensors({"a": torch.ones(1)}, path, "fp32", {})
+    before = path.read_bytes()
+    for bad, error in ((float("nan"), NonFiniteError), (1e30, CheckpointError)):
+        with pytest.raises(error, match=r"b of a\.safetensors"):
+            save_tensors({"a": torch.ones(1), "b": torch.tensor([1, bad])}, path, "fp16", {})
+    resource = pytest.importorskip("resource")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, limits[1]))
+        with pytest.raises(InputError, match=r"a\.safetensors could not be written: .*[Tt]oo ?[Ll]arge"):
+            save_tensors({"a": torch.ones(20_000)}, path, "fp32", {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == [path.name]
+
+
+def test_written_tensors_are_in_memory_one_at_a_time(tmp_path):
+    shapes = {f"layer{i}": (50, i + 1) for i in range(5)}
+    made = []
+
+    def tensors():
+        for shape in shapes.values():
+            assert not any(ref() is not None for ref in made)
+            tensor = torch.full(shape, float(len(made)))
+            made.append(weakref.ref(tensor))
+            yield tensor
+            del tensor
+
+    write_tensors(tmp_path / "a.safetensors", shapes, torch.float32, {"title": "x"}, tensors())
+    written = TensorFile.open(tmp_path / "a.safetensors")
+    assert written.shapes == shapes
+    assert written.metadata == {"title": "x"}
+    assert [written.tensor(name).unique().item() for name in shapes] == [0, 1, 2, 3, 4]

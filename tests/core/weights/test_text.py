@@ -18,7 +18,15 @@ from starflow_core.jobs.prompts import wrap
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
 from starflow_core.training.demo.clips import caption, edit_caption, random_scene
 from starflow_core.training.demo.tokenizer import build_tokenizer
-from starflow_core.weights.text import EMBEDDING, EMBEDDING_ALIAS, T5_CONFIG_KEY, load_text_encoder, load_tokenizer
+from starflow_core.weights.tensorfiles import TensorFile
+from starflow_core.weights.text import (
+    EMBEDDING,
+    EMBEDDING_ALIAS,
+    T5_CONFIG_KEY,
+    find_text_encoder,
+    load_text_encoder,
+    load_tokenizer,
+)
 
 VIDEO_TEXT = "Noise Level 500:\nA video with 16 fps:\na red ball\n\n in a 16:9 aspect ratio.\n"
 TEXTS = ["a red circle moving left on a black background", "", "crimson"]
@@ -269,6 +277,32 @@ def test_types(tmp_path, single_file):
         assert (embeddings.float() - expected).norm() < 0.03 * expected.norm()
 
 
+def test_float64_is_loaded_as_float32(tmp_path, tokenizer_folder):
+    save_file({name: tensor.double() for name, tensor in weights(tiny_t5()).items()}, tmp_path / "t5.safetensors")
+    model = load_text_encoder(tmp_path / "t5.safetensors").model
+    assert {weight.dtype for weight in model.parameters()} == {torch.float32}
+
+
+def test_what_is_found_is_not_read(single_file, monkeypatch):
+    encoder = load_text_encoder(single_file)
+    monkeypatch.setattr(TensorFile, "tensor", lambda *_: pytest.fail("weights were read"))
+    found = find_text_encoder(single_file)
+    assert found.dim == encoder.dim
+    sizes = {name: weight.numel() for name, weight in encoder.model.named_parameters()}
+    wide = sum(size for name, size in sizes.items() if name.endswith("wo.weight"))
+    assert found.weight_bytes(torch.bfloat16) == 2 * sum(sizes.values())
+    assert found.weight_bytes(torch.float16) == 2 * sum(sizes.values()) + 2 * wide
+
+
+def test_one_find_serves_several_loads(single_file):
+    found = find_text_encoder(single_file)
+    first, second = found.load(torch.bfloat16), found.load()
+    first.model.shared.weight.data.zero_()
+    assert second.encode(TEXTS, 20).embeddings.any()
+    assert (first.model.dtype, second.model.dtype) == (torch.bfloat16, torch.float32)
+    assert first.model.shared.weight is first.model.encoder.embed_tokens.weight
+
+
 def test_float16_keeps_the_layer_that_overflows_in_float32(tmp_path, single_file):
     name = "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     replace_weights(tmp_path / "large.safetensors", **{name: weights(tiny_t5())[name] * 1e6})
@@ -377,7 +411,7 @@ def test_files_that_are_no_t5(tmp_path, tokenizer_folder, name):
 def test_encoders_that_are_incomplete_or_of_another_kind(tmp_path, tokenizer_folder, name, tensor, message):
     replace_weights(tmp_path / "t5.safetensors", **{name: tensor})
     with pytest.raises(CheckpointError, match=message):
-        load_text_encoder(tmp_path / "t5.safetensors")
+        find_text_encoder(tmp_path / "t5.safetensors")
 
 
 @pytest.mark.parametrize(

@@ -157,7 +157,7 @@ def test_image_layouts_agree(image_module, image_folder, tmp_path, layout):
         pattern = re.compile("|".join(map(re.escape, old)))
         save_file({pattern.sub(lambda match: old[match[0]], name): t for name, t in tensors.items()}, path)
     elif layout == "ldm":
-        save_file({**ldm_names(tensors, 2), "loss.logvar": torch.zeros(1)}, path)
+        save_file({**ldm_names(tensors, 2), "loss.logvar": torch.zeros(1), "model_ema.decay": torch.zeros(1)}, path)
     else:
         inside = {f"first_stage_model.{name}": t for name, t in ldm_names(tensors, 2).items()}
         save_file({**inside, "model.diffusion_model.out.2.bias": torch.zeros(4)}, path)
@@ -227,6 +227,15 @@ def test_types(video, latents):
     pixels = half.decode(latents)
     assert pixels.dtype == torch.float32
     assert (pixels - video.decode(latents)).abs().mean() < 0.05
+
+
+def test_one_find_serves_several_loads(latents):
+    found = find_vae(GOLDEN_FILE)
+    first, second = found.load(), found.load(torch.bfloat16)
+    first.module.decoder.conv_out.weight.zero_()
+    assert second.decode(latents).abs().mean() > 0.01
+    assert {p.dtype for p in second.module.parameters()} == {torch.bfloat16}
+    assert all(parameter.is_meta for parameter in found.outline.module.parameters())
 
 
 def test_weights_outlive_the_file(tmp_path, video, latents):
@@ -572,6 +581,14 @@ def test_a_tensor_that_gives_the_configuration_is_missing(tmp_path):
     save_file(tensors, tmp_path / "vae.safetensors")
     with pytest.raises(CheckpointError, match=r"lacks the tensor decoder\.conv_in\.weight"):
         load_vae(tmp_path / "vae.safetensors")
+
+
+def test_quantised_weights_are_named(tmp_path):
+    tensors = load_file(GOLDEN_FILE)
+    tensors["encoder.conv1.weight"] = tensors["encoder.conv1.weight"].to(torch.int8)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(CheckpointError, match=r"1 quantised .*\(encoder\.conv_in\.weight torch\.int8\)"):
+        find_vae(tmp_path / "vae.safetensors")
 
 
 def test_bad_metadata(tmp_path):
