@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = Path(__file__).parent / "bundled"
+BUNDLED = Path(__file__).parent
 
 
 DEMO = "bundled demo"  # the demo's name in every list
