@@ -15,6 +15,9 @@ from ..model.flow import SHALLOW_TOKENS
 from .tasks import Job, layout
 
 RESERVE = 0.03  # share of the free memory that is left alone
+# Hidden states that a layer holds at its widest: its input, what attention gave and the sum, the MLP's normed input,
+# and four times the width before and after GELU.
+LAYER = 12
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,11 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
     span = min(max(job.solver.span, job.solver.first_span, job.solver.image_span), slots)
     absorbed = plan.given if plan.total <= plan.window else max(plan.keep, plan.given)
     deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
-    # An MLP holds its input, four times its width twice (before and after GELU) and its output.
-    activations = 10 * item * max(shallow * config.width, deep * config.deep_width)
+    activations = LAYER * item * max(shallow * config.width, deep * config.deep_width)
     if job.denoise and config.denoiser:
-        activations += item * job.batch * frame_tokens * _denoiser_values(config.denoiser, min(plan.window, plan.total))
+        step = LAYER * item * job.batch * slots * config.denoiser.width
+        seen = item * job.batch * frame_tokens * _denoiser_values(config.denoiser, min(plan.window, plan.total))
+        activations = max(activations, step) + seen
     elif job.denoise:
         activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
     latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
@@ -68,7 +72,7 @@ def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecas
     deep = job.batch * (config.prompt.tokens + tokens) * config.deep_width
     # Latents, and a log-determinant of their size for each block, all in float32.
     latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
-    return Forecast(parameters(config) * dtype.itemsize, 0, 10 * dtype.itemsize * max(shallow, deep) + latents)
+    return Forecast(parameters(config) * dtype.itemsize, 0, LAYER * dtype.itemsize * max(shallow, deep) + latents)
 
 
 def _denoiser_values(denoiser: Denoiser, frames: int) -> int:

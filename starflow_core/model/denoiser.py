@@ -122,7 +122,8 @@ class Band:
         return list(x.split([*text, *[self.frame_tokens] * frames], dim))
 
     def _take(self, queries: list[Tensor], keys: list[Tensor], values: list[Tensor]) -> None:
-        pieces = list(zip(queries, keys, values, strict=True))
+        # Copies: a slice would keep the projections of all that came in with it.
+        pieces = [tuple(part.clone() for part in piece) for piece in zip(queries, keys, values, strict=True)]
         if self.text is None and pieces:
             self.text, *pieces = pieces
         for queries, keys, values in pieces:
