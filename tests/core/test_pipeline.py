@@ -13,9 +13,10 @@ import torch
 import starflow_core
 from starflow_core import pipeline as pipelines
 from starflow_core.control import Control
-from starflow_core.errors import Cancelled, CheckpointError, InputError
+from starflow_core.errors import Cancelled, CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast
+from starflow_core.model.text import EncodedText
 from starflow_core.pipeline import Pipeline, find_parts, load_pipeline
 from tests.core import models, tiny
 
@@ -147,3 +148,67 @@ def test_every_phase_can_be_cancelled(pipeline, phase):
     with pytest.raises(Cancelled):
         run(pipeline, control)
     assert reached.count(phase) == 1
+
+
+class Reader:
+    """A text encoder that notes what it reads."""
+
+    def __init__(self, dim):
+        self.dim, self.texts = dim, []
+
+    def encode(self, texts, tokens):
+        self.texts += texts
+        return EncodedText(torch.zeros(len(texts), tokens, self.dim), [""] * len(texts))
+
+
+@pytest.fixture
+def reader(pipeline, monkeypatch):
+    reader = Reader(pipeline.config.text_dim)
+    reader.loads = 0
+
+    class Source:
+        def load(self, dtype, device):
+            reader.loads += 1
+            return reader
+
+        def weight_bytes(self, dtype):
+            return 0
+
+    monkeypatch.setattr(pipeline, "text", Source())
+    monkeypatch.setattr(pipeline, "_encoder", None)
+    return reader
+
+
+def test_a_still_has_no_rate_and_a_negative_prompt_no_prefix(pipeline, reader):
+    clip = torch.zeros(5, 3, 32, 32)
+    job = pipeline.with_context("extend", clip=clip, frames=13, height=32, width=32, guidance=1.0)
+    pipeline.encode_text(["a ring"], "a circle", job)
+    positive, negative = reader.texts
+    assert "16 fps:\n(extend) a ring\n" in positive
+    assert "16 fps:\na circle\n" in negative
+    reader.texts.clear()
+    pipeline.encode_text(["a ring"], "a circle", pipeline.job(frames=1, height=32, width=32, guidance=1.0))
+    assert all("An image:" in text and "fps" not in text for text in reader.texts)
+
+
+def test_one_call_tasks_take_the_options_of_start(pipeline, reader):
+    seen = []
+    options = {"negative": "a circle", "control": Control(lambda p: seen.append(p.phase)), "keep_text_encoder": True}
+    for _ in range(2):
+        pipeline.extend("a ring", torch.zeros(5, 3, 32, 32), frames=13, height=32, width=32, guidance=1.0, **options)
+    assert "a circle" in reader.texts[1]
+    assert {"encode", "deep", "decode"} <= set(seen)
+    assert reader.loads == 1
+    pipeline.text_to_image("a ring", height=32, width=32)
+    assert reader.loads == 1
+    pipeline.text_to_image("a ring", height=32, width=32)  # the call before didn't keep it
+    assert reader.loads == 2
+
+
+def test_a_text_encoder_that_does_not_fit_is_refused(pipeline, monkeypatch):
+    job = pipeline.job(frames=1, height=32, width=32)
+    monkeypatch.setattr(pipeline, "_encoder", None)
+    monkeypatch.setattr("starflow_core.jobs.memory.free", lambda device: 10**9)
+    monkeypatch.setattr(type(pipeline.text), "weight_bytes", lambda self, dtype: 2 * 10**9)
+    with pytest.raises(OutOfMemoryForecast, match=r"this job needs about 2\.0 GB"):
+        pipeline.start("a ring", job)

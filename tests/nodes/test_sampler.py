@@ -95,7 +95,9 @@ def test_settings_reach_the_solver(demo, made, latent, plain):
 
 def test_report_counts_what_the_solver_did(monkeypatch, demo, conditioned, latent):
     generation, runs = sampling.Generation, []
-    monkeypatch.setattr(sampling, "Generation", lambda *given: runs.append(generation(*given)) or runs[-1])
+    monkeypatch.setattr(
+        sampling, "Generation", lambda *given, **more: runs.append(generation(*given, **more)) or runs[-1]
+    )
     _, report, picture = demo.sampler(*conditioned, latent, guidance=2.5, seed=3)
     done = runs[0].statistics
     first, deep, shallow, _ = report.splitlines()

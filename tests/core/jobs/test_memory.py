@@ -3,21 +3,12 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from starflow_core.errors import OutOfMemoryForecast
-from starflow_core.jobs import memory
-from starflow_core.jobs.context import Context
-from starflow_core.jobs.memory import Forecast, forecast, forecast_encode
-from starflow_core.jobs.tasks import Generation, Job
 from starflow_core.model.cache import Cache
-from starflow_core.model.config import Denoiser
-from tests.core import models
 
 # What a forecast may be of the bytes counted. Never less, but for tables of angles, masks and the solver's vectors, which
 # small models see and large ones don't; more, because a job that streams holds less than one that runs at once, or the

@@ -12,6 +12,7 @@ from starflow_core.jobs.context import Context, extend, later_factors
 from starflow_core.jobs.tasks import Generation, Job, layout
 from starflow_core.model.latent import to_flow_space, to_vae_space
 from starflow_core.solve import noise
+from starflow_core.solve.denoising import denoise
 from starflow_core.solve.solvers import PRESETS
 from tests.core import models
 
@@ -150,6 +151,26 @@ def test_noise_scheme():
     assert torch.equal(noise.draw(8, 1, 3, (2, 1, 2))[0, :2], drawn[1])
     assert not torch.allclose(noise.draw_context(7, 1, 2, (2, 1, 2)), drawn[:1])
     assert torch.isfinite(noise.draw(2**64 - 1, 2, 1, (1, 1, 1))).all()
+
+
+def test_noise_of_given_frames_is_the_second_stream():
+    """Recorded, as above: of the model's deviation, and in its own place of every seed."""
+    drawn = noise.draw_context(7, 1, 1, (2, 1, 2)).flatten()
+    torch.testing.assert_close(drawn, torch.tensor([1.624834, 0.7259, 1.051991, 1.097]), atol=1e-6, rtol=0)
+    flow, context = models.flow(), Context("extend", latents(2))
+    run = generation(flow, job(context, 4, seed=7))
+    added = run.sampler.context - run.given
+    torch.testing.assert_close(added, 0.3 * noise.draw_context(7, 1, 2, (4, 2, 3)), atol=1e-5, rtol=1e-5)
+
+
+def test_denoising_keeps_to_the_jobs_window():
+    flow = models.flow()
+    work = job(None, 5, window=3, keep=2)
+    sampled = Generation(flow, replace(work, denoise=False), models.text(flow)).run()
+    x = to_flow_space(flow.config.latent, sampled, later_factors(flow.config, "text", 0, 5))
+    found = to_flow_space(flow.config.latent, generation(flow, work).run(), later_factors(flow.config, "text", 0, 5))
+    torch.testing.assert_close(found, denoise(flow, x, models.text(flow), window=3), atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(found, denoise(flow, x, models.text(flow)), atol=1e-3)
 
 
 RECORDED = [-0.146795, 0.786141, 0.946822, -1.114344, 1.69079, -0.894828, -0.355625, 1.232386]

@@ -6,6 +6,8 @@ import pytest
 import torch
 
 from starflow_core.errors import InputError, NonFiniteError
+from starflow_core.model.rope import token_rotary
+from starflow_core.model.transformer import FinalNorm, causal_tail
 from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.sampling import Sampler, sample
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
@@ -163,3 +165,47 @@ def test_wrong_channels_are_refused():
     flow = models.flow()
     with pytest.raises(InputError, match="4 channels"):
         flow.encode(models.randn(1, 2, 5, 3, 3), models.text(flow))
+
+
+def test_shallow_blocks_in_parts_are_the_blocks_at_once(monkeypatch):
+    flow = models.flow()
+    x = models.randn(2, 3, 4, 3, 3)
+    whole, logdets = flow.encode_shallow(x)
+    monkeypatch.setattr("starflow_core.model.flow.SHALLOW_TOKENS", 2 * 9)  # two of the six frames
+    parts, others = flow.encode_shallow(x)
+    torch.testing.assert_close(parts, whole, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(others, logdets, atol=1e-5, rtol=1e-5)
+
+
+def test_final_norm_and_rotation_compute_in_float32():
+    """In bfloat16 they would round after every operation; so they round once, at the end."""
+    x = models.randn(2, 9, 48).bfloat16()
+    norm = FinalNorm(48)
+    norm.weight.data = models.randn(48, seed=1)
+    assert torch.equal(norm(x), norm(x.float()).bfloat16())
+    rotary = token_rotary(1, 3, 3, length=5, head_dim=48, rounding="exact", device="cpu")
+    assert torch.equal(rotary.rotate(x), rotary.rotate(x.float()).bfloat16())
+
+
+def test_the_mask_of_a_device_is_aligned_to_the_end():
+    """As the dense mask: the last slots of the sequence see all before them."""
+    q, k, v = models.randn(1, 2, 3, 8), models.randn(1, 2, 7, 8, seed=1), models.randn(1, 2, 7, 8, seed=2)
+    dense, device = (causal_tail(3, 7, torch.device(name))(q, k, v) for name in ("cpu", "cuda"))
+    torch.testing.assert_close(device, dense)
+    first = causal_tail(1, 5, torch.device("cpu"))(q[:, :, :1], k[:, :, :5], v[:, :, :5])
+    torch.testing.assert_close(dense[:, :, :1], first)
+
+
+def test_log_determinants_are_in_row_major_order():
+    """A token's log-determinant in a reversing block depends on the tokens after it, in row-major order."""
+    flow = models.flow()
+    assert flow.blocks[0].reverses
+    x = models.randn(1, 1, 4, 2, 3)
+    changed = x.clone()
+    changed[..., 0, 0] += 1  # the first token, which a reversed block reads last
+    before, after = (flow.encode(v, models.text(flow)).logdets[0][0, 0] for v in (x, changed))
+    assert torch.equal(before, after)
+    changed[..., 1, 2] += 1  # the last token
+    after = flow.encode(changed, models.text(flow)).logdets[0][0, 0]
+    assert torch.equal(before[-1], after[-1])
+    assert not torch.allclose(before[:-1], after[:-1])

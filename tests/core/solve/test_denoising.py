@@ -116,3 +116,12 @@ def test_score_step_can_be_cancelled():
     with pytest.raises(Cancelled):
         score_denoise(flow, x, text, Control(cancelled=lambda: True))
     assert not any(block.recompute for block in flow.blocks)
+
+
+def test_a_chunk_begins_with_as_many_sampled_frames_as_a_frame_sees():
+    """Chunks of 5 with 3 in common: frames 0..4, 2..6 and 4..8, each denoised by itself, its new frames kept."""
+    flow = models.flow()
+    x, text = models.randn(1, 9, 4, 2, 3), models.text(flow)
+    chunks = [denoise(flow, x[:, start : start + 5], text) for start in (0, 2, 4)]
+    expected = torch.cat((chunks[0], chunks[1][:, 3:], chunks[2][:, 3:]), 1)
+    torch.testing.assert_close(denoise(flow, x, text), expected, atol=1e-5, rtol=1e-5)

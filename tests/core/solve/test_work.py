@@ -1,0 +1,102 @@
+"""How much work the solver does, recorded: what makes it slower, or stops it early, shows here."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from benchmarks.solver import random_flow
+from starflow_core.pipeline import load_pipeline
+from starflow_core.solve import noise
+from starflow_core.solve.sampling import sample
+from starflow_core.solve.solvers import PRESETS, SLOPE_LIMIT, Secant, Statistics, Window, absorb, solve_span, warm_start
+from tests.core import models
+
+WORK = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations")
+BAND = 0.07  # another CPU's rounding moves a sweep now and then; what the solver's parts save is more
+
+
+def total(runs: list[Statistics]) -> list[int]:
+    return [sum(getattr(run, name) for run in runs) for name in WORK]
+
+
+@pytest.mark.parametrize(("frames", "recorded"), [(1, (33, 527, 29, 1044)), (17, (65, 4109, 30, 5040))])
+def test_work_on_the_demo(frames, recorded):
+    pipeline, runs = load_pipeline(device="cpu"), []
+    for seed in (1, 2, 3):
+        job = pipeline.job(frames=frames, seed=seed, guidance=1.0, denoise=False)
+        generation, _ = pipeline.start("a red circle moving left on a black background", job, keep_text_encoder=True)
+        generation.run()
+        runs.append(generation.statistics)
+    assert total(runs) == pytest.approx(recorded, rel=BAND)
+
+
+@pytest.mark.parametrize(
+    ("kind", "frames", "recorded"), [("image", 1, (33, 533, 25, 1600)), ("video", 3, (35, 2036, 27, 4992))]
+)
+def test_work_on_a_random_model(kind, frames, recorded):
+    flow, runs = random_flow(kind), []
+    for seed in (0, 1):
+        z = noise.draw(seed, 1, frames, (flow.config.latent.channels, 8, 8))
+        runs.append(sample(flow, z, models.text(flow)).statistics)
+    assert total(runs) == pytest.approx(recorded, rel=BAND)
+
+
+class Linear:
+    """A block whose shift is half the token before: x_j = z_j + x_(j-1) / 2, with a = 1."""
+
+    def start(self, tokens):
+        return torch.zeros_like(tokens[:, :1])
+
+    def __call__(self, inputs, start):
+        return torch.ones_like(inputs), inputs / 2
+
+
+def test_a_residual_is_the_largest_change_of_its_sweep():
+    window, statistics = Window(models.randn(1, 12, 3), frame_tokens=4, width=2), Statistics()
+    residuals = [residual for _, residual in solve_span(Linear(), window, PRESETS["exact"], statistics)]
+    assert residuals == [float(change.max()) for _, change in statistics.deep_changes]
+    assert residuals[0] > 1e-3
+
+
+def test_only_tokens_that_settled_are_committed():
+    """The answer is known: no sweep may commit a token that is still off by more than its tolerance."""
+    window = Window(models.randn(1, 12, 3), frame_tokens=12, width=4)
+    answer = [window.z[:, 0]]
+    for token in range(1, 12):
+        answer.append(window.z[:, token] + answer[-1] / 2)
+    answer = torch.stack(answer, 1)
+    for settled, _ in solve_span(Linear(), window, PRESETS["exact"], Statistics()):
+        torch.testing.assert_close(window.x[:, :settled], answer[:, :settled], atol=1e-4, rtol=1e-4)
+
+
+def test_slopes_are_limited():
+    """Of a map that doubles its left neighbour the step takes 0.9, not 2."""
+    assert SLOPE_LIMIT == 0.9
+    secant, first, second = Secant(), torch.zeros(1, 3, 1), torch.ones(1, 3, 1)
+    doubled = [torch.cat((torch.zeros(1, 1, 1), 2 * x[:, :-1]), 1) for x in (first, second)]
+    secant.step(first, doubled[0])
+    step = secant.step(second, doubled[1]) - second
+    rest = doubled[1] - second
+    expected = [rest[0, 0, 0]]
+    for j in (1, 2):
+        expected.append(rest[0, j, 0] + 0.9 * expected[-1])
+    torch.testing.assert_close(step[0, :, 0], torch.stack(expected))
+
+
+def test_known_tokens_leave_their_scale_and_shift():
+    window = Window(models.randn(1, 8, 3), frame_tokens=4, width=2, known=4)
+    absorb(Linear(), window)
+    torch.testing.assert_close(window.b[:, 1:4], window.x[:, :3] / 2)
+    assert torch.equal(window.b[:, 4:], torch.zeros(1, 4, 3))
+
+
+def test_new_tokens_start_from_the_same_place_a_frame_earlier():
+    window = Window(models.randn(1, 12, 3), frame_tokens=4, width=2)
+    window.a, window.b = models.randn(1, 12, 3, seed=1), models.randn(1, 12, 3, seed=2)
+    warm_start(window, 4, 8)
+    torch.testing.assert_close(window.x[:, 4:8], window.a[:, :4] * window.z[:, 4:8] + window.b[:, :4])
+    window = Window(models.randn(1, 4, 3), frame_tokens=4, width=2)
+    window.a, window.b = models.randn(1, 4, 3, seed=1), models.randn(1, 4, 3, seed=2)
+    warm_start(window, 2, 4)  # no frame before: the row before
+    torch.testing.assert_close(window.x[:, 2:], window.a[:, :2] * window.z[:, 2:] + window.b[:, :2])
