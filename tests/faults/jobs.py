@@ -1,7 +1,37 @@
-"""Faults in jobs."""
+# ruff: noqa: E501
+"""Faults in jobs and the pipeline: prompts, given frames, memory, one-call tasks."""
 
 from __future__ import annotations
 
 from . import Fault
 
-FAULTS: list[Fault] = []
+JOBS = "starflow_core/jobs"
+TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
+PIPELINE = "tests/core/test_pipeline.py"
+
+FAULTS = [
+    Fault(f"{JOBS}/tasks.py", "return self.given + self.flow.config.noise_std * drawn.to(self.given)",
+          "return self.given", "noise of given frames left out", TASKS),
+    Fault(f"{JOBS}/tasks.py", "self.flow.config.noise_std * drawn.to(self.given)", "drawn.to(self.given)",
+          "noise of given frames of deviation 1", TASKS),
+    Fault(f"{JOBS}/tasks.py", "noise.draw_context(self.job.seed", "noise.draw(self.job.seed",
+          "noise of given frames from the first stream", TASKS),
+    Fault(f"{JOBS}/tasks.py", "DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)",
+          "DenoiseStream(self.flow, self.sampler.grid, text)", "the job's window not given to the denoiser", TASKS),
+    Fault(f"{JOBS}/prompts.py", "return job.fps if job.frames > 1 else 0", "return job.fps",
+          "a still gets the clip's rate", PIPELINE),
+    Fault("starflow_core/pipeline.py", 'self.prompts([negative], job, "text")', "self.prompts([negative], job)",
+          "the negative prompt gets the task's prefix", PIPELINE),
+    Fault("starflow_core/pipeline.py", "self._encoder = encoder if keep_encoder else None", "self._encoder = None",
+          "the text encoder is never kept", PIPELINE),
+    Fault("starflow_core/pipeline.py", "need = need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)",
+          "pass", "the text encoder isn't counted", PIPELINE),
+    Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)", "return self.generate(prompt, job)",
+          "one-call tasks drop their options", PIPELINE),
+    Fault(f"{JOBS}/memory.py", "activations = LAYER * item * max(shallow", "activations = LAYER * item // 2 * max(shallow",
+          "activations halved", MEMORY),
+    Fault(f"{JOBS}/memory.py", "return item * tokens * (hidden + 2 * 16", "return item * tokens * (hidden + 2 * 2",
+          "the score's activations an eighth", MEMORY),
+    Fault(f"{JOBS}/memory.py", "activations = max(activations, step) + seen", "activations = activations",
+          "the denoiser's activations left out", MEMORY),
+]  # fmt: skip
