@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_leaves
 from starflow_core.model.cache import Cache
 
 # What a forecast may be of the bytes counted. Never less, but for tables of angles, masks and the solver's vectors,
-# which small models see and large ones don't; more, because a job that streams holds less than one that runs at once, or the
-# other way round, and the forecast is for both.
+# which small models see and large ones don't; more, because a job that streams holds less than one that runs at
+# once, or the other way round, and the forecast is for both.
 LEAST, MOST = 0.95, 1.5
 
 
