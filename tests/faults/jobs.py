@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Faults in jobs and the pipeline: prompts, given frames, memory, one-call tasks."""
 
 from __future__ import annotations
@@ -26,9 +25,11 @@ FAULTS = [
           "the text encoder is never kept", PIPELINE),
     Fault("starflow_core/pipeline.py", "need = need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)",
           "pass", "the text encoder isn't counted", PIPELINE),
-    Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)", "return self.generate(prompt, job)",
+    Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)",
+          "return self.generate(prompt, job)",
           "one-call tasks drop their options", PIPELINE),
-    Fault(f"{JOBS}/memory.py", "activations = LAYER * item * max(shallow", "activations = LAYER * item // 2 * max(shallow",
+    Fault(f"{JOBS}/memory.py", "activations = LAYER * item * max(shallow",
+          "activations = LAYER * item // 2 * max(shallow",
           "activations halved", MEMORY),
     Fault(f"{JOBS}/memory.py", "return item * tokens * (hidden + 2 * 16", "return item * tokens * (hidden + 2 * 2",
           "the score's activations an eighth", MEMORY),

@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Faults in model: the network, the exact map, latents."""
 
 from __future__ import annotations
@@ -10,25 +9,29 @@ FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.p
 DENOISING = "tests/core/solve/test_denoising.py"
 
 FAULTS = [
-    Fault(f"{MODEL}/transformer.py", "        x = hidden.float()\n        # A bare", "        x = hidden\n        # A bare",
+    Fault(f"{MODEL}/transformer.py", "        x = hidden.float()\n        # A bare",
+          "        x = hidden\n        # A bare",
           "final norm in the compute type", FLOW),
     Fault(f"{MODEL}/rope.py", "even, odd = x.float().unflatten", "even, odd = x.unflatten",
           "rotation in the compute type", FLOW),
     Fault(f"{MODEL}/transformer.py", "causal_lower_right(slots, length)", "causal_lower_right(slots, length - 1)",
           "the aligned causal mask of a device", FLOW),
-    Fault(f"{MODEL}/transformer.py", ".tril(length - slots)", ".tril(length - slots - 1)", "the dense causal mask", FLOW),
+    Fault(f"{MODEL}/transformer.py", ".tril(length - slots)", ".tril(length - slots - 1)",
+          "the dense causal mask", FLOW),
     Fault(f"{MODEL}/flow.py", "tuple(torch.cat(p) for p in zip(*parts, strict=True))", "parts[0]",
           "split shallow blocks drop all but the first part", FLOW),
     Fault(f"{MODEL}/flow.py", "for part in ((x - b) / a, -a.log()))", "for part in ((x - b) / a, a.log()))",
           "the sign of a log-determinant", FLOW),
-    Fault(f"{MODEL}/flow.py", "UNIT = 0.541324854612918", "UNIT = 0.5413", "softplus of another unit", GOLDEN + " " + FLOW),
+    Fault(f"{MODEL}/flow.py", "UNIT = 0.541324854612918", "UNIT = 0.5413", "softplus of another unit",
+          f"{GOLDEN} {FLOW}"),
     Fault(f"{MODEL}/flow.py", '== (config.seq_order == "L2R")', '!= (config.seq_order == "L2R")',
           "blocks in the other order", GOLDEN),
     Fault(f"{MODEL}/flow.py", "torch.cat((self.start(tokens), tokens[:, :-1]), 1)",
           "torch.cat((self.start(tokens), tokens[:, 1:]), 1)", "inputs shifted the wrong way", FLOW),
     Fault(f"{MODEL}/rope.py", "time = torch.arange(tokens, dtype=torch.float32) * (length / tokens)",
           "time = torch.arange(tokens, dtype=torch.float32)", "text positions not scaled", GOLDEN),
-    Fault(f"{MODEL}/denoiser.py", "frame + self.ahead + 1)", "frame + self.ahead)", "a frame less of look-ahead", DENOISING),
+    Fault(f"{MODEL}/denoiser.py", "frame + self.ahead + 1)", "frame + self.ahead)",
+          "a frame less of look-ahead", DENOISING),
     Fault(f"{MODEL}/denoiser.py", "if i >= until - self.behind}", "if i > until - self.behind}",
           "keys in sight forgotten too early", DENOISING),
     Fault(f"{MODEL}/latent.py", "(latents.float() - mean) / std", "(latents.float() - mean) * std",

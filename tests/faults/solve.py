@@ -1,4 +1,3 @@
-# ruff: noqa: E501
 """Faults in solve: solvers, windows, denoising, guidance, noise."""
 
 from __future__ import annotations
@@ -38,10 +37,9 @@ FAULTS = [
           "context noise from the wrong stream", TASKS),
     Fault(f"{SOLVE}/noise.py", "[seed + index for index in range(batch)]", "[seed for index in range(batch)]",
           "one seed for a batch", TASKS),
-    Fault(f"{SOLVE}/guidance.py", ".clamp(max=1)", "", "guidance trusts scales above the unconditional", RUNS
-          + " tests/core/test_golden.py"),
-    Fault(f"{SOLVE}/runs.py", "self.runs.append(block_run(flow, flow.deep, rotary, self.copies * len(text), prefix, make_cache))",
-          "self.runs.append(block_run(flow, flow.deep, rotary, self.copies * len(text), prefix))",
+    Fault(f"{SOLVE}/guidance.py", ".clamp(max=1)", "", "guidance trusts scales above the unconditional",
+          f"{RUNS} tests/core/test_golden.py"),
+    Fault(f"{SOLVE}/runs.py", "len(text), prefix, make_cache))", "len(text), prefix))",
           "the cache handed in is not used", RUNS),
     Fault(f"{SOLVE}/runs.py", "torch.cat([part.to(inputs.device) for part in both])", "torch.cat(list(both)[:1])",
           "rows of the second run dropped", RUNS),

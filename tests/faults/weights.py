@@ -1,7 +1,77 @@
-"""Faults in weights."""
+"""Faults in weights: tensor files, checkpoints of flows, text encoders and VAEs."""
 
 from __future__ import annotations
 
 from . import Fault
 
-FAULTS: list[Fault] = []
+WEIGHTS = "starflow_core/weights"
+FILES, FLOW, TEXT, VAE = (f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae"))
+
+
+def in_files(old: str, new: str, what: str, tests: str = FILES) -> Fault:
+    return Fault(f"{WEIGHTS}/tensorfiles.py", old, new, what, tests)
+
+
+def in_flow(old: str, new: str, what: str) -> Fault:
+    return Fault(f"{WEIGHTS}/flow.py", old, new, what, FLOW)
+
+
+def in_text(old: str, new: str, what: str) -> Fault:
+    return Fault(f"{WEIGHTS}/text.py", old, new, what, TEXT)
+
+
+def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
+    return Fault(f"{WEIGHTS}/{file}.py", old, new, what, VAE)
+
+
+FAULTS = [
+    in_files('name.startswith("module.")', "False", "the prefix of a parallel wrapper is kept"),
+    in_files("if shard and int(shard[1]) > 1:", "if False:", "one shard is taken for a checkpoint"),
+    in_files("Path(name).name != name", "False", "an index may name files outside its folder"),
+    in_files("if path.stat().st_size != size:", "if False:", "a file cut while it is read isn't noticed"),
+    in_files(" weights_only=True,", " weights_only=False,", "a pickle may run code"),
+    in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
+    in_files('        part.chmod(mode)', '        pass', "only the owner can read a saved file"),
+    in_files("            part.unlink()\n", "            pass\n", "a failed write leaves its part behind",
+             f"{FILES} {FLOW}"),
+    in_files("if not math.isfinite(_reach(tensor)):", "if False:", "NaN is called an overflow", FLOW),
+    in_files("if not math.isfinite(_reach(result)):", "if False:", "overflow in fp16 is written", FLOW),
+    in_files("digest.update(chunk)\n                done += len(chunk)", "done += len(chunk)",
+             "the hash of nothing", FLOW),
+    in_files("    if free < needed:", "    if free < 0:", "too little room is found out half way", FLOW),
+    in_files("target.samefile(file)", "False", "a conversion may overwrite its source", FLOW),
+    in_flow("sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])",
+            "sizes[checkpoint.dtypes[name]] += 1", "the type of most tensors, not of most weights"),
+    in_flow("        **checkpoint.metadata,\n", "", "a conversion drops the source's metadata"),
+    in_flow("    if CONFIG_KEY not in checkpoint.metadata:", "    if True:",
+            "a model of somebody else's is put under Apple's licence"),
+    in_flow('metadata.setdefault("license"', 'metadata.setdefault("licence"', "the licence goes under another key"),
+    in_flow("latent=preset.latent, noise_std=preset.noise_std,", "latent=preset.latent,",
+            "the reference's arguments get the wrong noise"),
+    in_flow("            _check_structure(checkpoint, config, where)\n", "",
+            "a configuration may contradict its tensors"),
+    in_flow("with torch.inference_mode(False), torch.no_grad():\n        flow", "with torch.no_grad():\n        flow",
+            "weights are inference tensors"),
+    in_flow("Flow(config, operations, dtype=dtype", "Flow(config, dtype=dtype", "the host's layers aren't used"),
+    in_flow("        yield name\n        done += checkpoint.nbytes(name)",
+            "        done += checkpoint.nbytes(name)\n        yield name", "a tensor counts before it is read"),
+    in_text("return torch.float32 if dtype == torch.float16 and name", "return torch.float32 if False and name",
+            "T5's wo is left in fp16"),
+    in_text('if not name.startswith(("decoder.", "lm_head."))', 'if not name.startswith("decoder.")',
+            "the head of a full T5 is no surprise"),
+    in_text("EMBEDDING if name == EMBEDDING_ALIAS else name: tensor", "name: tensor",
+            "the embedding's other name isn't known"),
+    in_text('"gated-gelu" if gated else "relu"', '"gated-gelu"', "every T5 is gated"),
+    in_text("if not 0 <= spare <= MOST_SPARE_ROWS:", "if spare < 0:", "another model's smaller tokenizer is taken"),
+    in_vae("{last - int(match[2])}", "{int(match[2])}", "the decoder's blocks in latent diffusion's order",
+           "vae_names"),
+    in_vae("result[name] = tensor.flatten() if attention else tensor", "result[name] = tensor",
+           "attention as 1 x 1 convolutions", "vae_names"),
+    in_vae('(r"^conv1\\.", "quant_conv."),\n    (r"^conv2\\.", "post_quant_conv."),',
+           '(r"^conv2\\.", "quant_conv."),\n    (r"^conv1\\.", "post_quant_conv."),',
+           "the two quantisation layers are swapped", "vae_names"),
+    in_vae("dtype or torch.float32, device", "dtype, device", "a VAE keeps the file's type"),
+    in_vae('"use_quant_conv": "quant_conv.weight" in tensors', '"use_quant_conv": True',
+           "every image VAE has quantisation layers"),
+    in_vae("if not torch.isfinite(state[name]).all():", "if False:", "NaN in a VAE's weights"),
+]  # fmt: skip
