@@ -48,5 +48,5 @@ FAULTS = [
     Fault(f"{SOLVE}/sampling.py", "block.ordered(tokens.to(self.placement.shallow))", "block.ordered(tokens)",
           "sampled tokens stay on the deep block's device", RUNS),
     Fault(f"{SOLVE}/sampling.py", "[-self.keep :]", "[: self.keep]", "a sliding window keeps its oldest frames",
-          "tests/core/test_golden.py"),
+          SOLVERS),
 ]  # fmt: skip

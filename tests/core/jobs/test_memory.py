@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import weakref
 
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from starflow_core.jobs.memory import forecast, forecast_encode
+from starflow_core.jobs.tasks import Generation, Job, layout
 from starflow_core.model.cache import Cache
+from starflow_core.model.config import Denoiser
+from tests.core import models
 
 # What a forecast may be of the bytes counted. Never less, but for tables of angles, masks and the solver's vectors,
 # which small models see and large ones don't; more, because a job that streams holds less than one that runs at
@@ -52,3 +57,56 @@ class Counted(TorchDispatchMode):
             self.now -= self.alive[storage._cdata]
             self.alive[storage._cdata] = 0
         self.cache = max(self.cache, sum(storage.nbytes() for storage in sizes))
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    """Bytes that are made in it are counted, those of caches by themselves."""
+    count, make = Counted(), Cache.__init__
+
+    def init(self, *shape):
+        make(self, *shape)
+        count.set_cache_apart(self)
+
+    monkeypatch.setattr(Cache, "__init__", init)
+    return count
+
+
+def wide_flow(kind):
+    """Wide enough that a layer's hidden states outweigh the tables."""
+    denoiser = Denoiser(192, 2, 3) if kind == "video" else None
+    return models.flow(kind=kind, width=192, deep_width=240, denoiser=denoiser)
+
+
+JOBS = {
+    "score step": ("image", Job(128, 128, guidance=1.0)),
+    "shallow blocks": ("image", Job(256, 256, guidance=0.0, denoise=False, batch=2)),
+    "denoiser": ("video", Job(256, 256, frames=17, guidance=1.0)),
+    "denoiser, batch": ("video", Job(128, 256, frames=17, guidance=0.0, batch=2)),
+    "clip, no denoising": ("video", Job(256, 256, frames=17, guidance=2.0, denoise=False)),
+    "sliding window": ("video", Job(256, 128, frames=41, guidance=2.0, denoise=False)),
+    "sliding window, denoiser": ("video", Job(128, 128, frames=41, guidance=0.0)),
+}
+
+
+@pytest.mark.parametrize(("kind", "job"), JOBS.values(), ids=JOBS)
+def test_sampling_takes_what_was_forecast(counted, kind, job):
+    flow = wide_flow(kind)
+    need = forecast(flow.config, job, torch.float32)
+    text, uncond = models.text(flow), models.text(flow, seed=2)
+    with torch.no_grad(), counted:
+        Generation(flow, job, text, uncond if job.guidance else None).run()
+    assert need.cache == counted.cache
+    assert LEAST * counted.peak < need.activations < MOST * counted.peak
+    assert need.weights == 4 * sum(parameter.numel() for parameter in flow.parameters())
+
+
+@pytest.mark.parametrize(("kind", "frames"), [("image", 1), ("video", 17)])
+def test_encoding_takes_what_was_forecast(counted, kind, frames):
+    flow, job = wide_flow(kind), Job(256, 256, frames=frames)
+    need = forecast_encode(flow.config, job, torch.float32)
+    plan = layout(flow.config, job)
+    latents, text = models.randn(1, plan.total, *plan.shape), models.text(flow)
+    with torch.no_grad(), counted:
+        flow.encode(latents, text)
+    assert LEAST * counted.peak < need.activations < MOST * counted.peak

@@ -80,6 +80,16 @@ def test_statistics_name_tokens_of_the_whole_clip():
     assert {first + i for first, change in changes for i in range(len(change))} == set(range(6 * 16))
 
 
+def test_a_window_slides_on_from_its_last_frames():
+    """Also from a context longer than what is kept: the frames after it are those that the kept ones alone give."""
+    flow = models.flow()
+    z, text, given = models.randn(1, 7, 4, 3, 3), models.text(flow), models.randn(1, 4, 4, 3, 3, seed=2)
+    options = {"window": 5, "keep": 2, "settings": AUTOREGRESSIVE}
+    whole = sample(flow, z, text, context=given, **options).latents
+    rest = sample(flow, z[:, 3:], text, context=whole[:, 3:5], **options).latents
+    torch.testing.assert_close(rest, whole[:, 3:], atol=1e-4, rtol=1e-4)
+
+
 def test_scan_equals_the_loop():
     slope, step = models.randn(2, 13, 1).clamp(-0.9, 0.9), models.randn(2, 13, 3, seed=1)
     expected = step.clone()

@@ -91,6 +91,27 @@ def test_known_tokens_leave_their_scale_and_shift():
     assert torch.equal(window.b[:, 4:], torch.zeros(1, 4, 3))
 
 
+class Recorded(Linear):
+    """Notes the inputs of each sweep."""
+
+    def __init__(self):
+        self.seen = []
+
+    def __call__(self, inputs, start):
+        self.seen.append(inputs.clone())
+        return super().__call__(inputs, start)
+
+
+def test_tokens_that_enter_the_span_are_warm_started():
+    """After a known frame the first sweep sees tokens with the frame's shift, not bare noise."""
+    window, block = Window(models.randn(1, 8, 3), frame_tokens=4, width=2, known=4), Recorded()
+    noise, tokens = window.z[:, 4:].clone(), window.x[:, :4].clone()
+    absorb(block, window)
+    next(solve_span(block, window, PRESETS["balanced"], Statistics()))
+    shift = torch.cat((torch.zeros(1, 1, 3), tokens[:, :-1] / 2), 1)
+    torch.testing.assert_close(block.seen[1], torch.cat((tokens[:, -1:], (noise + shift)[:, :-1]), 1))
+
+
 def test_new_tokens_start_from_the_same_place_a_frame_earlier():
     window = Window(models.randn(1, 12, 3), frame_tokens=4, width=2)
     window.a, window.b = models.randn(1, 12, 3, seed=1), models.randn(1, 12, 3, seed=2)
