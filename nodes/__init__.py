@@ -36,7 +36,7 @@ def _can_run(name: str) -> bool:
 def _is_there(package: str) -> bool:
     try:
         return find_spec(package) is not None
-    except ValueError:  # Python says so of a module that was taken out of use
+    except ValueError:  # where sys.modules holds None in its place
         return False
 
 

@@ -6,7 +6,7 @@ CATEGORY = "STARFlow"
 
 ModelType = io.Custom("STARFLOW_MODEL")  # a model patcher of the host around a Flow
 TextEncoderType = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
-ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.context.Context
-SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solvers.SolverSettings
+ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.jobs.context.Context
+SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solve.solvers.SolverSettings
 
 KEY = "starflow"  # where latents and conditionings keep what this pack knows of them
