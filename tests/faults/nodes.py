@@ -6,11 +6,11 @@ from . import Fault
 
 CANCEL = "tests/nodes/test_cancel.py"
 TESTS = {
-    "sampling": f"tests/nodes/test_sampler.py {CANCEL}",
+    "sampling": f"tests/nodes/test_sampler.py tests/nodes/test_latent.py {CANCEL}",
     "conditioning": "tests/nodes/test_text.py tests/nodes/test_sampler.py",
     "contexts": "tests/nodes/test_contexts.py",
-    "latent": "tests/nodes/test_latent.py tests/nodes/test_vae.py",
-    "loaders": "tests/nodes/test_loaders.py",
+    "latent": "tests/nodes/test_latent.py tests/nodes/test_vae.py tests/nodes/test_video.py",
+    "loaders": f"tests/nodes/test_loaders.py {CANCEL}",
     "host": "tests/nodes",
     "plot": "tests/nodes/test_pictures.py",
     "preview": "tests/nodes/test_pictures.py",
