@@ -267,5 +267,5 @@ def test_conditioning_of_another_size_is_refused(server):
     other["inputs"] |= {"width": 128, "height": 80}
     prompt["99"] = other
     prompt[only(prompt, "STARFlowSampler")]["inputs"]["latent"] = ["99", 0]
-    with pytest.raises(Failed, match="same latent"):
+    with pytest.raises(Failed, match="the same model, latent and context"):
         server.run(prompt)
