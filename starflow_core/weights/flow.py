@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.placement import Placement
+from ..model.schema import read_json
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
 from .tensorfiles import (
     DTYPES,
@@ -216,10 +217,7 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
 
 def _parse_flow_config(text: str, where: str) -> FlowConfig | None:
     """A configuration in our form or the reference's, or None for JSON about something else."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from None
+    values = read_json(text, where)
     if not isinstance(values, dict):
         return None
     try:
@@ -228,8 +226,6 @@ def _parse_flow_config(text: str, where: str) -> FlowConfig | None:
         return FlowConfig.from_dict(values) if "schema" in values else None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where} is incomplete or wrong: {type(error).__name__} {error}") from None
 
 
 def _from_reference(values: dict[str, Any]) -> FlowConfig:
