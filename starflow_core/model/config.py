@@ -10,7 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from .latent import SD_VAE, WAN22_VAE, LatentFormat
-from .schema import WIDEST, check_fields, number, shown
+from .schema import WIDEST, check_fields, number, shown, tuples
 
 CONFIG_SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
 ROUNDINGS = ("exact", "angles", "positions")
@@ -296,14 +296,7 @@ def _build(part, values: dict[str, Any]):
     ]
     if missing:
         raise CheckpointError(f"configuration lacks {', '.join(missing)}")
-    return part(**{name: _tuples(value) for name, value in values.items()})
-
-
-def _tuples(value, depth: int = 2):
-    """Lists as tuples, two deep: a table is the most that a field holds."""
-    if depth and isinstance(value, (list, tuple)):
-        return tuple(_tuples(entry, depth - 1) for entry in value)
-    return value
+    return part(**{name: tuples(value) for name, value in values.items()})
 
 
 STARFLOW_3B = FlowConfig(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import reprlib
-from dataclasses import MISSING, field, fields, is_dataclass
+from dataclasses import MISSING, asdict, field, fields, is_dataclass
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
@@ -45,6 +45,32 @@ def read_object(text: str, where: str) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{where} is no JSON object; get the file again")
     return values
+
+
+def completed(derived: dict[str, Any], given: dict[str, Any], options: type, where: str) -> dict[str, Any]:
+    """Constructor arguments: those `derived` from a file's tensors, and of those `given` beside them the fields of
+    `options`, a dataclass of what tensors can't tell. None counts as not given, other names are passed over.
+
+    Raises CheckpointError where an option has a wrong type or range, or what is given contradicts the tensors.
+    """
+    given = {name: value for name, value in given.items() if value is not None}
+    try:
+        chosen = options(**{f.name: tuples(given[f.name]) for f in fields(options) if f.name in given})
+    except CheckpointError as error:
+        raise CheckpointError(f"{where}: {error}") from None
+    for name in derived.keys() & given.keys():
+        if given[name] != derived[name]:
+            raise CheckpointError(
+                f"{where} contradicts the tensors: {name} is {shown(given[name])}, not {derived[name]}"
+            )
+    return {**derived, **{name: value for name, value in asdict(chosen).items() if value is not None}}
+
+
+def tuples(value: Any, depth: int = 2) -> Any:
+    """JSON's lists as tuples, two deep: a table is the most that a field holds."""
+    if depth and isinstance(value, (list, tuple)):
+        return tuple(tuples(entry, depth - 1) for entry in value)
+    return value
 
 
 def shown(value: Any) -> str:

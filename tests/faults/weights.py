@@ -61,7 +61,7 @@ FAULTS = [
             "the head of a full T5 is no surprise"),
     in_text("EMBEDDING if name == EMBEDDING_ALIAS else name: tensor", "name: tensor",
             "the embedding's other name isn't known"),
-    in_text('"gated-gelu" if gated else "relu"', '"gated-gelu"', "every T5 is gated"),
+    in_text('GATED if FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes else "relu"', "GATED", "every T5 is gated"),
     in_text("if not 0 <= spare <= MOST_SPARE_ROWS:", "if spare < 0:", "another model's smaller tokenizer is taken"),
     in_vae("{last - int(match[2])}", "{int(match[2])}", "the decoder's blocks in latent diffusion's order",
            "vae_names"),
