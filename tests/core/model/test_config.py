@@ -127,7 +127,8 @@ def test_a_field_of_another_kind_is_refused(name, value):
     [
         ("layers", "24"), ("layers", [2, "2"]), ("layers", [2, 10**9]), ("layers", [[2], [2]]), ("latent", [4]),
         ("name", "a" * 10_000), ("name", 7), ("tasks", "text"), ("aspects", ["wide"]), ("aspects", []),
-        ("prompt", None), ("latent", {"channels": 48, "spatial": 16, "mean": [0, 1]}), ("denoiser", 3), ("kind", ["video"]),
+        ("prompt", None), ("latent", {"channels": 48, "spatial": 16, "mean": [0, 1]}), ("denoiser", 3),
+        ("kind", ["video"]),
         ("defaults", {"guidance": 1, "size": 64, "aspect": "round"}),
         ("latent", {"channels": 48, "spatial": 16, "std": [0]}),
     ],
