@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
@@ -30,6 +29,8 @@ from torch import Tensor
 
 from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
+from ..model.schema import shown
+from .pickles import ArchivedTensor, open_archive
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -237,35 +238,27 @@ def _fault(path: Path, reason: str) -> str:
 
 def _open_pickle(path: Path) -> TensorFile:
     _check_archive(path)
-    try:
-        with torch.inference_mode(False):
-            content = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"reading it would run {culprit[1]}" if culprit else "it holds more than tensors or is damaged"
-        raise CheckpointError(
-            f"{path.name} was refused and nothing of it was run: {reason}. If you trust its source, unpickle it "
-            "in an environment of its own, save its state_dict with safetensors.torch.save_file, and use that file."
-        ) from None
-    except Exception as error:  # a damaged archive can fail anywhere in its reader
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path.name} is corrupt ({reason}); get it again") from None
+    content = open_archive(path)
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
-        tensors = {str(name): _mapped(value) for name, value in content.items() if isinstance(value, Tensor)}
+        tensors = {
+            str(name): StoredTensor(value.shape, value.dtype, partial(_read_archived, value))
+            for name, value in content.items()
+            if isinstance(value, ArchivedTensor)
+        }
         if tensors:
             return TensorFile(path, [path], tensors, {})
     kind = (
-        f"a dictionary of {', '.join(map(str, list(content)[:5]))}"
+        f"a dictionary of {', '.join(map(shown, list(content)[:5]))}"
         if isinstance(content, dict)
         else f"a {type(content).__name__}"
     )
     raise CheckpointError(f"{path.name} holds no state_dict of tensors, but {kind}; save its state_dict alone")
 
 
-def _mapped(tensor: Tensor) -> StoredTensor:
-    # Copied when read: pages of the file must not become weights, as it may be overwritten later.
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, partial(tensor.clone, memory_format=torch.contiguous_format))
+def _read_archived(tensor: ArchivedTensor) -> Tensor:
+    with reading(tensor.record.path):
+        return tensor.read()
 
 
 def _check_archive(path: Path) -> None:
