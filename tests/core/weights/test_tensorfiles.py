@@ -337,7 +337,7 @@ def test_a_compressed_archive_is_refused_before_it_is_inflated(tmp_path):
 def test_a_pickle_cannot_make_hashing_endless(tmp_path):
     """Sixty tuples, each twice in the next, as a key: hashing it takes 2^60 steps."""
     listing = b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s."
-    with pytest.raises(CheckpointError, match="refused|corrupt"):
+    with pytest.raises(CheckpointError, match=r"refused|corrupt"):
         TensorFile.open(archive(tmp_path / "a.pth", listing.replace(b"2", b"q\0h\0")))
 
 
