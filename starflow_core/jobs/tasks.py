@@ -248,9 +248,10 @@ class Generation:
         return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)
 
     def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
-        """Give the denoiser the frames of the deep sequence from `first` on; return those that are done."""
-        total, stop = self.layout.total, first + frames.shape[1]
-        self.control.report(Progress("denoise", first, total))
-        tokens = stream.push(self.flow.tokens(frames).to(self.placement.denoiser), last=stop == total)
-        self.control.report(Progress("denoise", stop, total))
-        return self.flow.latents(tokens, self.sampler.grid).to(self.placement.shallow)
+        """Give the denoiser the frames of the deep sequence from `first` on, one by one; return those that are done."""
+        total, done = self.layout.total, []
+        for index, frame in enumerate(self.flow.tokens(frames).split(1, 1), first + 1):
+            self.control.report(Progress("denoise", index - 1, total))
+            done.append(stream.push(frame.to(self.placement.denoiser), last=index == total))
+        self.control.report(Progress("denoise", first + frames.shape[1], total))
+        return self.flow.latents(torch.cat(done, 1), self.sampler.grid).to(self.placement.shallow)

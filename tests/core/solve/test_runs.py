@@ -105,6 +105,7 @@ def test_every_part_computes_on_its_device(monkeypatch, task, streamed):
     monkeypatch.setattr(torch, "isfinite", lambda x: SimpleNamespace(all=lambda: True))
     monkeypatch.setattr("starflow_core.solve.sampling.require_finite", lambda *_: None)
     monkeypatch.setattr("starflow_core.model.flow.require_finite", lambda *_: None)
+    monkeypatch.setattr("starflow_core.solve.denoising.require_finite", lambda *_: None)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         flow = Flow(models.config())
         for part, device in ((flow, shallow), (flow.deep, deep), (flow.learnable_self_denoiser, denoiser)):
