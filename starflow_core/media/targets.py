@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..parts import real
 from .metadata import Metadata
 
 STILLS = (".png", ".jpg", ".jpeg")
@@ -40,7 +41,7 @@ class Target:
 
 def target_of(path: str | os.PathLike) -> Target:
     """A folder, or a name without a suffix, is a sequence; so is a picture's name with one number, such as %d.png."""
-    text, path = os.fspath(path), Path(os.path.abspath(path))
+    text, path = os.fspath(path), real(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(path) or not (path.suffix or os.path.exists(path)):
         return Target(path, ".png", "%05d.png")
     suffix = path.suffix.lower()

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -15,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
+from ..parts import clear_stale, part_of, remove
 from .animations import FASTEST, gif_recorder, webp_recorder
 from .failures import encoding_errors, reason
 from .metadata import Metadata, check_metadata, encode_exif
@@ -51,7 +50,7 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
         if target.pattern:
             check_replaceable(target.path)
         with suppress(FileNotFoundError):
-            os.lstat(_part_of(target.path))  # refuses names that are too long
+            os.lstat(part_of(target.path))  # refuses names that are too long
         folder = next(parent for parent in target.path.parents if os.path.exists(parent))
         tempfile.TemporaryFile(dir=folder).close()
     except InputError:
@@ -90,7 +89,7 @@ class VideoWriter:
             raise InputError(f"{path}: the metadata does not fit into {target.suffix}; write .png")
         rate = _checked_rate(fps, target.suffix)
         self.path = path
-        self._recording = Recording(target, _part_of(target.path), rate, metadata, quality)
+        self._recording = Recording(target, part_of(target.path), rate, metadata, quality)
         self._recorder = ExitStack()
         self._write: WriteFrame | None = None
         self._size: tuple[int, int] = (0, 0)
@@ -105,6 +104,7 @@ class VideoWriter:
         with encoding_errors(self.path):
             for frame in array:
                 if self._write is None:
+                    clear_stale(self._recording.target.path)
                     self._recording.part.parent.mkdir(parents=True, exist_ok=True)
                     recorder = _recorder_of(self._recording)
                     self._write = self._recorder.enter_context(recorder(self._recording, *self._size))
@@ -120,7 +120,7 @@ class VideoWriter:
                         raise InputError(f"{self.path}: there are no frames to write")
                     _publish(self._recording.part, self._recording.target.path)
         finally:
-            _remove(self._recording.part)
+            remove(self._recording.part)
 
     def _checked(self, frames: Tensor) -> Tensor:
         if frames.ndim != 4 or frames.shape[1] != 3:
@@ -150,30 +150,19 @@ def write_video(
             writer.add(piece)
 
 
-def _part_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _publish(part: Path, target: Path) -> None:
     """Rename to the final name. A folder cannot replace a folder, so an old sequence first steps aside."""
     if not (part.is_dir() and target.is_dir()):
         os.replace(part, target)
         return
-    old = _part_of(target)
+    old = part_of(target, "old")
     os.replace(target, old)
     try:
         os.replace(part, target)
     except BaseException:
         os.replace(old, target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:

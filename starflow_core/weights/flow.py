@@ -171,7 +171,8 @@ def convert(
         metadata.setdefault("license", APPLE_LICENSE)
     names = _counted(checkpoint, expected, "convert", progress)
     weights = (cast(checkpoint.tensor(name), torch_dtype, name, checkpoint.path) for name in names)
-    write_tensors(target, expected, torch_dtype, metadata, weights)
+    # safetensors gives a file's metadata in an order of its own, another one each time.
+    write_tensors(target, expected, torch_dtype, dict(sorted(metadata.items())), weights)
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:

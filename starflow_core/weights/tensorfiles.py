@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +29,7 @@ from torch import Tensor
 from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
 from ..model.schema import shown
+from ..parts import clear_stale, part_of, real, remove
 from .pickles import ArchivedTensor, open_archive
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -325,12 +325,15 @@ def write_tensors(
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders.
+    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders, and clears
+    what killed processes left.
 
     Raises InputError for errors of the system.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    path = real(path)
+    part = part_of(path)
     try:
+        clear_stale(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         mode = part.stat().st_mode
@@ -343,8 +346,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be written: {reason}") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        remove(part)
 
 
 def parse_dtype(name: str) -> torch.dtype:

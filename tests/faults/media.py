@@ -56,7 +56,7 @@ FAULTS = [
         "levels cut off instead of rounded", f"{TESTS}/test_round_trips.py {TESTS}/test_writing.py",
     ),
     Fault(
-        f"{MEDIA}/writing.py", "            _remove(self._recording.part)\n", "            pass\n",
+        f"{MEDIA}/writing.py", "            remove(self._recording.part)\n", "            pass\n",
         "a part left behind", f"{TESTS}/test_writing.py {TESTS}/test_sequences.py",
     ),
     Fault(

@@ -39,7 +39,7 @@ FAULTS = [
           "a compressed archive is inflated", FILES),
     in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
     in_files('        part.chmod(mode)', '        pass', "only the owner can read a saved file"),
-    in_files("            part.unlink()\n", "            pass\n", "a failed write leaves its part behind",
+    in_files("        remove(part)\n", "        pass\n", "a failed write leaves its part behind",
              f"{FILES} {FLOW}"),
     in_files("if not math.isfinite(_reach(tensor)):", "if False:", "NaN is called an overflow", FLOW),
     in_files("if not math.isfinite(_reach(result)):", "if False:", "overflow in fp16 is written", FLOW),

@@ -21,7 +21,7 @@ MODULES = Path(__file__).parent.glob("*.py")
 SUBJECTS = tuple(sorted(path.stem for path in MODULES if "\ndef cases(seed: int" in path.read_text(encoding="utf-8")))
 OUTCOMES = ("worked", "refused", "traceback", "hang", "crash", "memory")
 BAD = OUTCOMES[2:]
-LONGEST = 20  # seconds of a case
+LONGEST = 20  # seconds of a case, unless its module has a LONGEST of its own
 START = 120  # seconds of the first in a process, which loads libraries
 MOST = 1 << 30  # bytes that a case may take
 
@@ -73,7 +73,8 @@ def _until_it_breaks(subject: str, seed: int, indices: list[int]) -> list[Findin
     process = multiprocessing.get_context("spawn").Process(target=_work, args=(subject, seed, indices, there))
     process.start()
     there.close()
-    found, limit, name = [], START, "?"
+    longest = getattr(import_module(f"tests.fuzz.{subject}"), "LONGEST", LONGEST)
+    found, limit, name = [], max(START, longest), "?"
     try:
         for index in indices:
             try:
@@ -85,7 +86,7 @@ def _until_it_breaks(subject: str, seed: int, indices: list[int]) -> list[Findin
                 process.join()
                 return [*found, Finding(subject, index, name, "crash", f"exit status {process.exitcode}")]
             found.append(Finding(subject, index, name, outcome, detail))
-            limit = LONGEST
+            limit = longest
             if outcome == "memory":
                 return found
         return found

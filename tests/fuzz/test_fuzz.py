@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.fuzz.case import Case
@@ -9,9 +11,11 @@ from tests.fuzz.runner import BAD, OUTCOMES, SUBJECTS, run, table
 
 
 @pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.skipif(os.name != "posix", reason="limits and signals of a POSIX system")
 def test_bad_input_is_refused_in_words(subject):
-    found = run(subject, seed=1, count=100)
-    assert len(found) == 100
+    count = 4 if subject == "signals" else 100
+    found = run(subject, seed=1, count=count)
+    assert len(found) == count
     bad = [finding for finding in found if finding.outcome in BAD]
     assert not bad, "\n".join(f"--seed 1 --only {f.index}: {f.outcome}: {f.detail}" for f in bad) + "\n" + table(found)
 
