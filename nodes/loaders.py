@@ -30,6 +30,17 @@ class LoadedText:
     patcher: object
 
 
+class WeightType(io.Combo.Input):
+    """Typed by its options, as core's older nodes do it: ComfyUI 0.3.64 checks no other list by itself, and
+    validate_inputs would blame it along with the file."""
+
+    def __init__(self):
+        super().__init__("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP)
+
+    def get_io_type(self) -> list[str]:
+        return list(WEIGHT_TYPES)
+
+
 class STARFlowLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -46,16 +57,14 @@ class STARFlowLoadModel(io.ComfyNode):
                     tooltip="Checkpoints in models/diffusion_models (.safetensors, Apple's .pth, or a folder of "
                     "shards), and the bundled demo.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[ModelType.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return (
-            _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or _check_type(weight_type) or True
-        )
+    def validate_inputs(cls, model_name: str = DEMO) -> bool | str:
+        return _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or True
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
@@ -88,18 +97,14 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
                     tooltip="A file or folder in models/text_encoders, or the demo's encoder. A single file uses the "
                     "tokenizer next to it, or else ComfyUI's own T5 tokenizer.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[TextEncoderType.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return (
-            _check("text encoder", "text_encoders", encoder_name, _is_weights, _is_t5_folder)
-            or _check_type(weight_type)
-            or True
-        )
+    def validate_inputs(cls, encoder_name: str = DEMO) -> bool | str:
+        return _check("text encoder", "text_encoders", encoder_name, _is_weights, _is_t5_folder) or True
 
     @classmethod
     def execute(cls, encoder_name: str, weight_type: str) -> io.NodeOutput:
@@ -126,14 +131,14 @@ class STARFlowLoadVAE(io.ComfyNode):
                     default=DEMO,
                     tooltip="Files in models/vae, and the demo's VAE.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and ComfyUI's own.")],
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return _check("VAE", "vae", vae_name, _is_weights) or _check_type(weight_type) or True
+    def validate_inputs(cls, vae_name: str = DEMO) -> bool | str:
+        return _check("VAE", "vae", vae_name, _is_weights) or True
 
     @classmethod
     def execute(cls, vae_name: str, weight_type: str) -> io.NodeOutput:
@@ -186,10 +191,6 @@ def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable
         return None
     problem = f"in models/{folder} is not a {what}" if path else f"is not in models/{folder}"
     return f"{name!r} {problem}; put a {what} there and refresh, or choose {DEMO!r}"
-
-
-def _check_type(name: str) -> str | None:
-    return None if name in WEIGHT_TYPES else f"weight_type is {name!r}; expected one of {', '.join(WEIGHT_TYPES)}"
 
 
 def _dtype(name: str, device):

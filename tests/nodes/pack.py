@@ -62,6 +62,18 @@ def run(node: type, hidden: dict | None = None, **inputs):
     return output
 
 
+def complaints(prompt: dict, output: str) -> list[str]:
+    """The inputs that a real host finds wrong in a prompt, on the way to an output's node."""
+    import execution
+    import nodes
+
+    registered = nodes.NODE_CLASS_MAPPINGS
+    registered |= load()
+    validated: dict = {}
+    asyncio.run(execution.validate_inputs("1", prompt, output, validated))
+    return [error["extra_info"]["input_name"] for _, errors, _ in validated.values() for error in errors]
+
+
 def _defaults(node: type) -> dict:
     groups = node.GET_NODE_INFO_V1()["input"]
     given = {**groups["required"], **groups.get("optional", {})}

@@ -247,7 +247,6 @@ def _other_type(prompt, link):
 BAD_JOBS = [
     ({"frames": 10}, "nearest are 9 and 13"),
     ({"width": 100, "height": 96}, "not a multiple of 16"),
-    ({"width": 96, "height": 0}, "go together"),
     ({"clip_frames": 4}, "has to divide their number"),
     ({"window": 2, "keep": 2}, "keeps 1 to 1"),
     ({"guidance": -0.5}, "-1 uses the model's own value"),
