@@ -30,15 +30,21 @@ class LoadedText:
     patcher: object
 
 
+class Options(list):
+    """An input's type as core's older nodes give it; newer hosts look types up in a dictionary."""
+
+    __hash__ = object.__hash__
+
+
 class WeightType(io.Combo.Input):
-    """Typed by its options, as core's older nodes do it: ComfyUI 0.3.64 checks no other list by itself, and
-    validate_inputs would blame it along with the file."""
+    """Checked by every host: 0.3.64 checks a list only where it is the type, and validate_inputs would blame this
+    widget for a wrong file, too."""
 
     def __init__(self):
         super().__init__("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP)
 
-    def get_io_type(self) -> list[str]:
-        return list(WEIGHT_TYPES)
+    def get_io_type(self) -> Options:
+        return Options(WEIGHT_TYPES)
 
 
 class STARFlowLoadModel(io.ComfyNode):
