@@ -1,7 +1,9 @@
 // Opens one workflow in a running ComfyUI by dropping its file on the canvas, presses Run, and says what was seen.
 //   node page.mjs URL WORKFLOW.json JOB.json
-// JOB: {"nodes": {"TYPE": "picture.png", ..}, "graph": "picture.png" or null, "run": true, "seconds": 120}
-// Prints JSON: {nodes, errors, outcome, video: [width, height] or null, seconds}. Environment: PLAYWRIGHT_DIR (a folder
+// JOB: {"nodes": {"TYPE": "picture.png", ..}, "graph": "picture.png" or null, "run": true, "seconds": 120,
+//       "modern": false (true draws with Nodes 2.0)}
+// Prints JSON: {nodes, errors, outcome, video: [width, height] or null, seconds, boxes: [[type, x, y, width, height], ..]
+// in the graph's units, without the title}. Environment: PLAYWRIGHT_DIR (a folder
 // with node_modules/playwright-core), CHROMIUM (the browser's program).
 import { createRequire } from 'node:module'
 import fs from 'node:fs'
@@ -12,7 +14,8 @@ const [url, file, jobFile] = process.argv.slice(2)
 const text = fs.readFileSync(file, 'utf8')
 const job = JSON.parse(fs.readFileSync(jobFile, 'utf8'))
 const workflow = JSON.parse(text)
-const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0 }
+const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0, boxes: [] }
+const TITLE = 30
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
 
 const browser = await chromium.launch({
@@ -123,6 +126,8 @@ try {
   await page.waitForFunction(() => window.app?.graph && window.app?.canvas)
   await sleep(3000)
   await closeDialogs()
+  await page.evaluate((on) => window.app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', on), job.modern)
+  await sleep(500)
   opened = true
   await drop()
   const dialog = page.locator('[role=dialog], .p-dialog').first()
@@ -137,7 +142,17 @@ try {
   }
   if (job.run) await run()
   // Sizes as the page has them now: it has grown what was too small.
-  const boxes = await page.evaluate(() => window.app.graph._nodes.map((n) => [n.type, n.pos[0], n.pos[1], n.size[0], n.size[1]]))
+  const boxes = await page.evaluate(
+    ([modern, title]) =>
+      window.app.graph._nodes.map((node) => {
+        const drawn = modern && document.querySelector(`[data-node-id="${node.id}"]`)
+        const scale = window.app.canvas.ds.scale
+        const height = drawn ? drawn.getBoundingClientRect().height / scale - title : node.size[1]
+        return [node.type, ...node.pos, drawn ? drawn.getBoundingClientRect().width / scale : node.size[0], height]
+      }),
+    [job.modern, TITLE],
+  )
+  found.boxes = boxes
   for (const [type, target] of Object.entries(job.nodes)) {
     const [, x, y, w, h] = boxes.find((box) => box[0] === type)
     await picture([x - 24, y - 54, w + 48, h + 78], 1, target)
