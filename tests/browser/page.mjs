@@ -158,10 +158,15 @@ try {
     await picture([x - 24, y - 54, w + 48, h + 78], 1, target)
   }
   if (job.graph) {
-    const left = Math.min(...boxes.map((b) => b[1])) - 30
-    const top = Math.min(...boxes.map((b) => b[2])) - 60
-    const width = Math.max(...boxes.map((b) => b[1] + b[3])) + 30 - left
-    const height = Math.max(...boxes.map((b) => b[2] + b[4])) + 30 - top
+    const others = await page.evaluate(() => [
+      ...window.app.graph._groups.map((group) => ['', ...group.pos, ...group.size]),
+      ...[...window.app.graph.reroutes.values()].map((point) => ['', ...point.pos, 0, 0]),
+    ])
+    const drawn = [...boxes.map(([type, x, y, w, h]) => [type, x, y - TITLE, w, h + TITLE]), ...others]
+    const left = Math.min(...drawn.map((b) => b[1])) - 30
+    const top = Math.min(...drawn.map((b) => b[2])) - 30
+    const width = Math.max(...drawn.map((b) => b[1] + b[3])) + 30 - left
+    const height = Math.max(...drawn.map((b) => b[2] + b[4])) + 30 - top
     await picture([left, top, width, height], Math.min(1500 / width, 950 / height, 1), job.graph)
   }
 } catch (error) {

@@ -21,8 +21,8 @@ def visit(
 ) -> dict[str, Any]:  # fmt: skip
     """Drop a workflow on the page of the server at `port`, run it, and take pictures of nodes by type.
 
-    `modern` draws with Nodes 2.0. Gives what page.mjs saw: nodes, errors, outcome, the video's size, the seconds from Run
-    to the end, and the nodes' boxes.
+    `modern` draws with Nodes 2.0. Gives what page.mjs saw: nodes, errors, outcome, the video's size, the seconds from
+    Run to the end, and the nodes' boxes.
     """
     job = {
         "nodes": {kind: str(path) for kind, path in (nodes or {}).items()},

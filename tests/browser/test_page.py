@@ -8,7 +8,7 @@ from shutil import which
 import pytest
 
 from tests.nodes.pack import COMFYUI
-from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, blueprint
+from tests.nodes.workflows import BLUEPRINTS, EXAMPLES, FOLDER, REAL_WEIGHTS
 from tests.server.host import Server
 
 from .page import CHROMIUM, PLAYWRIGHT, visit
@@ -45,8 +45,9 @@ def test_example_for_real_weights_opens(server, name):
     assert [e for e in seen["errors"] if not any(words in e for words in said)] == []
 
 
-def test_blueprint_opens(server):
-    path, _ = blueprint()
+@pytest.mark.parametrize("make", BLUEPRINTS)
+def test_blueprint_opens(server, make):
+    path, _ = make()
     seen = visit(server.port, path, run=False)
     assert seen["errors"] == []
     assert seen["nodes"] == 1
