@@ -29,10 +29,10 @@ WIDTH, GAP, ROW_GAP = 340, 120, 70
 COLUMN = WIDTH + GAP
 TITLE, EDGE, LANE = 30, 20, 24  # of a node; around a group's nodes; between two links that run above the groups
 GROUPS = {  # by the last kind of node that a group holds, from left to right
-    "Models": ("#3f5159", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
-    "Size, input and prompt": ("#3f789e", ("STARFlowTextEncode",)),
-    "Sampling": ("#8a6d3b", ("STARFlowSampler",)),
-    "Result": ("#4a7a4a", ()),
+    "Models": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
+    "Size, input and prompt": ("#5b9bd5", ("STARFlowTextEncode",)),
+    "Sampling": ("#d0a04a", ("STARFlowSampler",)),
+    "Result": ("#6fbf73", ()),
 }
 HUB = "https://huggingface.co"
 
