@@ -13,7 +13,7 @@ from ..starflow_core.jobs.build import default_job
 from ..starflow_core.jobs.tasks import layout
 from ..starflow_core.model.config import ASPECTS, FlowConfig, parse_aspect
 from . import host
-from .types import CATEGORY, KEY, ModelType
+from .types import CATEGORY, KEY, SEARCH, ModelType
 
 MODEL_ASPECT = "model's own"
 SIDE_STEP = 16  # whole tokens of every model; the 3B takes multiples of 8, too
@@ -26,6 +26,7 @@ class STARFlowEmptyLatent(io.ComfyNode):
             node_id="STARFlowEmptyLatent",
             display_name="STARFlow Empty Latent",
             category=CATEGORY,
+            **SEARCH,
             description="Sets the size and length of the result. Shows the actual size and the number of tokens.",
             inputs=[
                 ModelType.Input("model", tooltip="Determines the latent channels and the compression."),
@@ -99,6 +100,7 @@ class STARFlowVAEDecode(io.ComfyNode):
             node_id="STARFlowVAEDecode",
             display_name="STARFlow VAE Decode",
             category=CATEGORY,
+            **SEARCH,
             description="Decodes latents one latent frame at a time: in bounded memory, with progress, and you can "
             "cancel it partway. ComfyUI's VAE Decode gives the same pixels.",
             inputs=[

@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
 from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
 from . import host
-from .types import CATEGORY, ModelType, TextEncoderType
+from .types import CATEGORY, SEARCH, ModelType, TextEncoderType
 
 Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
@@ -54,7 +54,9 @@ class STARFlowLoadModel(io.ComfyNode):
             node_id="STARFlowLoadModel",
             display_name="STARFlow Load Model",
             category=CATEGORY,
-            description="Loads a STARFlow or STARFlow-V checkpoint, or the small demo model that comes with this pack.",
+            **SEARCH,
+            description="Loads a normalizing flow: a STARFlow or STARFlow-V checkpoint, or the small demo model that comes with "
+            "this pack.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -93,6 +95,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
             node_id="STARFlowLoadTextEncoder",
             display_name="STARFlow Load Text Encoder",
             category=CATEGORY,
+            **SEARCH,
             description="Loads the T5 encoder that goes with the model: flan-t5-xl for Apple's checkpoints, or the "
             "demo's own.",
             inputs=[
@@ -128,6 +131,7 @@ class STARFlowLoadVAE(io.ComfyNode):
             node_id="STARFlowLoadVAE",
             display_name="STARFlow Load VAE",
             category=CATEGORY,
+            **SEARCH,
             description="Loads the VAE that goes with the model: Wan 2.2's for video, Stable Diffusion 1.x's for "
             "images, or the demo's own. ComfyUI's encode and decode nodes accept it, too.",
             inputs=[

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ KEPT = (
     "output_node",
 )
 NODES = pack.load()
+io = importlib.import_module("comfy_api.latest").io  # the host's, once the pack has found it
 
 
 def described(node: type) -> dict:
@@ -56,6 +58,12 @@ def test_node_is_documented(name):
     for group in ("required", "optional"):
         for given, (_, options) in info["input"].get(group, {}).items():
             assert options.get("tooltip"), f"{given} has no tooltip"
+
+
+@pytest.mark.skipif("search_aliases" not in io.Schema.__dataclass_fields__, reason="this host searches names alone")
+def test_a_normalizing_flow_is_found():
+    found = {name for name, node in NODES.items() if "normalizing flow" in (node.GET_SCHEMA().search_aliases or [])}
+    assert {"STARFlowLoadModel", "STARFlowEmptyLatent", "STARFlowTextEncode", "STARFlowVAEDecode"} <= found
 
 
 @pytest.mark.parametrize("name", NODES)

@@ -122,7 +122,7 @@ class Graph:
         drawn.append(_note(self.note, len(self.nodes) + 1, bottom.get(0, 0) + EDGE))
         return {
             "last_node_id": len(drawn), "last_link_id": len(links), "nodes": drawn, "links": links, "groups": groups,
-            "config": {}, "extra": self._lanes(links), "version": 0.4,
+            "config": {}, "extra": self._lanes(links, drawn), "version": 0.4,
         }  # fmt: skip
 
     def _arrange(self) -> None:
@@ -148,26 +148,37 @@ class Graph:
             first = last + 1
         return made
 
-    def _lanes(self, links: list[list]) -> dict[str, list[dict]]:
-        """Links over more than one column run above the groups, not behind the nodes between: one lane an output."""
+    def _lanes(self, links: list[list], drawn: list[dict]) -> dict[str, list[dict]]:
+        """Links over more than one column run above the groups, not behind the nodes between: one lane an output, which
+        goes down beside a target that isn't at the top."""
         columns = {node.id: node.column for node in self.nodes}
-        far: dict[tuple[int, int], dict[int, list[int]]] = {}  # of an output: links by the column they lead to
+        tops = {box["id"]: box["pos"][1] for box in drawn}
+        far: dict[tuple[int, int], dict[tuple[int, int], list[int]]] = {}  # of an output: links by column and top
         for id, source, output, target, _, _ in links:
             if columns[target] - columns[source] > 1:
-                far.setdefault((source, output), {}).setdefault(columns[target], []).append(id)
-        points, last = [], []
+                place = (columns[target], tops[target])
+                far.setdefault((source, output), {}).setdefault(place, []).append(id)
+        points, ends = [], []
         for lane, ((source, _), targets) in enumerate(far.items()):
-            y = -TITLE - 2 * EDGE - LANE * (lane + 1)
-            parent = None
-            for column in (None, *sorted(targets)):
-                x = columns[source] * COLUMN + WIDTH + 2 * EDGE if column is None else column * COLUMN - 2 * EDGE
-                held = [id for to, ids in targets.items() if column is None or to >= column for id in ids]
-                points.append({"id": len(points) + 1, "pos": [x, y], "linkIds": held})
-                if parent:
-                    points[-1]["parentId"] = parent
-                parent = len(points)
-                last += [{"id": id, "parentId": parent} for id in targets.get(column, [])]
-        return {"linkExtensions": last, "reroutes": points} if points else {}
+            height = -TITLE - 2 * EDGE - LANE * (lane + 1)
+            along = _point(
+                points,
+                columns[source] * COLUMN + WIDTH + 2 * EDGE,
+                height,
+                [i for ids in targets.values() for i in ids],
+            )
+            for column in sorted({column for column, _ in targets}):
+                x = column * COLUMN - 2 * EDGE
+                along = _point(
+                    points, x, height, [i for (c, _), ids in targets.items() if c >= column for i in ids], along
+                )
+                down = along
+                for top in sorted(top for c, top in targets if c == column):
+                    if top:
+                        below = [i for (c, t), ids in targets.items() if c == column and t >= top for i in ids]
+                        down = _point(points, x, top, below, down)
+                    ends += [{"id": id, "parentId": down} for id in targets[column, top]]
+        return {"linkExtensions": ends, "reroutes": points} if points else {}
 
     def blueprint(self, name: str, description: str, given: list[tuple[Node, str]], made: tuple[Node, str]) -> dict:
         """A subgraph of these nodes: `given` are the inputs that it shows, `made` is its output."""
@@ -221,6 +232,13 @@ class Graph:
             "revision": 0, "last_node_id": 1, "last_link_id": 0, "nodes": [shown], "links": [], "version": 0.4,
             "definitions": {"subgraphs": [definition]}, "extra": {},
         }  # fmt: skip
+
+
+def _point(points: list[dict], x: int, y: int, links: list[int], parent: int | None = None) -> int:
+    """A new point that these links run through."""
+    parent = {"parentId": parent} if parent else {}
+    points.append({"id": len(points) + 1, **parent, "pos": [x, y], "linkIds": sorted(links)})
+    return len(points)
 
 
 def _display_name(type: str) -> str:
