@@ -55,8 +55,8 @@ class STARFlowLoadModel(io.ComfyNode):
             display_name="STARFlow Load Model",
             category=CATEGORY,
             **SEARCH,
-            description="Loads a normalizing flow: a STARFlow or STARFlow-V checkpoint, or the small demo model that comes with "
-            "this pack.",
+            description="Loads a normalizing flow: a STARFlow or STARFlow-V checkpoint, or the small demo model that "
+            "comes with this pack.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
