@@ -99,6 +99,7 @@ async function show(box, scale) {
     ([[x, y, w, h], k]) => {
       const view = window.app.canvas
       const canvas = view.canvas.getBoundingClientRect()
+      view.min_font_size_for_lod = 0 // text, however small
       view.ds.scale = k
       view.ds.offset[0] = (canvas.width / 2) / k - (x + w / 2)
       view.ds.offset[1] = (canvas.height / 2) / k - (y + h / 2)
