@@ -3,7 +3,7 @@
 // JOB: {"nodes": {"TYPE": "picture.png", ..}, "graph": "picture.png" or null, "run": true, "seconds": 120,
 //       "modern": false (true draws with Nodes 2.0)}
 // Prints JSON: {nodes, errors, outcome, video: [width, height] or null, seconds, boxes: [[type, x, y, width, height], ..]
-// in the graph's units, without the title}. Environment: PLAYWRIGHT_DIR (a folder
+// in the graph's units, without the title, extension: what web/starflow.js did}. Environment: PLAYWRIGHT_DIR (a folder
 // with node_modules/playwright-core), CHROMIUM (the browser's program).
 import { createRequire } from 'node:module'
 import fs from 'node:fs'
@@ -14,7 +14,7 @@ const [url, file, jobFile] = process.argv.slice(2)
 const text = fs.readFileSync(file, 'utf8')
 const job = JSON.parse(fs.readFileSync(jobFile, 'utf8'))
 const workflow = JSON.parse(text)
-const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0, boxes: [] }
+const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0, boxes: [], extension: null }
 const TITLE = 30
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
 
@@ -141,6 +141,21 @@ try {
     if (wanted?.length && JSON.stringify(wanted) !== JSON.stringify((shown || []).slice(0, wanted.length)))
       found.errors.push(`node ${id} has ${JSON.stringify(shown)}, the file ${JSON.stringify(wanted)}`)
   }
+  found.extension = await page.evaluate(() => {
+    const frames = window.app.graph._nodes.find((node) => node.type === 'STARFlowEmptyLatent')?.widgets.find((w) => w.name === 'frames')
+    if (!frames) return null
+    const kept = frames.value
+    const given = (value) => (frames.callback(value), frames.value)
+    const lengths = Object.fromEntries([-4, 0, 1, 4, 5, 35].map((value) => [value, given(value)]))
+    frames.value = kept
+    const type = 'STARFLOW_MODEL'
+    const colours = [
+      window.app.canvas.default_connection_color_byType[type],
+      window.LGraphCanvas.link_type_colors[type],
+      document.documentElement.style.getPropertyValue(`--color-datatype-${type}`),
+    ]
+    return { lengths, step: frames.options.step2, colours }
+  })
   if (job.run) await run()
   // Sizes as the page has them now: it has grown what was too small.
   const boxes = await page.evaluate(
