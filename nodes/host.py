@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -233,3 +234,18 @@ def video(images: Tensor, rate) -> Any:
     from comfy_api.util import VideoComponents
 
     return VideoFromComponents(VideoComponents(images=images, audio=None, frame_rate=rate))
+
+
+def offer_inputs(folder: Path) -> None:
+    """Put the examples' pictures and clips into the host's input folder, where Load Image and Load Video look."""
+    inputs = Path(folder_paths.get_input_directory())
+    for file in folder.iterdir():
+        target, part = inputs / file.name, inputs / f"{file.name}.part"
+        if target.exists():
+            continue
+        try:
+            shutil.copyfile(file, part)
+            part.replace(target)
+        except OSError as error:  # a folder that isn't ours to write to
+            part.unlink(missing_ok=True)
+            log.warning("STARFlow: the example input %s could not be copied to %s: %s", file.name, inputs, error)

@@ -1,4 +1,4 @@
-"""Model folders, which are empty until a test adds some, and the output folder."""
+"""Model folders, which are empty until a test adds some, the input and the output folder."""
 
 from __future__ import annotations
 
@@ -26,6 +26,18 @@ def get_full_path(folder: str, name: str) -> str | None:
     """A file; folders are none."""
     places = (Path(root, name) for root in get_folder_paths(folder))
     return next((str(path) for path in places if path.is_file()), None)
+
+
+input_directory = ""
+
+
+def get_input_directory() -> str:
+    return input_directory
+
+
+def set_input_directory(folder: str) -> None:
+    global input_directory
+    input_directory = folder
 
 
 def get_output_directory() -> str:

@@ -18,8 +18,11 @@ class Input:
         self.id, self.optional = id, optional
         self.options = {**self.extra, **options}
 
+    def get_io_type(self) -> str:
+        return self.io_type
+
     def info(self) -> tuple[str, dict[str, Any]]:
-        return self.io_type, {NAMES.get(k, k): v for k, v in self.options.items() if v is not None}
+        return self.get_io_type(), {NAMES.get(k, k): v for k, v in self.options.items() if v is not None}
 
 
 @dataclass
