@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -181,7 +182,7 @@ class STARFlowSampler(io.ComfyNode):
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
         window: int = 0, keep: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
-        if guidance < 0 and guidance != OWN_GUIDANCE:
+        if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
         flow = model.model
         options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 from pathlib import Path
 
@@ -82,7 +83,7 @@ class STARFlowVideoCombine(io.ComfyNode):
     def execute(
         cls, images, frame_rate: float, format: str, quality: int, filename_prefix: str, clip_frames: int = 0
     ) -> io.NodeOutput:
-        rate = Fraction(frame_rate).limit_denominator(1001)
+        rate = _rate(frame_rate)
         metadata = host.workflow_metadata(cls.hidden)
         clips = _clips(images, clip_frames or host.clip_frames(images))
         folder, name, counter, subfolder = host.output_folder(filename_prefix, *images.shape[1:3])
@@ -99,6 +100,13 @@ class STARFlowVideoCombine(io.ComfyNode):
 
 
 NODES = [STARFlowVideoCombine]
+
+
+def _rate(frame_rate: float) -> Fraction:
+    """As broadcast has it: 29.97 is 30000/1001."""
+    if not 0 < frame_rate < math.inf:
+        raise InputError(f"frame_rate is {frame_rate:g}; give frames per second, such as 16")
+    return Fraction(frame_rate).limit_denominator(1001)
 
 
 def _clips(images: torch.Tensor, count: int) -> list[torch.Tensor]:

@@ -48,7 +48,7 @@ FAULTS = [
         "one EXIF orientation not turned", f"{TESTS}/test_foreign_files.py",
     ),
     Fault(
-        f"{MEDIA}/pixels.py", "scale = max(height / old_height", "scale = min(height / old_height",
+        f"{MEDIA}/pixels.py", "scale = max(ratios) if", "scale = min(ratios) if",
         "a picture fitted inside instead of covering", f"{TESTS}/test_fit.py",
     ),
     Fault(

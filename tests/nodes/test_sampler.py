@@ -49,9 +49,10 @@ def test_inputs_reach_the_core(demo, made, latent, plain, inputs):
     assert relative_error(plain, wanted) > 1e-3
 
 
-def test_no_other_guidance_below_0(demo, conditioned, latent):
-    with pytest.raises(Exception, match=r"guidance is -0\.5; 0 is off, -1 uses the model's own value"):
-        demo.sampler(*conditioned, latent, guidance=-0.5)
+@pytest.mark.parametrize("guidance", [-0.5, float("nan"), float("inf"), float("-inf")])
+def test_no_other_guidance_below_0_or_none_at_all(demo, conditioned, latent, guidance):
+    with pytest.raises(Exception, match=rf"guidance is {guidance:g}; 0 is off, -1 uses the model's own value"):
+        demo.sampler(*conditioned, latent, guidance=guidance)
 
 
 def test_a_batch_takes_the_seeds_that_follow(demo, made):

@@ -66,6 +66,13 @@ def test_rates_of_broadcast_are_met(folder):
     assert video.get_components().frame_rate == Fraction(30000, 1001)
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), 0.0, -1.0])
+def test_a_rate_that_is_none_is_refused(folder, rate):
+    with pytest.raises(Exception, match=rf"frame_rate is {rate:g}; give frames per second, such as 16"):
+        combine(pictures(2, 16, 16, 3), frame_rate=rate)
+    assert not list(folder.iterdir())
+
+
 def test_files_are_numbered_on_and_named_by_their_size(folder):
     for _ in range(2):
         output = combine(pictures(2, 16, 32, 3), format="webp", filename_prefix="%width%x%height%")
