@@ -15,8 +15,8 @@ from .types import CATEGORY, ContextType, ModelType
 
 LATENT_TIP = "Sets the size that pictures are brought to."
 FIT_TIP = (
-    "For pictures of another shape. crop: covers the whole size, and the edges are lost. pad: shows all of the picture, "
-    "with black bars. stretch: fills the size and changes the proportions."
+    "For pictures of another shape. crop: covers the whole size, and the edges are lost. pad: shows all of the "
+    "picture, with black bars. stretch: fills the size and changes the proportions."
 )
 VAE_TIP = "The VAE that goes with the model."
 CONTEXT_TIP = "Connect it to both Text Encode and the sampler."
