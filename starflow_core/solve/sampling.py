@@ -28,7 +28,6 @@ from .solvers import (
     solve_tokens,
 )
 
-
 DRAFT = SolverSettings(shallow_tolerance=0.03, max_sweeps=8)
 
 
