@@ -28,7 +28,7 @@ from .solvers import (
     solve_tokens,
 )
 
-DRAFT = SolverSettings(shallow_tolerance=0.03, max_sweeps=8)
+DRAFT = SolverSettings(shallow_tolerance=0.03, max_sweeps=8)  # whatever the method: drafts are to cost little
 
 
 @dataclass(frozen=True)
