@@ -193,6 +193,12 @@ class Generation:
             yield from self._piece(done, final, True)
             done += final.shape[1]
 
+    def draft(self) -> Piece | None:
+        """The result's frame that is being solved, roughly: noise where it hasn't settled yet. Call it from
+        `control.progress`; None where there is no such frame."""
+        solving = self.sampler.draft()
+        return None if solving is None else next(self._piece(*solving, False), None)
+
     @property
     def _learned(self) -> bool:
         return self.job.denoise and self.flow.config.denoiser is not None

@@ -44,6 +44,9 @@ def get_output_directory() -> str:
     raise NotImplementedError("a test that saves names a folder")
 
 
+get_temp_directory = get_output_directory
+
+
 def get_save_image_path(prefix: str, output: str, width: int = 0, height: int = 0) -> tuple[str, str, int, str, str]:
     """Folder, file name, next free number, folder below `output`, and the prefix with its tokens replaced."""
     prefix = prefix.replace("%width%", str(width)).replace("%height%", str(height))

@@ -55,6 +55,7 @@ class HiddenHolder(SimpleNamespace):
 
 class FolderType(str, Enum):
     output = "output"
+    temp = "temp"
 
 
 @dataclass
@@ -119,6 +120,6 @@ io = SimpleNamespace(
     Boolean=custom("BOOLEAN"), Int=custom("INT"), Float=custom("FLOAT"),
     String=custom("STRING", multiline=False), Combo=custom("COMBO", multiselect=False),
     Image=custom("IMAGE"), Latent=custom("LATENT"), Conditioning=custom("CONDITIONING"), Vae=custom("VAE"),
-    Video=custom("VIDEO"),
+    Video=custom("VIDEO"), Audio=custom("AUDIO"),
 )  # fmt: skip
 ui = SimpleNamespace(SavedResult=SavedResult)
