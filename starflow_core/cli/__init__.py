@@ -24,6 +24,8 @@ class Terminated(KeyboardInterrupt):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad arguments raise argparse's SystemExit."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     arguments = parser().parse_args(argv)
     try:
         # What a command needs takes seconds to import, and help needs none of it.

@@ -69,6 +69,9 @@ class Layout:
         return self.hidden + self.frames
 
 
+FASTEST = 1000  # frames per second
+
+
 def layout(config: FlowConfig, job: Job) -> Layout:
     """Lay a job out for a model. Raises InputError that names what is wrong and the nearest valid value."""
     config.check_size(job.height, job.width)
@@ -78,6 +81,8 @@ def layout(config: FlowConfig, job: Job) -> Layout:
         raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
     if config.kind == "image" and job.frames != 1:
         raise InputError(f"{config.name} makes images: frames is {job.frames}, expected 1")
+    if job.frames > 1 and not 0 < job.fps <= FASTEST:
+        raise InputError(f"fps is {job.fps}; expected a number above 0, at most {FASTEST}")
     frames = config.latent.latent_frames(job.frames)
     context = job.context
     hidden, given = (context.hidden, context.frames) if context else (0, 0)

@@ -131,6 +131,8 @@ class FlowConfig:
             raise InputError(f"window is {window} latent frames; the minimum is 1")
         if keep is None:
             keep = min(max(round(16 * window / 21), 1), max(window - 1, 1))
+        if keep < 1:
+            raise InputError(f"keep is {keep} latent frames; the minimum is 1")
         if frames > window and not 1 <= keep < window:
             raise InputError(
                 f"keep is {keep}; a window of {window} latent frames keeps 1 to {window - 1} when it slides"
@@ -150,7 +152,9 @@ class FlowConfig:
         """Raise InputError unless the model has whole tokens at this size."""
         for name, value in (("height", height), ("width", width)):
             if value < self.cell or value % self.cell:
-                low = max(self.cell, value // self.cell * self.cell)
+                if value < self.cell:
+                    raise InputError(f"{name} {value} is less than one token; the smallest is {self.cell}")
+                low = value // self.cell * self.cell
                 raise InputError(
                     f"{name} {value} is not a multiple of {self.cell}; nearest are {low} and {low + self.cell}"
                 )

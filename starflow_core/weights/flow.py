@@ -128,6 +128,8 @@ def load_flow(
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
         raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
+    if len(set(placement.deep)) > 1:
+        raise InputError("the deep block can't be loaded onto several devices yet; give one")
     for part in {placement.deep[0], placement.shallow, placement.denoiser}:
         _check_device(part, dtype)
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
@@ -234,7 +236,8 @@ def _from_reference(values: dict[str, Any]) -> FlowConfig:
     config = FlowConfig.from_reference(values)
     for preset in KNOWN_MODELS.values():
         if (preset.kind, preset.latent.channels) == (config.kind, config.latent.channels):
-            config = replace(config, latent=preset.latent, noise_std=preset.noise_std, defaults=preset.defaults)
+            told = {name: getattr(preset, name) for name in ("latent", "noise_std", "defaults", "tasks")}
+            config = replace(config, **told)
     given = {key: values[key] for key in ("noise_std", "rounding") if key in values}
     return replace(config, **given)
 

@@ -53,7 +53,7 @@ FAULTS = [
     in_flow("    if CONFIG_KEY not in checkpoint.metadata:", "    if True:",
             "a model of somebody else's is put under Apple's licence"),
     in_flow('metadata.setdefault("license"', 'metadata.setdefault("licence"', "the licence goes under another key"),
-    in_flow("latent=preset.latent, noise_std=preset.noise_std,", "latent=preset.latent,",
+    in_flow('("latent", "noise_std", "defaults", "tasks")', '("latent", "defaults", "tasks")',
             "the reference's arguments get the wrong noise"),
     in_flow("            _check_structure(checkpoint, config, where)\n", "",
             "a configuration may contradict its tensors"),
