@@ -11,7 +11,7 @@ from ..starflow_core.jobs import context as contexts
 from ..starflow_core.media import FITS, fit
 from ..starflow_core.model.config import FlowConfig
 from ..starflow_core.model.latent import LatentFormat
-from .types import CATEGORY, ContextType, ModelType
+from .types import CATEGORY, SEARCH, ContextType, ModelType
 
 LATENT_TIP = "Sets the size that pictures are brought to."
 FIT_TIP = (
@@ -29,6 +29,7 @@ class STARFlowFirstFrame(io.ComfyNode):
             node_id="STARFlowFirstFrame",
             display_name="STARFlow First Frame",
             category=CATEGORY,
+            **SEARCH,
             description="Image to video: the clip begins with this image. A batch of images makes a batch of clips.",
             inputs=[
                 io.Image.Input("image", tooltip="One image, or one for each clip in the batch."),
@@ -55,6 +56,7 @@ class STARFlowFirstLastFrame(io.ComfyNode):
             node_id="STARFlowFirstLastFrame",
             display_name="STARFlow First and Last Frame",
             category=CATEGORY,
+            **SEARCH,
             description="Makes a clip that ends with one image, and can begin with another.",
             inputs=[
                 io.Image.Input("last_image", tooltip="The image that the clip ends with."),
@@ -88,6 +90,7 @@ class STARFlowExtend(io.ComfyNode):
             node_id="STARFlowExtend",
             display_name="STARFlow Extend",
             category=CATEGORY,
+            **SEARCH,
             description="Continues a clip. The result begins with the end of the source; STARFlow VAE Decode can trim "
             "that off, so that the two can be joined.",
             inputs=[
@@ -128,6 +131,7 @@ class STARFlowVideoEdit(io.ComfyNode):
             node_id="STARFlowVideoEdit",
             display_name="STARFlow Video Edit",
             category=CATEGORY,
+            **SEARCH,
             description="Video to video: changes the source as the prompt says, and keeps its length.",
             inputs=[
                 io.Image.Input("images", tooltip="The frames of one clip."),

@@ -18,7 +18,7 @@ from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
 from .plot import convergence
 from .preview import Preview
-from .types import CATEGORY, KEY, ContextType, ModelType, SolverType
+from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, SolverType
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
@@ -34,6 +34,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
             node_id="STARFlowJacobiSettings",
             display_name="STARFlow Jacobi Settings",
             category=CATEGORY,
+            **SEARCH,
             description="How the flow is inverted: a preset, or numbers of your own. 0 uses the preset's number.",
             inputs=[
                 io.Combo.Input(
@@ -115,6 +116,7 @@ class STARFlowSampler(io.ComfyNode):
             node_id="STARFlowSampler",
             display_name="STARFlow Sampler",
             category=CATEGORY,
+            **SEARCH,
             description="Turns noise into an image or a clip. There are no steps to choose: the flow is inverted, "
             "and frames are finished one after another.",
             inputs=[

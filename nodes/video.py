@@ -11,7 +11,7 @@ from comfy_api.latest import io, ui
 
 from ..starflow_core.errors import InputError
 from . import host
-from .types import CATEGORY
+from .types import CATEGORY, SEARCH
 
 FORMATS = {  # the ending of the path that a VideoWriter takes, and the codec
     "mp4": (".mp4", ""),
@@ -33,6 +33,7 @@ class STARFlowVideoCombine(io.ComfyNode):
             node_id="STARFlowVideoCombine",
             display_name="STARFlow Video Combine",
             category=CATEGORY,
+            **SEARCH,
             description="Saves frames as a video, an animation or an image sequence, shows the result here, and stores "
             "the workflow in the file: drag it back onto the canvas to restore the graph (mp4, webm, webp and png).",
             inputs=[

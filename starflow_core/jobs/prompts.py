@@ -33,12 +33,13 @@ def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str
 def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
     """Captions in the wrapping the model was trained with, for the job's task or another."""
     for caption in captions:
-        _check_text(caption)
+        check_text(caption)
     fps, aspect = _rate(job), config.nearest_aspect(job.height, job.width)
     return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
 
 
-def _check_text(caption: str) -> None:
+def check_text(caption: str) -> None:
+    """Raise InputError for a prompt that no model could read: far too long, or no text."""
     if len(caption) > LONGEST:
         raise InputError(f"a prompt has {len(caption)} characters; shorten it to {LONGEST} or fewer")
     try:

@@ -86,7 +86,7 @@ class DeepRun:
         return self.runs[0].start(tokens)
 
     def fill(self, text: Tensor, uncond: Tensor | None) -> None:
-        """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Call again to change."""
+        """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
         rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.guidance else text
         for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
             run.fill(part)

@@ -224,9 +224,8 @@ def _fault(path: Path, reason: str) -> str:
     with open(path, "rb") as file:
         end = 8 + int.from_bytes(file.read(8), "little")
         header = file.read(min(end - 8, LARGEST_HEADER))
-    if "incomplete" in reason.lower():  # the header is sound and says where the last tensor ends
-        entries = json.loads(header)
-        end += max((entries[name]["data_offsets"][1] for name in entries if name != "__metadata__"), default=0)
+    if "incomplete" in reason.lower() and (last := _last_byte(header)) is not None:
+        end += last
         kind = "truncated" if size < end else "corrupt"
     elif size >= end:
         return (
@@ -234,6 +233,15 @@ def _fault(path: Path, reason: str) -> str:
             "corrupt or of a newer format; get the file again, or a newer safetensors"
         )
     return f"{path.name} is {kind}: expected {end} bytes, found {size}; get it again"
+
+
+def _last_byte(header: bytes) -> int | None:
+    """Where the last tensor ends, counted from the end of a sound header; None for another."""
+    try:
+        entries = json.loads(header)
+        return max((entries[name]["data_offsets"][1] for name in entries if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
 
 
 def _open_pickle(path: Path) -> TensorFile:

@@ -242,7 +242,7 @@ def test_extend_takes_the_end_of_the_clip():
 
 @pytest.mark.parametrize(("settings", "message"), [
     ({"height": 33}, "height 33 .* 32 and 48"),
-    ({"width": 8}, "width 8 .* 16 and 32"),
+    ({"width": 8}, "width 8 .* smallest is 16"),
     ({"frames": 10}, "10 frames.* 9 and 13"),
     ({"frames": 0}, "0 frames.* 1 and 5"),
     ({"batch": 0}, "batch is 0"),
