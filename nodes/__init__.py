@@ -3,9 +3,13 @@
 import logging
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 from comfy_api.latest import ComfyExtension, io
 
+from . import host
+
+INPUTS = Path(__file__).parents[1] / "example_workflows" / "inputs"
 TOPICS = ("loaders", "latent", "conditioning", "sampling", "contexts", "video")
 NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
     "STARFlowLoadTextEncoder": ("transformers",),
@@ -17,6 +21,7 @@ NEEDS = {  # packages that only these nodes need; they are imported when the nod
 class STARFlowExtension(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         """All nodes; where an optional package is missing, those that need it are left out."""
+        host.offer_inputs(INPUTS)
         nodes = []
         for topic in TOPICS:
             try:

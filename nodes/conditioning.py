@@ -13,7 +13,7 @@ from ..starflow_core.jobs.prompts import MadeFor, wrapped
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.model.config import FlowConfig
 from . import host
-from .types import CATEGORY, KEY, ContextType, ModelType, TextEncoderType
+from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, TextEncoderType
 
 
 class STARFlowTextEncode(io.ComfyNode):
@@ -23,6 +23,7 @@ class STARFlowTextEncode(io.ComfyNode):
             node_id="STARFlowTextEncode",
             display_name="STARFlow Text Encode",
             category=CATEGORY,
+            **SEARCH,
             description="Wraps a prompt in the words the model was trained with (frame rate, aspect ratio, task) and "
             "encodes it.",
             inputs=[

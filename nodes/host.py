@@ -9,6 +9,7 @@ import contextlib
 import json
 import logging
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -198,11 +199,11 @@ def tokenizer_for(encoder: Path) -> Path | None:
     return found if found.is_dir() else None
 
 
-def output_folder(prefix: str, height: int, width: int) -> tuple[Path, str, int, str]:
-    """Where results go: folder, file name, the next free number, and the folder below `output`."""
-    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(
-        prefix, folder_paths.get_output_directory(), width, height
-    )
+def output_folder(prefix: str, height: int, width: int, kept: bool = True) -> tuple[Path, str, int, str]:
+    """Where results go: folder, file name, the next free number, and the folder below `output`, or below `temp` for
+    what isn't kept."""
+    root = folder_paths.get_output_directory() if kept else folder_paths.get_temp_directory()
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root, width, height)
     return Path(folder), name, counter, subfolder
 
 
@@ -227,9 +228,24 @@ def clip_frames(images: Tensor) -> int:
     return getattr(images, "starflow_clip_frames", len(images))
 
 
-def video(images: Tensor, rate) -> Any:
-    """The host's VIDEO of frames (F, H, W, 3)."""
+def video(images: Tensor, rate, audio: dict | None = None) -> Any:
+    """The host's VIDEO of frames (F, H, W, 3) and its AUDIO."""
     from comfy_api.input_impl import VideoFromComponents
     from comfy_api.util import VideoComponents
 
-    return VideoFromComponents(VideoComponents(images=images, audio=None, frame_rate=rate))
+    return VideoFromComponents(VideoComponents(images=images, audio=audio, frame_rate=rate))
+
+
+def offer_inputs(folder: Path) -> None:
+    """Put the examples' pictures and clips into the host's input folder, where Load Image and Load Video look."""
+    inputs = Path(folder_paths.get_input_directory())
+    for file in folder.iterdir():
+        target, part = inputs / file.name, inputs / f"{file.name}.part"
+        if target.exists():
+            continue
+        try:
+            shutil.copyfile(file, part)
+            part.replace(target)
+        except OSError as error:  # a folder that isn't ours to write to
+            part.unlink(missing_ok=True)
+            log.warning("STARFlow: the example input %s could not be copied to %s: %s", file.name, inputs, error)

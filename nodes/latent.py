@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from fractions import Fraction
+from math import floor
+
 import torch
 from comfy_api.latest import io
 
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.build import default_job
 from ..starflow_core.jobs.tasks import layout
-from ..starflow_core.model.config import ASPECTS
+from ..starflow_core.model.config import ASPECTS, FlowConfig, parse_aspect
 from . import host
-from .types import CATEGORY, KEY, ModelType
+from .types import CATEGORY, KEY, SEARCH, ModelType
 
 MODEL_ASPECT = "model's own"
+SIDE_STEP = 16  # whole tokens of every model; the 3B takes multiples of 8, too
 
 
 class STARFlowEmptyLatent(io.ComfyNode):
@@ -22,6 +26,7 @@ class STARFlowEmptyLatent(io.ComfyNode):
             node_id="STARFlowEmptyLatent",
             display_name="STARFlow Empty Latent",
             category=CATEGORY,
+            **SEARCH,
             description="Sets the size and length of the result. Shows the actual size and the number of tokens.",
             inputs=[
                 ModelType.Input("model", tooltip="Determines the latent channels and the compression."),
@@ -30,13 +35,23 @@ class STARFlowEmptyLatent(io.ComfyNode):
                     options=[MODEL_ASPECT, *ASPECTS],
                     default=MODEL_ASPECT,
                     tooltip="Width to height, at the area the model was trained for. Ignored if width and height are "
-                    "set.",
+                    "both set.",
                 ),
                 io.Int.Input(
-                    "width", default=0, min=0, max=8192, step=8, tooltip="In pixels; 0 follows the aspect ratio."
+                    "width",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=SIDE_STEP,
+                    tooltip="In pixels; 0 follows from the height, if that is set, and the aspect ratio.",
                 ),
                 io.Int.Input(
-                    "height", default=0, min=0, max=8192, step=8, tooltip="In pixels; 0 follows the aspect ratio."
+                    "height",
+                    default=0,
+                    min=0,
+                    max=8192,
+                    step=SIDE_STEP,
+                    tooltip="In pixels; 0 follows from the width, if that is set, and the aspect ratio.",
                 ),
                 io.Int.Input(
                     "frames",
@@ -67,10 +82,9 @@ class STARFlowEmptyLatent(io.ComfyNode):
     @classmethod
     def execute(cls, model, aspect_ratio: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
         config = model.model.config
-        sides = {"width": width or None, "height": height or None} if width or height else {}
-        if not sides and aspect_ratio != MODEL_ASPECT:
-            sides = {"aspect": aspect_ratio}
-        job = default_job(config, batch=batch_size, **sides, **({"frames": frames} if frames else {}))
+        aspect = config.defaults.aspect if aspect_ratio == MODEL_ASPECT else aspect_ratio
+        size = _size(config, aspect, width, height)
+        job = default_job(config, batch=batch_size, **size, **({"frames": frames} if frames else {}))
         plan = layout(config, job)
         shape = (plan.shape[0], plan.frames, *plan.shape[1:]) if config.kind == "video" else plan.shape
         samples = torch.zeros(batch_size, *shape, device=host.result_device())
@@ -86,6 +100,7 @@ class STARFlowVAEDecode(io.ComfyNode):
             node_id="STARFlowVAEDecode",
             display_name="STARFlow VAE Decode",
             category=CATEGORY,
+            **SEARCH,
             description="Decodes latents one latent frame at a time: in bounded memory, with progress, and you can "
             "cancel it partway. ComfyUI's VAE Decode gives the same pixels.",
             inputs=[
@@ -126,6 +141,18 @@ class STARFlowVAEDecode(io.ComfyNode):
 
 
 NODES = [STARFlowEmptyLatent, STARFlowVAEDecode]
+
+
+def _size(config: FlowConfig, aspect: str, width: int, height: int) -> dict[str, int | str]:
+    """A job's size: both sides, or one and the other in whole tokens by the ratio, or the ratio alone."""
+    if not width and not height:
+        return {"aspect": aspect}
+    ratio = parse_aspect(aspect)
+    return {"width": width or _tokens(config, height * ratio), "height": height or _tokens(config, width / ratio)}
+
+
+def _tokens(config: FlowConfig, side: Fraction) -> int:
+    return max(1, floor(side / config.cell + Fraction(1, 2))) * config.cell
 
 
 def _stream(vae, latents, tile_size: int):

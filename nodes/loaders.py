@@ -12,7 +12,7 @@ from comfy_api.latest import io
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
 from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
 from . import host
-from .types import CATEGORY, ModelType, TextEncoderType
+from .types import CATEGORY, SEARCH, ModelType, TextEncoderType
 
 Usable = Callable[[Path], bool]
 WEIGHT_TYPES = ("auto", *DTYPES)
@@ -30,6 +30,23 @@ class LoadedText:
     patcher: object
 
 
+class Options(list):
+    """An input's type as core's older nodes give it; newer hosts look types up in a dictionary."""
+
+    __hash__ = object.__hash__
+
+
+class WeightType(io.Combo.Input):
+    """Checked by every host: 0.3.64 checks a list only where it is the type, and validate_inputs would blame this
+    widget for a wrong file, too."""
+
+    def __init__(self):
+        super().__init__("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP)
+
+    def get_io_type(self) -> Options:
+        return Options(WEIGHT_TYPES)
+
+
 class STARFlowLoadModel(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
@@ -37,7 +54,9 @@ class STARFlowLoadModel(io.ComfyNode):
             node_id="STARFlowLoadModel",
             display_name="STARFlow Load Model",
             category=CATEGORY,
-            description="Loads a STARFlow or STARFlow-V checkpoint, or the small demo model that comes with this pack.",
+            **SEARCH,
+            description="Loads a normalizing flow: a STARFlow or STARFlow-V checkpoint, or the small demo model that "
+            "comes with this pack.",
             inputs=[
                 io.Combo.Input(
                     "model_name",
@@ -46,16 +65,14 @@ class STARFlowLoadModel(io.ComfyNode):
                     tooltip="Checkpoints in models/diffusion_models (.safetensors, Apple's .pth, or a folder of "
                     "shards), and the bundled demo.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[ModelType.Output(display_name="model", tooltip="The flow; ComfyUI manages its memory.")],
         )
 
     @classmethod
-    def validate_inputs(cls, model_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return (
-            _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or _check_type(weight_type) or True
-        )
+    def validate_inputs(cls, model_name: str = DEMO) -> bool | str:
+        return _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or True
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
@@ -78,6 +95,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
             node_id="STARFlowLoadTextEncoder",
             display_name="STARFlow Load Text Encoder",
             category=CATEGORY,
+            **SEARCH,
             description="Loads the T5 encoder that goes with the model: flan-t5-xl for Apple's checkpoints, or the "
             "demo's own.",
             inputs=[
@@ -88,18 +106,14 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
                     tooltip="A file or folder in models/text_encoders, or the demo's encoder. A single file uses the "
                     "tokenizer next to it, or else ComfyUI's own T5 tokenizer.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[TextEncoderType.Output(display_name="text_encoder", tooltip="For STARFlow Text Encode.")],
         )
 
     @classmethod
-    def validate_inputs(cls, encoder_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return (
-            _check("text encoder", "text_encoders", encoder_name, _is_weights, _is_t5_folder)
-            or _check_type(weight_type)
-            or True
-        )
+    def validate_inputs(cls, encoder_name: str = DEMO) -> bool | str:
+        return _check("text encoder", "text_encoders", encoder_name, _is_weights, _is_t5_folder) or True
 
     @classmethod
     def execute(cls, encoder_name: str, weight_type: str) -> io.NodeOutput:
@@ -117,6 +131,7 @@ class STARFlowLoadVAE(io.ComfyNode):
             node_id="STARFlowLoadVAE",
             display_name="STARFlow Load VAE",
             category=CATEGORY,
+            **SEARCH,
             description="Loads the VAE that goes with the model: Wan 2.2's for video, Stable Diffusion 1.x's for "
             "images, or the demo's own. ComfyUI's encode and decode nodes accept it, too.",
             inputs=[
@@ -126,14 +141,14 @@ class STARFlowLoadVAE(io.ComfyNode):
                     default=DEMO,
                     tooltip="Files in models/vae, and the demo's VAE.",
                 ),
-                io.Combo.Input("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP),
+                WeightType(),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and ComfyUI's own.")],
         )
 
     @classmethod
-    def validate_inputs(cls, vae_name: str = DEMO, weight_type: str = "auto") -> bool | str:
-        return _check("VAE", "vae", vae_name, _is_weights) or _check_type(weight_type) or True
+    def validate_inputs(cls, vae_name: str = DEMO) -> bool | str:
+        return _check("VAE", "vae", vae_name, _is_weights) or True
 
     @classmethod
     def execute(cls, vae_name: str, weight_type: str) -> io.NodeOutput:
@@ -186,10 +201,6 @@ def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable
         return None
     problem = f"in models/{folder} is not a {what}" if path else f"is not in models/{folder}"
     return f"{name!r} {problem}; put a {what} there and refresh, or choose {DEMO!r}"
-
-
-def _check_type(name: str) -> str | None:
-    return None if name in WEIGHT_TYPES else f"weight_type is {name!r}; expected one of {', '.join(WEIGHT_TYPES)}"
 
 
 def _dtype(name: str, device):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 
 import torch
@@ -10,19 +11,20 @@ from comfy_api.latest import io
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
-from ..starflow_core.jobs.tasks import Generation, Job
+from ..starflow_core.jobs.tasks import Generation, Job, Piece
 from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
 from .plot import convergence
 from .preview import Preview
-from .types import CATEGORY, KEY, ContextType, ModelType, SolverType
+from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, SolverType
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
 OWN_GUIDANCE = -1.0  # in guidance's place: the model's own
 SAY_EVERY = 0.5  # seconds between two lines of text
+PICTURE_EVERY = 0.25  # seconds between two pictures: a latent frame of 4 at 16 frames a second
 
 
 class STARFlowJacobiSettings(io.ComfyNode):
@@ -32,6 +34,7 @@ class STARFlowJacobiSettings(io.ComfyNode):
             node_id="STARFlowJacobiSettings",
             display_name="STARFlow Jacobi Settings",
             category=CATEGORY,
+            **SEARCH,
             description="How the flow is inverted: a preset, or numbers of your own. 0 uses the preset's number.",
             inputs=[
                 io.Combo.Input(
@@ -113,6 +116,7 @@ class STARFlowSampler(io.ComfyNode):
             node_id="STARFlowSampler",
             display_name="STARFlow Sampler",
             category=CATEGORY,
+            **SEARCH,
             description="Turns noise into an image or a clip. There are no steps to choose: the flow is inverted, "
             "and frames are finished one after another.",
             inputs=[
@@ -181,7 +185,7 @@ class STARFlowSampler(io.ComfyNode):
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
         window: int = 0, keep: int = 0,
     ) -> io.NodeOutput:  # fmt: skip
-        if guidance < 0 and guidance != OWN_GUIDANCE:
+        if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
         flow = model.model
         options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
@@ -221,23 +225,28 @@ def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Te
         Control(watch.progress),
         placement=Placement.on(device),
     )
+    watch.generation = generation
     final = []
     for piece in generation.stream():
-        watch.show(piece.latents)
+        watch.show(piece)
         if piece.final:
             final.append(piece.latents.to(host.result_device()))
-    watch.finished(job.frames)
+    watch.finished()
     samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 
 
 class Watch:
-    """Shows a run on its node: the bar counts settled tokens, the text says how long it will take."""
+    """Shows a run on its node: the bar counts settled tokens, the text says how far it is and how long it will take,
+    and the picture plays the frames that are there, over and over, up to the one that is being solved."""
 
     def __init__(self, node_id: str | None, preview: Preview):
         self.bar, self.preview = host.NodeProgress(node_id), preview
         self.began = time.monotonic()
         self.said, self.step, self.total, self.sweeps = 0.0, 0, 1, 0
+        self.generation: Generation | None = None
+        self.frames: list[torch.Tensor] = []  # (B, C, h, w) each, that are there
+        self.playing, self.next_picture = 0, 0.0
 
     def progress(self, progress: Progress) -> None:
         """Raises the host's exception on Cancel."""
@@ -247,22 +256,64 @@ class Watch:
         self.step, self.total = progress.settled, progress.tokens
         self.sweeps += 1
         self.bar.update(self.step, self.total)
-        now = time.monotonic()
-        if now - self.said >= SAY_EVERY:
-            left = (now - self.began) * (self.total - self.step) / max(self.step, 1)
-            self.said = now
-            self.bar.say(
-                f"{self.step} of {self.total} tokens, residual {progress.residual:.1e}, about {left:.0f} s left"
-            )
+        self._say(progress.residual)
+        self._play()
 
-    def finished(self, frames: int) -> None:
+    def show(self, piece: Piece) -> None:
+        """Frames that are there, or there again without noise; the last of them is shown at once."""
+        frames = piece.latents.cpu().unbind(2)
+        self.frames[piece.first : piece.first + len(frames)] = frames
+        self._picture(frames[-1])
+        self.playing, self.next_picture = 0, time.monotonic() + PICTURE_EVERY
+
+    def finished(self) -> None:
         """The last line of text says what was done, not what was left."""
-        done = f"{frames} frames" if frames > 1 else "image"
-        self.bar.say(f"{done} in {time.monotonic() - self.began:.1f} s, {self.sweeps} sweeps")
+        seconds = f"{time.monotonic() - self.began:.1f} s, {self.sweeps} sweeps"
+        frames = self.generation.job.frames
+        self.bar.say(f"{self._size}, {f'{frames} frames ' if frames > 1 else ''}in {seconds}")
 
-    def show(self, latents: torch.Tensor) -> None:
-        """The last of some frames (B, C, n, h, w) in VAE space, as a rough picture."""
-        self.bar.update(self.step, self.total, self.preview.picture(latents[0, :, -1]))
+    @property
+    def _size(self) -> str:
+        job = self.generation.job
+        return f"{job.width} x {job.height}" + (f", batch of {job.batch}" if job.batch > 1 else "")
+
+    @property
+    def _place(self) -> str:
+        """The frame that is being solved: of a latent frame the last one."""
+        plan, frames = self.generation.layout, self.generation.job.frames
+        if frames == 1:
+            return self._size
+        made = min(self.step * plan.total // self.total, plan.total - 1) - plan.hidden
+        return f"{self._size}, frame {self.preview.format.frames(made + 1)} of {frames}"
+
+    def _say(self, residual: float) -> None:
+        now = time.monotonic()
+        if now - self.said < SAY_EVERY:
+            return
+        left = (now - self.began) * (self.total - self.step) / max(self.step, 1)
+        self.said = now
+        tokens = f"{self.step} of {self.total} tokens, residual {residual:.1e}"
+        self.bar.say(f"{self._place}: {tokens}, about {left:.0f} s left")
+
+    def _play(self) -> None:
+        """The next frame, if it is time; a draft costs work, so the next one waits ten times as long as it took."""
+        began = time.monotonic()
+        if began < self.next_picture or not self.preview.known:
+            return
+        if self.playing < len(self.frames):
+            frame = self.frames[self.playing]
+            self.playing += 1
+        else:
+            draft, self.playing = self.generation.draft(), 0
+            frame = draft and draft.latents[:, :, 0]
+        if frame is not None:
+            self._picture(frame)
+        took = time.monotonic() - began
+        self.next_picture = began + max(PICTURE_EVERY, 10 * took)
+
+    def _picture(self, latents: torch.Tensor) -> None:
+        """Of a frame (B, C, h, w) in VAE space."""
+        self.bar.update(self.step, self.total, self.preview.picture(latents))
 
 
 def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:

@@ -9,4 +9,8 @@ TextEncoderType = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
 ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.jobs.context.Context
 SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solve.solvers.SolverSettings
 
+# Words that find the nodes in the page's search, on hosts that look for more than names.
+WORDS = ["normalizing flow", "normalising flow", "autoregressive flow", "Apple STARFlow", "STARFlow-V"]
+SEARCH = {"search_aliases": WORDS} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+
 KEY = "starflow"  # where latents and conditionings keep what this pack knows of them

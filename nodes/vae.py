@@ -76,6 +76,7 @@ class HostVAE:
 
         Where memory is short the whole is decoded in tiles, half as large until they fit.
         """
+        self._check(samples)
         height, width = samples.shape[-2:]
         done = False
         while True:
@@ -94,6 +95,16 @@ class HostVAE:
             tile = max(LEAST_TILE, (tile or max(height, width)) // 2)
             host.log.warning("VAE: out of memory, decoding in tiles of %d latent cells", tile)
             host.release()
+
+    def _check(self, samples: Tensor) -> None:
+        """Raise InputError for latents of another model."""
+        kinds = {4: "an image", 5: "a clip"}
+        wanted = f"{kinds[2 + self.latent_dim]} of {self.latent_channels} channels"
+        found = f"{kinds.get(samples.ndim, f'{samples.ndim}-dimensional')} of {samples.shape[1]} channels"
+        if found != wanted:
+            raise InputError(
+                f"this latent is {found}, but this VAE decodes {wanted}; load the VAE that goes with the model"
+            )
 
     def _encode(self, pixels: Tensor, tile: int | None) -> Tensor:
         clip = self._clip(pixels[..., :3])

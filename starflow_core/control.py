@@ -10,10 +10,9 @@ from .errors import Cancelled
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a job is: `step` of `total` in this phase: tokens in "deep", blocks in "shallow", latent
-    frames in "encode", "denoise" and "decode", bytes of a file. `settled` counts a solver's tokens of
-    `tokens` (in "shallow" those of one block); `residual` is the largest relative squared change of
-    the last sweep."""
+    """How far a job is: `step` of `total` in this phase: tokens in "deep", blocks in "shallow", layers in "invert",
+    latent frames in "encode", "denoise" and "decode", bytes of a file. `settled` counts a solver's tokens of `tokens`
+    (in "shallow" those of one block); `residual` is the largest relative squared change of the last sweep."""
 
     phase: str
     step: int

@@ -98,7 +98,7 @@ def encode_to_noise(
     text, _, cut = pipeline.encode_text([prompt], "", job)
     latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
     clean = to_flow_space(config.latent, latents, layout(config, job).factors).to(pipeline.placement.shallow)
-    encoding = pipeline.flow.encode(clean, text)
+    encoding = pipeline.flow.encode(clean, text, control)
     values = (float(encoding.log_likelihood), float(encoding.bits_per_dim))
     return Inversion(encoding.noise.cpu(), prompt, job.fps, config.name, *values), cut[0]
 

@@ -3,32 +3,42 @@
 from __future__ import annotations
 
 import importlib
+import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import StarflowError
 from .arguments import parser
 
-BAD_INPUT, INTERRUPTED = 2, 130  # exit codes; the second is a shell's for Ctrl-C
+BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; the last two are a shell's for SIGINT and SIGTERM
 OUT_OF_MEMORY_ADVICE = (
     "out of memory; use fewer frames, a smaller size or batch, guidance 0, a 16-bit --dtype, or --tile for the VAE"
 )
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM: the same as Ctrl-C, but for the exit code."""
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad arguments raise argparse's SystemExit."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     arguments = parser().parse_args(argv)
     try:
         # What a command needs takes seconds to import, and help needs none of it.
         module = importlib.import_module(f".{arguments.module}", __package__)
-        getattr(module, arguments.command)(arguments)
+        with _terminable():
+            getattr(module, arguments.command)(arguments)
     except StarflowError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name} is missing; run pip install -r requirements.txt")
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
-        return INTERRUPTED
+        return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         from ..jobs.memory import ran_out
 
@@ -36,6 +46,24 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         return _fail(OUT_OF_MEMORY_ADVICE)
     return 0
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """SIGTERM stops a command as Ctrl-C does, so that it cleans up."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clearing up short
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _fail(message: str) -> int:

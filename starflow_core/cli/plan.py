@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import InputError
 from ..jobs.build import chosen_size, job_with_context, shapes_only
-from ..jobs.prompts import TASK_PREFIX
+from ..jobs.prompts import TASK_PREFIX, check_text
 from ..jobs.tasks import Job, layout
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
@@ -82,6 +82,7 @@ def read_prompts(args: Namespace) -> list[str]:
         for number, prompt in enumerate(args.prompt, 1):
             if not prompt.strip():
                 raise InputError(f"prompt {number} is empty; say what to show")
+            check_text(prompt)
         return args.prompt
     if args.prompt:
         raise InputError("give prompts on the command line or with --prompt-file, not both")

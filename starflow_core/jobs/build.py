@@ -58,6 +58,12 @@ def job_with_context(
     latent frames of a clip to extend are given. With `shapes_only` as `encode`, a job can be checked and its memory
     forecast before anything is loaded.
     """
+    wanted = {"text": (), "first_frame": (image,), "last_frame": (last,), "extend": (clip,), "edit": (clip,)}
+    if task not in wanted:
+        raise InputError(f"task is {task!r}; expected one of {', '.join(wanted)}")
+    if any(pixels is None for pixels in wanted[task]):
+        name = {"first_frame": "image", "last_frame": "last"}.get(task, "clip")
+        raise InputError(f"{task} needs {name}; give its pixels")
     given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
     size = _taken(settings, "height", "width", "aspect", "size")
     settings["height"], settings["width"] = place = chosen_size(config, given, **size)

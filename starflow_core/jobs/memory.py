@@ -111,7 +111,9 @@ def parameters(config: FlowConfig) -> int:
 def free(device: torch.device) -> int | None:
     """Free bytes on a device; None if unknown."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
+        # What PyTorch keeps for its next tensors is free, too.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
     if device.type == "cpu" and Path("/proc/meminfo").exists():
         lines = Path("/proc/meminfo").read_text().splitlines()
         values = dict(line.split(":", 1) for line in lines)

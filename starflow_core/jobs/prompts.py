@@ -8,6 +8,7 @@ from ..errors import InputError
 from ..model.config import TASKS, FlowConfig
 from .tasks import Job
 
+LONGEST = 20_000  # characters of a prompt; models read some hundred tokens
 TASK_PREFIX = {"extend": "(extend) ", "edit": "(v2v) ", "last_frame": "(last) "}
 
 
@@ -31,8 +32,22 @@ def wrap(caption: str, config: FlowConfig, *, fps: float, aspect: str, task: str
 
 def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None = None) -> list[str]:
     """Captions in the wrapping the model was trained with, for the job's task or another."""
+    for caption in captions:
+        check_text(caption)
     fps, aspect = _rate(job), config.nearest_aspect(job.height, job.width)
     return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
+
+
+def check_text(caption: str) -> None:
+    """Raise InputError for a prompt that no model could read: far too long, or no text."""
+    if len(caption) > LONGEST:
+        raise InputError(f"a prompt has {len(caption)} characters; shorten it to {LONGEST} or fewer")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"a prompt holds what is no character, at position {error.start}; give it as UTF-8 text"
+        ) from None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,9 @@ class Layout:
         return self.hidden + self.frames
 
 
+FASTEST = 1000  # frames per second
+
+
 def layout(config: FlowConfig, job: Job) -> Layout:
     """Lay a job out for a model. Raises InputError that names what is wrong and the nearest valid value."""
     config.check_size(job.height, job.width)
@@ -78,6 +81,8 @@ def layout(config: FlowConfig, job: Job) -> Layout:
         raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
     if config.kind == "image" and job.frames != 1:
         raise InputError(f"{config.name} makes images: frames is {job.frames}, expected 1")
+    if job.frames > 1 and not 0 < job.fps <= FASTEST:
+        raise InputError(f"fps is {job.fps}; expected a number above 0, at most {FASTEST}")
     frames = config.latent.latent_frames(job.frames)
     context = job.context
     hidden, given = (context.hidden, context.frames) if context else (0, 0)
@@ -193,6 +198,12 @@ class Generation:
             yield from self._piece(done, final, True)
             done += final.shape[1]
 
+    def draft(self) -> Piece | None:
+        """The result's frame that is being solved, roughly: noise where it hasn't settled yet. Call it from
+        `control.progress`; None where there is no such frame."""
+        solving = self.sampler.draft()
+        return None if solving is None else next(self._piece(*solving, False), None)
+
     @property
     def _learned(self) -> bool:
         return self.job.denoise and self.flow.config.denoiser is not None
@@ -248,9 +259,10 @@ class Generation:
         return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)
 
     def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
-        """Give the denoiser the frames of the deep sequence from `first` on; return those that are done."""
-        total, stop = self.layout.total, first + frames.shape[1]
-        self.control.report(Progress("denoise", first, total))
-        tokens = stream.push(self.flow.tokens(frames).to(self.placement.denoiser), last=stop == total)
-        self.control.report(Progress("denoise", stop, total))
-        return self.flow.latents(tokens, self.sampler.grid).to(self.placement.shallow)
+        """Give the denoiser the frames of the deep sequence from `first` on, one by one; return those that are done."""
+        total, done = self.layout.total, []
+        for index, frame in enumerate(self.flow.tokens(frames).split(1, 1), first + 1):
+            self.control.report(Progress("denoise", index - 1, total))
+            done.append(stream.push(frame.to(self.placement.denoiser), last=index == total))
+        self.control.report(Progress("denoise", first + frames.shape[1], total))
+        return self.flow.latents(torch.cat(done, 1), self.sampler.grid).to(self.placement.shallow)

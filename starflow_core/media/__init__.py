@@ -5,17 +5,21 @@ Pixels are float32 in [-1, 1], a picture (3, H, W), a clip (F, 3, H, W). A path 
 """
 
 from .pictures import read_image
-from .pixels import Clip, fit
+from .pixels import FITS, Clip, fit
 from .reading import read_metadata, read_video
-from .targets import STILLS
+from .targets import STILLS, Sound
+from .videos import has_encoder
 from .writing import VideoWriter, check_writable, write_video
 
 __all__ = [
+    "FITS",
     "STILLS",
     "Clip",
+    "Sound",
     "VideoWriter",
     "check_writable",
     "fit",
+    "has_encoder",
     "read_image",
     "read_metadata",
     "read_video",

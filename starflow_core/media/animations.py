@@ -50,7 +50,8 @@ def gif_recorder(recording: Recording, height: int, width: int) -> Iterator[Writ
     from PIL import GifImagePlugin, Image
 
     durations = _durations(recording.rate, 100)
-    info = {"loop": 0, "comment": encode_text(recording.metadata) if recording.metadata else ""}
+    repeats = {} if recording.plays == 1 else {"loop": max(recording.plays - 1, 0)}  # after the first time
+    info = {**repeats, "comment": encode_text(recording.metadata) if recording.metadata else ""}
     with open(recording.part, "wb") as file:
 
         def write(frame: np.ndarray) -> None:
@@ -84,7 +85,7 @@ def webp_recorder(recording: Recording, height: int, width: int) -> Iterator[Wri
 
         file.write(b"RIFF\0\0\0\0WEBP")
         chunk(b"VP8X", struct.pack("<I", animated | (has_exif if exif else 0)) + triple(width - 1, height - 1))
-        chunk(b"ANIM", struct.pack("<IH", 0, 0))  # background, play for ever
+        chunk(b"ANIM", struct.pack("<IH", 0, recording.plays))  # background
         yield write
         if exif:
             chunk(b"EXIF", exif)

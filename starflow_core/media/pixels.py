@@ -11,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import InputError
+
+FITS = ("crop", "pad", "stretch")
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -25,17 +29,34 @@ def stacked(frames: Iterable[Tensor], size: tuple[int, int] | None) -> Tensor:
     return torch.stack([frame if size is None else fit(frame, *size) for frame in frames])
 
 
-def fit(pixels: Tensor, height: int, width: int) -> Tensor:
-    """Scale (..., 3, H, W) to cover height x width (bilinear, antialiased) and crop the centre."""
-    old_height, old_width = pixels.shape[-2:]
-    scale = max(height / old_height, width / old_width)
-    size = max(height, round(old_height * scale)), max(width, round(old_width * scale))
-    if size != (old_height, old_width):
+def fit(pixels: Tensor, height: int, width: int, how: str = "crop") -> Tensor:
+    """Bring (..., 3, H, W) to height x width (bilinear, antialiased), centred.
+
+    "crop" covers the size and cuts the edges off, "pad" shows the whole picture with black bars, "stretch" gives the
+    proportions up.
+    """
+    if how not in FITS:
+        raise InputError(f"fit is {how!r}; expected one of {', '.join(FITS)}")
+    size = _scaled(pixels.shape[-2:], (height, width), how)
+    if size != pixels.shape[-2:]:
         frames = pixels.reshape(-1, *pixels.shape[-3:])
         frames = F.interpolate(frames, size, mode="bilinear", antialias=True, align_corners=False)
         pixels = frames.reshape(*pixels.shape[:-2], *size)
+    if how == "pad":
+        top, left = (height - size[0]) // 2, (width - size[1]) // 2
+        return F.pad(pixels, (left, width - size[1] - left, top, height - size[0] - top), value=-1.0)
     top, left = (size[0] - height) // 2, (size[1] - width) // 2
     return pixels[..., top : top + height, left : left + width]
+
+
+def _scaled(old: tuple[int, int], new: tuple[int, int], how: str) -> tuple[int, int]:
+    """Height and width that a picture is scaled to, before it is cropped or padded."""
+    if how == "stretch":
+        return new
+    ratios = [there / here for here, there in zip(old, new, strict=True)]
+    scale = max(ratios) if how == "crop" else min(ratios)
+    bound = max if how == "crop" else min
+    return tuple(bound(there, max(1, round(here * scale))) for here, there in zip(old, new, strict=True))
 
 
 def from_bytes(array: np.ndarray) -> Tensor:

@@ -15,6 +15,7 @@ import numpy as np
 from torch import Tensor
 
 from ..errors import InputError
+from ..parts import real
 from .failures import decoding_errors
 from .metadata import Metadata
 from .pictures import encoded, read_image
@@ -97,7 +98,7 @@ def _names(path, target: Target) -> list[str]:
     """The pictures of a sequence in the order of their numbers: those of the pattern, or all, if `path` is a folder."""
     with decoding_errors(path, "folder"):
         names = os.listdir(target.path)
-    if target.path == Path(os.path.abspath(path)):
+    if target.path == real(path):
         names = [name for name in names if Path(name).suffix.lower() in PICTURES]
     else:
         names = [name for name in names if target.has_picture(name)]

@@ -11,7 +11,9 @@ from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
+from ..parts import real
 from .metadata import Metadata
 
 STILLS = (".png", ".jpg", ".jpeg")
@@ -40,7 +42,7 @@ class Target:
 
 def target_of(path: str | os.PathLike) -> Target:
     """A folder, or a name without a suffix, is a sequence; so is a picture's name with one number, such as %d.png."""
-    text, path = os.fspath(path), Path(os.path.abspath(path))
+    text, path = os.fspath(path), real(path)
     if text.endswith(("/", os.sep)) or os.path.isdir(path) or not (path.suffix or os.path.exists(path)):
         return Target(path, ".png", "%05d.png")
     suffix = path.suffix.lower()
@@ -50,14 +52,26 @@ def target_of(path: str | os.PathLike) -> Target:
 
 
 @dataclass(frozen=True)
+class Sound:
+    """Samples (channels, n) in [-1, 1], `rate` of them a second."""
+
+    samples: Tensor
+    rate: int
+
+
+@dataclass(frozen=True)
 class Recording:
-    """A clip that is being written. `part` is its file or folder, renamed to the target when it is complete."""
+    """A clip that is being written. `part` is its file or folder, renamed to the target when it is complete. `codec` is
+    that of a video, `plays` how often an animation plays (0: without end)."""
 
     target: Target
     part: Path
     rate: Fraction
     metadata: Metadata
     quality: int
+    codec: str = ""
+    sound: Sound | None = None
+    plays: int = 0
 
 
 WriteFrame = Callable[[np.ndarray], None]  # takes a frame (H, W, 3) uint8

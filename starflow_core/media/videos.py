@@ -22,7 +22,7 @@ from .completeness import check_complete
 from .failures import decoding_errors
 from .metadata import Metadata, decode_tags, encode_tags
 from .pixels import Clip, from_bytes, stacked
-from .targets import Recording, WriteFrame
+from .targets import Recording, Sound, WriteFrame
 
 _TO_RGB = [("scale", "out_range=full:flags=bilinear"), ("format", "rgb24")]  # from the frame's own matrix and range
 _BT709 = {"colorspace": "bt709", "color_primaries": "bt709", "color_trc": "bt709", "color_range": "tv"}
@@ -36,15 +36,43 @@ class Codec:
     best: int
     worst: int
     options: dict[str, str]
+    tag: str = ""  # in the file, where players expect another than ffmpeg's
+    least: int = 1  # side of a frame
 
 
 # cpu-independent: x264's AVX-512 macroblock tree differs from run to run in widths that are no multiple of 128.
 H264 = Codec("libx264", 12, 51, {"x264-params": "cpu-independent=1"})
 VP9 = Codec("libvpx-vp9", 15, 63, {"row-mt": "1", "cpu-used": "4"})
-CONTAINERS = {  # by suffix: the codec in it, the container's own options
-    ".mp4": (H264, {"movflags": "faststart+use_metadata_tags"}),  # the latter keeps keys that mp4 has no name for
-    ".webm": (VP9, {"fflags": "bitexact"}),  # no random identifiers
+# x265 (4.1) writes past its memory with frames of 48 x 32, which takes the whole program down.
+H265 = Codec("libx265", 12, 51, {"x265-params": "log-level=error"}, "hvc1", least=64)
+AV1 = Codec("libsvtav1", 15, 63, {"preset": "8"})
+CODECS = {"h264": H264, "h265": H265, "av1": AV1, "vp9": VP9}
+
+
+@dataclass(frozen=True)
+class Container:
+    """A file format: its codecs by name, the usual one first, the encoder of its sound, and its own options."""
+
+    codecs: tuple[str, ...]
+    sound: str
+    options: dict[str, str]
+
+
+CONTAINERS = {  # use_metadata_tags keeps keys that mp4 has no name for; bitexact makes no random identifiers
+    ".mp4": Container(("h264", "h265", "av1"), "aac", {"movflags": "faststart+use_metadata_tags"}),
+    ".webm": Container(("vp9", "av1"), "libopus", {"fflags": "bitexact"}),
 }
+SOUND_RATE = 48000  # Opus takes no other common one
+LAYOUTS = {1: "mono", 2: "stereo", 6: "5.1", 8: "7.1"}
+
+
+def has_encoder(codec: str) -> bool:
+    """Whether ffmpeg, as it is installed, writes a video codec: h264, h265, av1 or vp9."""
+    try:
+        import av
+    except ImportError:
+        return False
+    return CODECS[codec].name in av.codecs_available
 
 
 def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
@@ -89,11 +117,17 @@ def container_recorder(recording: Recording, height: int, width: int) -> Iterato
     from av.video.reformatter import VideoReformatter
 
     suffix = recording.target.suffix
-    codec, container_options = CONTAINERS[suffix]
+    kind, codec = CONTAINERS[suffix], CODECS[recording.codec]
+    if min(height, width) < codec.least:
+        raise InputError(
+            f"{recording.target.path}: {recording.codec} takes frames of {codec.least} x {codec.least} or more, not "
+            f"{width} x {height}; use {kind.codecs[0]}"
+        )
+    os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 tells its settings in twenty lines otherwise
     crf = round(codec.worst + (codec.best - codec.worst) * recording.quality / 100)
     padding = (0, height % 2), (0, width % 2), (0, 0)  # 4:2:0 has one chroma value for 2 x 2 pixels
     reformatter = VideoReformatter()
-    container = av.open(str(recording.part), "w", format=suffix[1:], container_options=container_options)
+    container = av.open(str(recording.part), "w", format=suffix[1:], container_options=kind.options)
 
     def write(frame: np.ndarray) -> None:
         picture = av.VideoFrame.from_ndarray(np.pad(frame, padding, mode="edge"), format="rgb24")
@@ -101,15 +135,46 @@ def container_recorder(recording: Recording, height: int, width: int) -> Iterato
             picture, format="yuv420p", dst_colorspace="ITU709", src_color_range="JPEG", dst_color_range="MPEG"
         )
         container.mux(stream.encode(picture))
+        if track:
+            container.mux(track.next())
 
     try:
         container.metadata.update(encode_tags(recording.metadata))
         stream = container.add_stream(codec.name, recording.rate, {**codec.options, **_BT709, "crf": str(crf)})
         stream.height, stream.width, stream.pix_fmt = height + height % 2, width + width % 2, "yuv420p"
+        if codec.tag and suffix == ".mp4":
+            stream.codec_tag = codec.tag
+        track = recording.sound and _Track(container, kind.sound, recording.sound, recording.rate)
         yield write
         container.mux(stream.encode(None))
+        if track:
+            container.mux(track.stream.encode(None))
         container.close()
     except BaseException:
         with suppress(Exception):  # closing completes the file, which can fail for the same reason again
             container.close()
         raise
+
+
+class _Track:
+    """A clip's sound in a file: written as its frames are, and as long as they are at most."""
+
+    def __init__(self, container, encoder: str, sound: Sound, rate: Fraction):
+        self.sound, self.rate = sound, rate
+        self.frames = self.done = 0
+        self.stream = container.add_stream(encoder, SOUND_RATE)
+        self.stream.layout = "mono" if len(sound.samples) == 1 else "stereo"
+
+    def next(self) -> list:
+        """The packets that come with the next frame."""
+        import av
+
+        self.frames += 1
+        stop = round(self.frames * self.sound.rate / self.rate)
+        samples = self.sound.samples[:, self.done : stop]
+        if not samples.shape[1]:
+            return []
+        frame = av.AudioFrame.from_ndarray(samples.cpu().float().contiguous().numpy(), "fltp", LAYOUTS[len(samples)])
+        frame.sample_rate, frame.time_base, frame.pts = self.sound.rate, Fraction(1, self.sound.rate), self.done
+        self.done = stop
+        return self.stream.encode(frame)

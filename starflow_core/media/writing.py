@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
 import tempfile
-import uuid
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
 from fractions import Fraction
@@ -15,14 +13,15 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
+from ..parts import clear_stale, part_of, remove
 from .animations import FASTEST, gif_recorder, webp_recorder
 from .failures import encoding_errors, reason
 from .metadata import Metadata, check_metadata, encode_exif
 from .pictures import still_recorder
 from .pixels import to_bytes
 from .sequences import check_replaceable, sequence_recorder
-from .targets import STILLS, Recorder, Recording, WriteFrame, target_of
-from .videos import CONTAINERS, container_recorder
+from .targets import STILLS, Recorder, Recording, Sound, WriteFrame, target_of
+from .videos import CODECS, CONTAINERS, LAYOUTS, container_recorder, has_encoder
 
 _FORMATS = ".mp4, .webm, .gif, .webp, .png, .jpg, or a folder (with a / at its end) for an image sequence"
 _RECORDERS: dict[str, Recorder] = {
@@ -51,7 +50,7 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
         if target.pattern:
             check_replaceable(target.path)
         with suppress(FileNotFoundError):
-            os.lstat(_part_of(target.path))  # refuses names that are too long
+            os.lstat(part_of(target.path))  # refuses names that are too long
         folder = next(parent for parent in target.path.parents if os.path.exists(parent))
         tempfile.TemporaryFile(dir=folder).close()
     except InputError:
@@ -66,31 +65,46 @@ class VideoWriter:
         with VideoWriter("clip.mp4", fps=16, metadata={"seed": 1}) as writer:
             writer.add(frames)  # (F, 3, H, W) in [-1, 1], as often as there are any
 
-    The path says the format: .mp4 (h264), .webm (vp9), .gif (256 colours a frame), .webp (animated), .png or .jpg
-    (one picture), a folder or a name such as frames/%05d.png (image sequence with a metadata.json).
+    The path says the format: .mp4 (h264; `codec` "h265" or "av1"), .webm (vp9; "av1"), .gif (256 colours a frame),
+    .webp (animated), .png or .jpg (one picture), a folder or a name such as frames/%05d.png (image sequence with a
+    metadata.json).
     Videos are 4:2:0, BT.709, limited range; of an odd height or width the last row or column is doubled.
     A rate up to 50 in gif, up to 90 in webp; their frames last whole steps of 10 ms and 1 ms, which are spread so
     that the whole clip is right to half a step. A picture needs no rate; with rate 0 a .webp is one, too.
-    `metadata` maps lower-case names to anything JSON can hold. `quality` is 0 to 100; png and gif ignore it.
+    `metadata` maps lower-case names to anything JSON can hold. `quality` is 0 to 100; png and gif ignore it. `sound`
+    goes into videos only, and ends with the frames. `plays` is how often a gif or webp plays, 0 without end.
 
     Raises InputError for what cannot be written, as early as it can be known, StarflowError if the disk is full or
     writing fails, NonFiniteError for NaN or infinity in the pixels.
     """
 
     def __init__(
-        self, path: str | os.PathLike, fps: int | Fraction, metadata: Metadata | None = None, quality: int = 90
+        self,
+        path: str | os.PathLike,
+        fps: int | Fraction,
+        metadata: Metadata | None = None,
+        quality: int = 90,
+        *,
+        codec: str = "",
+        sound: Sound | None = None,
+        plays: int = 0,
     ):
-        check_writable(path)
         target = target_of(path)
+        codec = _checked_codec(path, target.suffix, codec)
+        check_writable(path)
         metadata = dict(metadata or {})
         check_metadata(metadata)
         if not 0 <= quality <= 100:
             raise InputError(f"quality {quality}: expected 0 to 100")
         if target.suffix in STILLS[1:] and not target.pattern and len(encode_exif(metadata)) > _JPEG_EXIF_LIMIT:
             raise InputError(f"{path}: the metadata does not fit into {target.suffix}; write .png")
+        if not 0 <= plays < 2**16:
+            raise InputError(f"plays is {plays}: expected 0 (without end) to {2**16 - 1}")
         rate = _checked_rate(fps, target.suffix)
+        if sound is not None:
+            _check_sound(sound)
         self.path = path
-        self._recording = Recording(target, _part_of(target.path), rate, metadata, quality)
+        self._recording = Recording(target, part_of(target.path), rate, metadata, quality, codec, sound, plays)
         self._recorder = ExitStack()
         self._write: WriteFrame | None = None
         self._size: tuple[int, int] = (0, 0)
@@ -105,6 +119,7 @@ class VideoWriter:
         with encoding_errors(self.path):
             for frame in array:
                 if self._write is None:
+                    clear_stale(self._recording.target.path)
                     self._recording.part.parent.mkdir(parents=True, exist_ok=True)
                     recorder = _recorder_of(self._recording)
                     self._write = self._recorder.enter_context(recorder(self._recording, *self._size))
@@ -120,7 +135,7 @@ class VideoWriter:
                         raise InputError(f"{self.path}: there are no frames to write")
                     _publish(self._recording.part, self._recording.target.path)
         finally:
-            _remove(self._recording.part)
+            remove(self._recording.part)
 
     def _checked(self, frames: Tensor) -> Tensor:
         if frames.ndim != 4 or frames.shape[1] != 3:
@@ -150,30 +165,19 @@ def write_video(
             writer.add(piece)
 
 
-def _part_of(target: Path) -> Path:
-    return target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.part")
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _publish(part: Path, target: Path) -> None:
     """Rename to the final name. A folder cannot replace a folder, so an old sequence first steps aside."""
     if not (part.is_dir() and target.is_dir()):
         os.replace(part, target)
         return
-    old = _part_of(target)
+    old = part_of(target, "old")
     os.replace(target, old)
     try:
         os.replace(part, target)
     except BaseException:
         os.replace(old, target)
         raise
-    _remove(old)
+    remove(old)
 
 
 def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:
@@ -189,11 +193,37 @@ def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:
     return rate
 
 
+def _checked_codec(path, suffix: str, codec: str) -> str:
+    """The codec of a video, by default the usual one; "" for other formats."""
+    if suffix not in CONTAINERS:
+        if codec:
+            raise InputError(f"{path}: codec {codec!r} is for videos; leave it out, or write .mp4")
+        return ""
+    known = CONTAINERS[suffix].codecs
+    codec = codec or known[0]
+    if codec not in known:
+        raise InputError(f"{path}: codec {codec!r} doesn't go into {suffix}; known are {', '.join(known)}")
+    if codec != known[0] and not has_encoder(codec):
+        name = CODECS[codec].name
+        raise InputError(f"{path}: the encoder {name} is not in this installation of PyAV; use {known[0]}")
+    return codec
+
+
+def _check_sound(sound: Sound) -> None:
+    samples = sound.samples
+    if samples.ndim != 2 or len(samples) not in LAYOUTS:
+        raise InputError(f"sound of shape {tuple(samples.shape)}: expected 1, 2, 6 or 8 channels of samples")
+    if not 1000 <= sound.rate <= 384000:
+        raise InputError(f"sound of {sound.rate} samples a second: expected 1000 to 384000")
+    if not torch.isfinite(samples).all():
+        raise NonFiniteError("the sound holds NaN or infinity; check where it is from, or leave it out")
+
+
 def _check_encoder(path, suffix: str) -> None:
     if suffix in CONTAINERS:
         import av
 
-        name = CONTAINERS[suffix][0].name
+        name = CODECS[CONTAINERS[suffix].codecs[0]].name
         present = name in av.codecs_available
     else:
         import imageio  # noqa: F401  if it is missing, that is told before the work

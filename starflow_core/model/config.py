@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import CheckpointError, InputError
 from .latent import SD_VAE, WAN22_VAE, LatentFormat
+from .schema import WIDEST, check_fields, number, shown, tuples
 
 CONFIG_SCHEMA = 1  # version of the dictionary form, raised when a field changes its meaning
 ROUNDINGS = ("exact", "angles", "positions")
@@ -21,20 +22,28 @@ ASPECTS = ("1:1", "2:3", "3:2", "16:9", "9:16", "4:5", "5:4", "21:9", "9:21")
 class PromptFormat:
     """How a caption is wrapped before tokenising, and its length in tokens."""
 
-    tokens: int
+    tokens: int = number(1, 4096)
     fps: bool = False
     noise_level: bool = False
     aspect: bool = False
+
+    def __post_init__(self):
+        check_fields(self)
 
 
 @dataclass(frozen=True)
 class Denoiser:
     """The learned denoiser: `look_ahead` + 1 is the reference's `temporal_causal`."""
 
-    width: int
-    layers: int
-    window: int
-    look_ahead: int = 1
+    width: int = number(1, WIDEST)
+    layers: int = number(1, 1024)
+    window: int = number(0, 1024)
+    look_ahead: int = number(0, 1024, 1)
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.look_ahead > self.window:
+            raise CheckpointError(f"look_ahead is {self.look_ahead}, more than the denoiser's window of {self.window}")
 
     @property
     def reach(self) -> int:
@@ -46,11 +55,15 @@ class Denoiser:
 class Defaults:
     """A job's settings unless the user chooses others. `size` is the side of a square of equal area."""
 
-    guidance: float
-    size: int
+    guidance: float = number(0, 100)
+    size: int = number(1, 16384)
     aspect: str = "1:1"
-    frames: int = 1
-    fps: int = 0
+    frames: int = number(1, 1 << 20, 1)
+    fps: int = number(0, 1000, 0)
+
+    def __post_init__(self):
+        check_fields(self)
+        _check_aspect(self.aspect)
 
 
 @dataclass(frozen=True)
@@ -60,18 +73,18 @@ class FlowConfig:
     kind: str
     latent: LatentFormat
     prompt: PromptFormat
-    layers: tuple[int, ...]
-    width: int
-    deep_width: int
-    text_dim: int
-    rope_length: float
-    noise_std: float
-    head_dim: int = 64
-    patch_size: int = 1
-    soft_clip: float = 4.0
+    layers: tuple[int, ...] = number(1, 1024)
+    width: int = number(1, WIDEST)
+    deep_width: int = number(1, WIDEST)
+    text_dim: int = number(1, WIDEST)
+    rope_length: float = number(1e-3, 1e6)
+    noise_std: float = number(0, 100)
+    head_dim: int = number(20, WIDEST, 64)
+    patch_size: int = number(1, 64, 1)
+    soft_clip: float = number(0, 1e6, 4.0)
     seq_order: str = "L2R"
     rounding: str = "angles"
-    window: int = 0
+    window: int = number(0, 1 << 20, 0)
     denoiser: Denoiser | None = None
     tasks: tuple[str, ...] = ("text",)
     aspects: tuple[str, ...] = ASPECTS
@@ -79,21 +92,24 @@ class FlowConfig:
     name: str = "STARFlow"
 
     def __post_init__(self):
+        check_fields(self)
         problems = [
             (self.kind not in ("image", "video"), f"kind is {self.kind!r}, expected image or video"),
-            (self.seq_order not in ("L2R", "R2L"), f"seq_order is {self.seq_order!r}"),
+            (self.seq_order not in ("L2R", "R2L"), f"seq_order is {self.seq_order!r}, expected L2R or R2L"),
             (self.rounding not in ROUNDINGS, f"rounding is {self.rounding!r}, expected one of {ROUNDINGS}"),
-            (self.head_dim % 4 or self.head_dim < 20, f"head_dim is {self.head_dim}, expected a multiple of 4 from 20"),
+            (self.head_dim % 4, f"head_dim is {self.head_dim}, expected a multiple of 4"),
             (self.width % self.head_dim or self.deep_width % self.head_dim, "widths are not multiples of head_dim"),
-            (not 0 < self.rope_length < math.inf, f"rope_length is {self.rope_length}, expected a number above 0"),
-            (self.soft_clip <= 0, f"soft_clip is {self.soft_clip}; released models have 4"),
+            (not self.soft_clip, "soft_clip is 0; released models have 4"),
             (len(self.layers) < 2, "a flow has at least one shallow and one deep block"),
             (self.kind == "video" and self.window < 1, "a video model needs a window"),
-            (not set(self.tasks) <= set(TASKS), f"tasks are {self.tasks}, known are {TASKS}"),
+            (not set(self.tasks) <= set(TASKS), f"tasks are {shown(self.tasks)}, known are {TASKS}"),
+            (not self.aspects, "a model has at least one aspect ratio"),
         ]
         for wrong, message in problems:
             if wrong:
-                raise CheckpointError(f"configuration of {self.name}: {message}")
+                raise CheckpointError(message)
+        for aspect in self.aspects:
+            _check_aspect(aspect)
 
     @property
     def token_channels(self) -> int:
@@ -115,6 +131,8 @@ class FlowConfig:
             raise InputError(f"window is {window} latent frames; the minimum is 1")
         if keep is None:
             keep = min(max(round(16 * window / 21), 1), max(window - 1, 1))
+        if keep < 1:
+            raise InputError(f"keep is {keep} latent frames; the minimum is 1")
         if frames > window and not 1 <= keep < window:
             raise InputError(
                 f"keep is {keep}; a window of {window} latent frames keeps 1 to {window - 1} when it slides"
@@ -134,7 +152,9 @@ class FlowConfig:
         """Raise InputError unless the model has whole tokens at this size."""
         for name, value in (("height", height), ("width", width)):
             if value < self.cell or value % self.cell:
-                low = max(self.cell, value // self.cell * self.cell)
+                if value < self.cell:
+                    raise InputError(f"{name} {value} is less than one token; the smallest is {self.cell}")
+                low = value // self.cell * self.cell
                 raise InputError(
                     f"{name} {value} is not a multiple of {self.cell}; nearest are {low} and {low + self.cell}"
                 )
@@ -170,7 +190,7 @@ class FlowConfig:
         schema = values.pop("schema", None)
         if schema != CONFIG_SCHEMA:
             raise CheckpointError(
-                f"configuration has schema {schema}, this version reads {CONFIG_SCHEMA}; "
+                f"configuration has schema {shown(schema)}, this version reads {CONFIG_SCHEMA}; "
                 "update the pack or convert again"
             )
         parts = {"latent": LatentFormat, "prompt": PromptFormat, "defaults": Defaults, "denoiser": Denoiser}
@@ -185,40 +205,67 @@ class FlowConfig:
 
         Angles are rounded as for the released weights, unless `rounding` says otherwise.
         """
-        get = arguments.get
-        wanted = {"rope": 1, "sos": 1, "cond_top_only": 1, "use_softplus": 1, "use_final_norm": 1}
-        wanted |= dict.fromkeys(("use_qk_norm", "use_swiglu", "use_post_norm", "hf_style_rope", "use_rms_norm"), 0)
-        video = get("temporal_causal", 0) > 0
-        if video:
-            wanted["shallow_block_local"] = 1
-        for name, value in wanted.items():
-            if int(get(name, value) or 0) != value:
-                raise CheckpointError(f"unsupported option {name}={get(name)}; released models have {value}")
-        if get("num_kv_heads") or get("use_1d_rope"):
-            raise CheckpointError("unsupported option: grouped key/value heads or 1-D rotary positions")
-        layers = tuple(arguments["layers_per_block"])
-        channels, patch = arguments["in_channels"], arguments["patch_size"]
+        known = {f.name for f in dataclasses.fields(Reference)}
+        given = _build(Reference, {name: arguments[name] for name in arguments if name in known})
+        video = given.temporal_causal > 0
+        _refuse_options({**arguments, "soft_clip": given.soft_clip}, video)
         denoiser = None
-        if get("learnable_self_denoiser"):
-            denoiser = Denoiser(arguments["channels"], 8, get("denoiser_window", 10), get("temporal_causal", 0) - 1)
+        if given.learnable_self_denoiser:
+            denoiser = Denoiser(given.channels, 8, given.denoiser_window, given.temporal_causal - 1)
         settings = {
             "kind": "video" if video else "image",
-            "latent": LatentFormat(channels, 16 if video else 8, 4 if video else 1),
-            "prompt": PromptFormat(arguments["txt_size"], fps=video, noise_level=video, aspect=video),
-            "layers": layers,
-            "width": arguments["channels"],
-            "deep_width": get("top_block_channels") or arguments["channels"],
-            "text_dim": arguments["txt_dim"],
-            "rope_length": get("pt_seq_len") or arguments["img_size"] // patch,
+            "latent": LatentFormat(given.in_channels, 16 if video else 8, 4 if video else 1),
+            "prompt": PromptFormat(given.txt_size, fps=video, noise_level=video, aspect=video),
+            "layers": given.layers_per_block,
+            "width": given.channels,
+            "deep_width": given.top_block_channels or given.channels,
+            "text_dim": given.txt_dim,
+            "rope_length": given.pt_seq_len or (given.img_size or 0) // given.patch_size,
             "noise_std": noise_std,
-            "head_dim": arguments["head_dim"],
-            "patch_size": patch,
-            "soft_clip": get("soft_clip", 0),
-            "seq_order": get("seq_order", "L2R"),
-            "window": (get("local_attn_window") or 21) if video else 0,
+            "head_dim": given.head_dim,
+            "patch_size": given.patch_size,
+            "soft_clip": given.soft_clip,
+            "seq_order": given.seq_order,
+            "window": (given.local_attn_window or 21) if video else 0,
             "denoiser": denoiser,
         }
         return cls(**{**settings, **overrides})
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The constructor arguments of the reference that say what a model is; 0 and None stand for none."""
+
+    in_channels: int = number(1, WIDEST)
+    patch_size: int = number(1, 64)
+    channels: int = number(1, WIDEST)
+    layers_per_block: tuple[int, ...] = number(1, 1024)
+    head_dim: int = number(1, WIDEST)
+    txt_size: int = number(1, 4096)
+    txt_dim: int = number(1, WIDEST)
+    top_block_channels: int | None = number(0, WIDEST, None)
+    img_size: int | None = number(0, 1 << 16, None)
+    pt_seq_len: float | None = number(0, 1e6, None)
+    soft_clip: float = number(0, 1e6, 0)
+    seq_order: str = "L2R"
+    temporal_causal: int = number(0, 1024, 0)
+    local_attn_window: int | None = number(0, 1 << 20, None)
+    learnable_self_denoiser: int | bool | None = number(0, 1, None)
+    denoiser_window: int = number(1, 1024, 10)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+def _refuse_options(arguments: dict[str, Any], video: bool) -> None:
+    """Raise CheckpointError for an option of the reference that no released model uses."""
+    wanted = dict.fromkeys(("rope", "sos", "cond_top_only", "use_softplus", "use_final_norm"), 1)
+    wanted |= dict.fromkeys(("use_qk_norm", "use_swiglu", "use_post_norm", "hf_style_rope", "use_rms_norm"), 0)
+    wanted |= {"shallow_block_local": 1} if video else {}
+    wanted |= dict.fromkeys(("num_kv_heads", "use_1d_rope"), 0)  # grouped heads, 1-D rotary positions
+    for name, value in wanted.items():
+        if (arguments.get(name, value) or 0) != value:
+            raise CheckpointError(f"unsupported option {name}={shown(arguments[name])}; released models have {value}")
 
 
 def parse_aspect(text: str) -> Fraction:
@@ -233,19 +280,27 @@ def parse_aspect(text: str) -> Fraction:
     return ratio
 
 
+def _check_aspect(text: str) -> None:
+    try:
+        parse_aspect(text)
+    except InputError as error:
+        raise CheckpointError(str(error)) from None
+
+
 def _build(part, values: dict[str, Any]):
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{part.__name__} is {shown(values)}, expected a JSON object")
     known = {f.name for f in dataclasses.fields(part)}
     unknown = sorted(set(values) - known)
     if unknown:
-        raise CheckpointError(f"configuration has unknown fields {', '.join(unknown[:5])}; update the pack")
-    try:
-        return part(**{k: _tuples(v) for k, v in values.items()})
-    except TypeError as error:
-        raise CheckpointError(f"configuration is incomplete: {error}") from None
-
-
-def _tuples(value):
-    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+        raise CheckpointError(f"configuration has unknown fields {shown(unknown)}; update the pack")
+    required = (dataclasses.MISSING, dataclasses.MISSING)
+    missing = [
+        f.name for f in dataclasses.fields(part) if f.name not in values and (f.default, f.default_factory) == required
+    ]
+    if missing:
+        raise CheckpointError(f"configuration lacks {', '.join(missing)}")
+    return part(**{name: tuples(value) for name, value in values.items()})
 
 
 STARFLOW_3B = FlowConfig(

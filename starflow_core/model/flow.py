@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 from torch.utils.checkpoint import checkpoint
 
+from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
 from .config import FlowConfig
 from .denoiser import DenoiserNet
@@ -183,19 +184,36 @@ class Flow(nn.Module):
         c = self.config
         return text_rotary(tokens, length=c.rope_length, head_dim=c.head_dim, rounding=c.rounding, device=device)
 
-    def shallow_affine(self, block: Block, tokens: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
+    def shallow_affine(
+        self, block: Block, tokens: Tensor, rotary: Rotary, control: Control | None = None
+    ) -> tuple[Tensor, Tensor]:
         """a, b of frames (rows, N, c) in the block's order, each frame a sequence of its own."""
-        rows = max(1, SHALLOW_TOKENS // tokens.shape[1])
-        parts = [block(block.shifted(part).to(self.compute_dtype), rotary) for part in tokens.split(rows)]
+        rows, attend = max(1, SHALLOW_TOKENS // tokens.shape[1]), self._reporting(block, control)
+        parts = [block(block.shifted(part).to(self.compute_dtype), rotary, attend) for part in tokens.split(rows)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
-    def deep_affine(self, tokens: Tensor, text: Tensor, grid: Grid) -> tuple[Tensor, Tensor]:
+    def deep_affine(
+        self, tokens: Tensor, text: Tensor, grid: Grid, control: Control | None = None
+    ) -> tuple[Tensor, Tensor]:
         """a, b of a whole clip (B, T N, c) in the deep block's order, after text (B, L, D)."""
         block, device = self.deep, tokens.device
         rotary = joined(self.text_rotary(text.shape[1], device), self.rotary(grid, device))
-        return block(block.shifted(tokens).to(self.compute_dtype), rotary, text=text.to(self.compute_dtype))
+        inputs, text = block.shifted(tokens).to(self.compute_dtype), text.to(self.compute_dtype)
+        return block(inputs, rotary, self._reporting(block, control), text)
 
-    def encode_shallow(self, latents: Tensor) -> tuple[Tensor, list[Tensor]]:
+    def _reporting(self, block: Block, control: Control | None) -> Callable[[int], Attend]:
+        """Causal attention in each layer; the layers that are done are reported before."""
+        layers = self.config.layers
+        done, total = sum(layers[: block.index]), sum(layers)
+
+        def attend(layer: int) -> Attend:
+            if control:
+                control.report(Progress("invert", done + layer, total))
+            return causal
+
+        return attend
+
+    def encode_shallow(self, latents: Tensor, control: Control | None = None) -> tuple[Tensor, list[Tensor]]:
         """Latents to the deep block's input, tokens (B, T, N, c) in row-major order, and the
         log-determinants of the shallow blocks."""
         grid = self.grid(latents)
@@ -204,29 +222,32 @@ class Flow(nn.Module):
         require_finite(tokens, "the given latents", grid)
         for block in self.shallow:
             x = block.ordered(tokens).flatten(0, 1)
-            tokens, logdet = _encoded(block, x, self.shallow_affine(block, x, rotary), tokens.shape)
+            tokens, logdet = _encoded(block, x, self.shallow_affine(block, x, rotary, control), tokens.shape)
             logdets.append(logdet)
             require_finite(tokens, f"block {block.index}", grid)
         return tokens, logdets
 
-    def forward(self, latents: Tensor, text: Tensor) -> Encoding:
+    def forward(self, latents: Tensor, text: Tensor, control: Control | None = None) -> Encoding:
         """Data to noise. Latents (B, T, C, H, W) or (B, C, H, W), text (B, L, D) embeddings.
 
         The shallow blocks compute where the latents are, the deep block where the text is; the result is with the
-        latents. Raises NonFiniteError that names the block and the token where NaN or infinity began.
+        latents. `control` is told of each layer. Raises NonFiniteError that names the block and the token where NaN or
+        infinity began.
         """
         clip = latents if latents.ndim == 5 else latents.unsqueeze(1)
         grid, block = self.grid(clip), self.deep
-        tokens, logdets = self.encode_shallow(clip)
+        tokens, logdets = self.encode_shallow(clip, control)
         x = block.ordered(tokens).flatten(1, 2).to(text.device)
-        noise, logdet = _encoded(block, x, self.deep_affine(x, text, grid), tokens.shape)
+        noise, logdet = _encoded(block, x, self.deep_affine(x, text, grid, control), tokens.shape)
         noise, logdet = noise.to(latents.device), logdet.to(latents.device)
         require_finite(noise, f"block {block.index}", grid)
+        if control:
+            control.report(Progress("invert", sum(self.config.layers), sum(self.config.layers)))
         return Encoding(self.latents(noise, grid).view_as(latents), [*logdets, logdet])
 
-    def encode(self, latents: Tensor, text: Tensor) -> Encoding:
+    def encode(self, latents: Tensor, text: Tensor, control: Control | None = None) -> Encoding:
         """As `forward`, under the name it has in the literature."""
-        return self(latents, text)
+        return self(latents, text, control)
 
     def loss(self, latents: Tensor, text: Tensor, given: int = 0) -> Tensor:
         """Training loss of each sample, in nats per element: (B,).

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..errors import InputError
+from ..errors import CheckpointError, InputError
+from .schema import check_fields, number
 
 
 @dataclass(frozen=True)
@@ -19,14 +20,23 @@ class LatentFormat:
     such factors are known.
     """
 
-    channels: int
-    spatial: int
-    temporal: int = 1
-    mean: tuple[float, ...] = (0.0,)
-    std: tuple[float, ...] = (1.0,)
-    later_factor: float = 1.0
+    channels: int = number(1, 4096)
+    spatial: int = number(1, 1024)
+    temporal: int = number(1, 1024, 1)
+    mean: tuple[float, ...] = number(-1e6, 1e6, (0.0,))
+    std: tuple[float, ...] = number(1e-6, 1e6, (1.0,))
+    later_factor: float = number(1e-6, 1e6, 1.0)
     rgb: tuple[tuple[float, float, float], ...] = ()
     rgb_bias: tuple[float, ...] = ()
+
+    def __post_init__(self):
+        check_fields(self)
+        lengths = {"mean": (1, self.channels), "std": (1, self.channels), "rgb": (0, self.channels)}
+        lengths["rgb_bias"] = (3,) if self.rgb else (0, 3)
+        for name, expected in lengths.items():
+            if len(getattr(self, name)) not in expected:
+                found = len(getattr(self, name))
+                raise CheckpointError(f"{name} has {found} entries, expected {' or '.join(map(str, expected))}")
 
     def latent_frames(self, frames: int) -> int:
         """Latent frames of a clip. Raises InputError where the VAE can't make that many frames."""

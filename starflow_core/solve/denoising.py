@@ -10,7 +10,7 @@ from torch import Tensor
 from ..control import Control, Progress
 from ..errors import InputError
 from ..model.denoiser import DenoiserRun
-from ..model.flow import Flow, Grid
+from ..model.flow import Flow, Grid, require_finite
 
 STEP = 0.3  # share of the denoiser's output that is taken off, trained with the model
 
@@ -36,6 +36,7 @@ class DenoiseStream:
         self.text_rotary = flow.text_rotary(text.shape[1], text.device)
         self.rotary = flow.rotary(grid.with_frames(self.window), text.device)
         self.recent = deque(maxlen=self.lead)  # the frames that the next chunk begins with
+        self.grid, self.done = grid, 0  # frames that were returned
         self._begin()
 
     def push(self, tokens: Tensor, last: bool = False) -> Tensor:
@@ -49,7 +50,10 @@ class DenoiseStream:
             done.append(self._advance(part))
         if last:
             done.append(self._run(tokens, True))
-        return torch.cat(done, 1)
+        clean = torch.cat(done, 1)
+        require_finite(clean, "the denoiser", self.grid, self.done)
+        self.done += clean.shape[1]
+        return clean
 
     def _begin(self) -> None:
         config = self.flow.config
@@ -98,10 +102,16 @@ def score_denoise(flow: Flow, latents: Tensor, text: Tensor, control: Control | 
             control.report(Progress("denoise", index, len(latents)))
             x = latents[index : index + 1].detach().clone().requires_grad_()
             y = text[index : index + 1].detach().clone()
-            (score,) = torch.autograd.grad(flow.encode(x, y).log_likelihood.sum(), x)
+            (score,) = torch.autograd.grad(flow.encode(x, y, control).log_likelihood.sum(), x)
+            _require_finite_score(flow, score, index)
             clean.append((x + flow.config.noise_std**2 * score).detach())
     control.report(Progress("denoise", len(latents), len(latents)))
     return torch.cat(clean)
+
+
+def _require_finite_score(flow: Flow, score: Tensor, index: int) -> None:
+    clip = score if score.ndim == 5 else score.unsqueeze(1)
+    require_finite(flow.tokens(clip), f"the score step of batch element {index}", flow.grid(clip))
 
 
 class _recomputing:

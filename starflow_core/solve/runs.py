@@ -85,8 +85,8 @@ class DeepRun:
     def start(self, tokens: Tensor) -> Tensor:
         return self.runs[0].start(tokens)
 
-    def fill(self, text: Tensor, uncond: Tensor | None = None) -> None:
-        """Run the prompts (B, L, D) through the prefix; `uncond` may be one row. Call it again to change them."""
+    def fill(self, text: Tensor, uncond: Tensor | None) -> None:
+        """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
         rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.guidance else text
         for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
             run.fill(part)

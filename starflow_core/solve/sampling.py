@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,6 +27,8 @@ from .solvers import (
     solve_span,
     solve_tokens,
 )
+
+DRAFT = SolverSettings(shallow_tolerance=0.03, max_sweeps=8)  # whatever the method: drafts are to cost little
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,7 @@ class Sampler:
         window, self.keep = flow.config.sliding_window(self.frames, window, keep)
         self.window = min(window, self.frames)
         self.statistics = Statistics()
+        self._solving: tuple[int, Tensor] | None = None  # the first frame that isn't settled, and its tokens so far
         self._check()
 
     def _check(self) -> None:
@@ -96,6 +100,21 @@ class Sampler:
         yield from self._context()
         for frame, tokens in self._solved(known):
             yield self._shallow(tokens, frame)
+
+    def draft(self) -> tuple[int, Tensor] | None:
+        """The frame that is being solved: its index and rough latents (B, 1, C, H, W), noise where tokens haven't
+        settled yet. Call it from `control.progress`; None between frames. It counts in no statistics."""
+        if self._solving is None:
+            return None
+        frame, tokens = self._solving
+        tokens = self.flow.deep.ordered(tokens.to(self.placement.shallow))
+        rotary = self.flow.frame_rotary(self.grid, tokens.device)
+        for block in reversed(self.flow.shallow):
+            z = block.ordered(tokens)[:, 0]
+            affine = partial(self.flow.shallow_affine, block, rotary=rotary)
+            x = solve_frames(affine, z, DRAFT, Statistics(), lambda done, residual: None)
+            tokens = block.ordered(x.unsqueeze(1))
+        return frame, self.flow.latents(tokens, self.grid)
 
     def _context(self) -> list[Tensor]:
         return [] if self.context is None else [self.context.float().to(self.placement.shallow)]
@@ -140,6 +159,7 @@ class Sampler:
         absorb(run, window)
         for settled, residual in self._solver(run, window):
             tokens = first * size + settled, self.frames * size
+            self._solving = _unsettled(window, settled, first)
             self.control.report(Progress("deep", *tokens, *tokens, residual))
             while known < settled // size:
                 yield first + known, window.x[:, None, known * size : (known + 1) * size].clone()
@@ -188,6 +208,15 @@ class Sampler:
             self.statistics.shallow_evaluations += rows
             report(settled * rows)
         return window.x
+
+
+def _unsettled(window: Window, settled: int, first: int) -> tuple[int, Tensor] | None:
+    """The first frame that isn't settled and its tokens (B, 1, N, c), of a window that begins at frame `first`."""
+    if settled == window.length:
+        return None
+    frame = settled // window.frame_tokens
+    start = frame * window.frame_tokens
+    return first + frame, window.x[:, None, start : start + window.frame_tokens]
 
 
 def sample(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None = None, **options) -> Sample:

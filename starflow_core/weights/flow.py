@@ -22,6 +22,7 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.placement import Placement
+from ..model.schema import read_json
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
 from .tensorfiles import (
     DTYPES,
@@ -127,6 +128,8 @@ def load_flow(
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
         raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
+    if len(set(placement.deep)) > 1:
+        raise InputError("the deep block can't be loaded onto several devices yet; give one")
     for part in {placement.deep[0], placement.shallow, placement.denoiser}:
         _check_device(part, dtype)
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
@@ -170,7 +173,8 @@ def convert(
         metadata.setdefault("license", APPLE_LICENSE)
     names = _counted(checkpoint, expected, "convert", progress)
     weights = (cast(checkpoint.tensor(name), torch_dtype, name, checkpoint.path) for name in names)
-    write_tensors(target, expected, torch_dtype, metadata, weights)
+    # safetensors gives a file's metadata in an order of its own, another one each time.
+    write_tensors(target, expected, torch_dtype, dict(sorted(metadata.items())), weights)
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:
@@ -216,10 +220,7 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
 
 def _parse_flow_config(text: str, where: str) -> FlowConfig | None:
     """A configuration in our form or the reference's, or None for JSON about something else."""
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}") from None
+    values = read_json(text, where)
     if not isinstance(values, dict):
         return None
     try:
@@ -228,8 +229,6 @@ def _parse_flow_config(text: str, where: str) -> FlowConfig | None:
         return FlowConfig.from_dict(values) if "schema" in values else None
     except CheckpointError as error:
         raise CheckpointError(f"{where}: {error}") from None
-    except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{where} is incomplete or wrong: {type(error).__name__} {error}") from None
 
 
 def _from_reference(values: dict[str, Any]) -> FlowConfig:
@@ -237,7 +236,8 @@ def _from_reference(values: dict[str, Any]) -> FlowConfig:
     config = FlowConfig.from_reference(values)
     for preset in KNOWN_MODELS.values():
         if (preset.kind, preset.latent.channels) == (config.kind, config.latent.channels):
-            config = replace(config, latent=preset.latent, noise_std=preset.noise_std, defaults=preset.defaults)
+            told = {name: getattr(preset, name) for name in ("latent", "noise_std", "defaults", "tasks")}
+            config = replace(config, **told)
     given = {key: values[key] for key in ("noise_std", "rounding") if key in values}
     return replace(config, **given)
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import nn
@@ -19,6 +20,11 @@ Shapes = dict[str, tuple[int, ...]]
 def module_shapes(module: nn.Module) -> Shapes:
     """Names and shapes of a module's weights."""
     return {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+
+
+def count_numbers(names: Iterable[str], pattern: str) -> int:
+    """How many different numbers the names have in the group of `pattern`, matched from their start."""
+    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def check_tensors(tensors: Mapping[str, StoredTensor], expected: Shapes, file: str, model: str, remedy: str) -> None:

@@ -11,11 +11,9 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import re
 import shutil
 import tempfile
-import uuid
 import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -30,6 +28,9 @@ from torch import Tensor
 
 from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
+from ..model.schema import shown
+from ..parts import clear_stale, part_of, real, remove
+from .pickles import ArchivedTensor, open_archive
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SAFETENSORS_DTYPES = {
@@ -223,9 +224,8 @@ def _fault(path: Path, reason: str) -> str:
     with open(path, "rb") as file:
         end = 8 + int.from_bytes(file.read(8), "little")
         header = file.read(min(end - 8, LARGEST_HEADER))
-    if "incomplete" in reason.lower():  # the header is sound and says where the last tensor ends
-        entries = json.loads(header)
-        end += max((entries[name]["data_offsets"][1] for name in entries if name != "__metadata__"), default=0)
+    if "incomplete" in reason.lower() and (last := _last_byte(header)) is not None:
+        end += last
         kind = "truncated" if size < end else "corrupt"
     elif size >= end:
         return (
@@ -235,37 +235,38 @@ def _fault(path: Path, reason: str) -> str:
     return f"{path.name} is {kind}: expected {end} bytes, found {size}; get it again"
 
 
+def _last_byte(header: bytes) -> int | None:
+    """Where the last tensor ends, counted from the end of a sound header; None for another."""
+    try:
+        entries = json.loads(header)
+        return max((entries[name]["data_offsets"][1] for name in entries if name != "__metadata__"), default=0)
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None
+
+
 def _open_pickle(path: Path) -> TensorFile:
     _check_archive(path)
-    try:
-        with torch.inference_mode(False):
-            content = torch.load(os.fspath(path), map_location="cpu", weights_only=True, mmap=True)
-    except pickle.UnpicklingError as error:
-        culprit = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"reading it would run {culprit[1]}" if culprit else "it holds more than tensors or is damaged"
-        raise CheckpointError(
-            f"{path.name} was refused and nothing of it was run: {reason}. If you trust its source, unpickle it "
-            "in an environment of its own, save its state_dict with safetensors.torch.save_file, and use that file."
-        ) from None
-    except Exception as error:  # a damaged archive can fail anywhere in its reader
-        reason = str(error).strip().partition("\n")[0]
-        raise CheckpointError(f"{path.name} is corrupt ({reason}); get it again") from None
+    content = open_archive(path)
     if isinstance(content, dict):
         content = next((content[key] for key in ("model", "state_dict") if isinstance(content.get(key), dict)), content)
-        tensors = {str(name): _mapped(value) for name, value in content.items() if isinstance(value, Tensor)}
+        tensors = {
+            str(name): StoredTensor(value.shape, value.dtype, partial(_read_archived, value))
+            for name, value in content.items()
+            if isinstance(value, ArchivedTensor)
+        }
         if tensors:
             return TensorFile(path, [path], tensors, {})
     kind = (
-        f"a dictionary of {', '.join(map(str, list(content)[:5]))}"
+        f"a dictionary of {', '.join(map(shown, list(content)[:5]))}"
         if isinstance(content, dict)
         else f"a {type(content).__name__}"
     )
     raise CheckpointError(f"{path.name} holds no state_dict of tensors, but {kind}; save its state_dict alone")
 
 
-def _mapped(tensor: Tensor) -> StoredTensor:
-    # Copied when read: pages of the file must not become weights, as it may be overwritten later.
-    return StoredTensor(tuple(tensor.shape), tensor.dtype, partial(tensor.clone, memory_format=torch.contiguous_format))
+def _read_archived(tensor: ArchivedTensor) -> Tensor:
+    with reading(tensor.record.path):
+        return tensor.read()
 
 
 def _check_archive(path: Path) -> None:
@@ -332,12 +333,15 @@ def write_tensors(
 
 @contextlib.contextmanager
 def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders.
+    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders, and clears
+    what killed processes left.
 
     Raises InputError for errors of the system.
     """
-    part = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.part")
+    path = real(path)
+    part = part_of(path)
     try:
+        clear_stale(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         part.touch()
         mode = part.stat().st_mode
@@ -350,8 +354,7 @@ def _replacing(path: Path) -> Iterator[Path]:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be written: {reason}") from None
     finally:
-        with contextlib.suppress(OSError):
-            part.unlink()
+        remove(part)
 
 
 def parse_dtype(name: str) -> torch.dtype:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,8 +12,9 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..model.schema import WIDEST, check_fields, completed, number, read_object, shown
 from ..model.text import EOS, PAD, TextEncoder
-from .keys import Shapes, check_tensors, loading_dtype, module_shapes
+from .keys import Shapes, check_tensors, count_numbers, loading_dtype, module_shapes
 from .tensorfiles import TensorFile
 
 if TYPE_CHECKING:
@@ -30,6 +29,25 @@ EXPECTED_ENCODER = "expected the encoder of flan-t5-xl or another T5"
 REMEDY = "Use the whole encoder of flan-t5-xl or another T5, in bf16, fp16 or fp32."
 # T5 pads its embedding to a round number of rows; beyond this it is another model's tokenizer.
 MOST_SPARE_ROWS = 1024
+GATED = "gated-gelu"  # unless a configuration names another
+PROJECTIONS = ("relu", "gelu", "silu", "gated-relu", "gated-gelu", "gated-silu")
+
+
+@dataclass(frozen=True)
+class T5Options:
+    """What a T5's tensors don't tell of its configuration."""
+
+    feed_forward_proj: str | None = None
+    relative_attention_max_distance: int | None = number(2, 1 << 20, None)
+    layer_norm_epsilon: float | None = number(1e-12, 1, None)
+    dropout_rate: float | None = number(0, 0.999, None)
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.feed_forward_proj not in (None, *PROJECTIONS):
+            raise CheckpointError(
+                f"feed_forward_proj is {shown(self.feed_forward_proj)}, expected one of {PROJECTIONS}"
+            )
 
 
 def load_text_encoder(
@@ -163,27 +181,29 @@ def _encoder_weights(file: TensorFile) -> TensorFile:
 
 
 def _find_t5_config(path: Path, weights: TensorFile) -> T5Config:
-    """The configuration from the file's metadata, the folder's config.json, or the shapes."""
+    """The configuration that the tensors tell, with what they don't from the file's metadata or the folder's
+    config.json."""
     from transformers import T5Config
 
-    file = path / "config.json"
+    file, derived = path / "config.json", _config_from_shapes(weights.shapes)
     if T5_CONFIG_KEY in weights.metadata:
-        where, text = weights.path.name, weights.metadata[T5_CONFIG_KEY]
+        where, text = f"metadata {T5_CONFIG_KEY} of {weights.path.name}", weights.metadata[T5_CONFIG_KEY]
     elif file.is_file():
         where, text = str(file), file.read_text(encoding="utf-8", errors="replace")
     else:
-        return T5Config(**_config_from_shapes(weights.shapes))
-    try:
-        values = json.loads(text)
-        kind = values.get("model_type", "t5")
-    except (ValueError, AttributeError):
-        raise CheckpointError(f"the text encoder's configuration in {where} is not readable; get it again") from None
-    if kind != "t5":
-        raise CheckpointError(f"{where} describes a {kind} model: {EXPECTED_ENCODER}")
-    try:
-        return T5Config(**values)
-    except Exception as error:  # transformers 5 has error classes of its own
-        raise CheckpointError(f"the text encoder's configuration in {where} is wrong: {error}") from error
+        return T5Config(**derived)
+    values = read_object(text, where)
+    if values.get("model_type", "t5") != "t5":
+        raise CheckpointError(f"{where} describes a {shown(values['model_type'])} model: {EXPECTED_ENCODER}")
+    gated, projection = derived["feed_forward_proj"] == GATED, values.get("feed_forward_proj")
+    if isinstance(projection, str) and projection in PROJECTIONS and projection.startswith("gated-") == gated:
+        derived["feed_forward_proj"] = projection
+    values = completed(derived, values, T5Options, where)
+    if values.get("relative_attention_max_distance", 128) <= values["relative_attention_num_buckets"] // 4:
+        raise CheckpointError(
+            f"{where}: relative_attention_max_distance is too small for its table; get the file again"
+        )
+    return T5Config(**values)
 
 
 def _config_from_shapes(shapes: Shapes) -> dict[str, Any]:
@@ -195,17 +215,17 @@ def _config_from_shapes(shapes: Shapes) -> dict[str, Any]:
         head_dim = inner // heads
     except (KeyError, ValueError, ZeroDivisionError):
         raise CheckpointError(f"the text encoder's weights are incomplete or not a T5's: {EXPECTED_ENCODER}") from None
-    blocks = (re.match(r"encoder\.block\.(\d{1,4})\.", name) for name in shapes)
-    gated = FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes
+    if buckets < 4 or not 0 < max(vocabulary, width, hidden, head_dim) <= WIDEST:
+        raise CheckpointError(f"the text encoder's weights have impossible shapes: {EXPECTED_ENCODER}")
     return {
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": head_dim,
         "d_ff": hidden,
-        "num_layers": 1 + max(int(block[1]) for block in blocks if block),
+        "num_layers": count_numbers(shapes, r"encoder\.block\.(\d+)\."),  # a gap shows as missing tensors
         "num_heads": heads,
         "relative_attention_num_buckets": buckets,
-        "feed_forward_proj": "gated-gelu" if gated else "relu",
+        "feed_forward_proj": GATED if FIRST_BLOCK + "1.DenseReluDense.wi_0.weight" in shapes else "relu",
     }
 
 

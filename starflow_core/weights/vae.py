@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import math
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,14 +12,39 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError, NonFiniteError
+from ..model.schema import check_fields, completed, number, read_object, shown
 from ..model.vae.codec import VAE
 from ..model.vae.norms import with_fast_norms
-from .keys import check_tensors, module_shapes
+from .keys import check_tensors, count_numbers, module_shapes
 from .tensorfiles import StoredTensor, TensorFile
-from .vae_names import count_numbers, with_diffusers_names
+from .vae_names import with_diffusers_names
 
 METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safetensors file's metadata
 EXPECTED_VAE = "expected a Wan 2.2 VAE (AutoencoderKLWan with residual shortcuts) or an AutoencoderKL"
+
+
+@dataclass(frozen=True)
+class WanOptions:
+    """What the tensors of a Wan VAE don't tell of its configuration."""
+
+    latents_mean: tuple[float, ...] | None = None
+    latents_std: tuple[float, ...] | None = number(1e-6, 1e6, None)
+
+    def __post_init__(self):
+        check_fields(self)
+
+
+@dataclass(frozen=True)
+class KLOptions:
+    """What the tensors of an AutoencoderKL don't tell of its configuration."""
+
+    norm_num_groups: int | None = number(1, 4096, None)
+    act_fn: str | None = None
+
+    def __post_init__(self):
+        check_fields(self)
+        if self.act_fn not in (None, "silu", "swish"):
+            raise CheckpointError(f"act_fn is {shown(self.act_fn)}, expected silu")
 
 
 def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> VAE:
@@ -74,7 +98,7 @@ def find_vae(path: str | Path) -> VAEFile:
         path, config = _open_diffusers_folder(path)
     file = TensorFile.open(path)
     if config is None and METADATA_KEY in file.metadata:
-        config = _parse_vae_config(file.metadata[METADATA_KEY], path.name)
+        config = read_object(file.metadata[METADATA_KEY], f"metadata {METADATA_KEY} of {path.name}")
     weights = replace(file, tensors=with_diffusers_names(file.tensors))
     module = _make_vae(weights, config)
     remedy = "Get the file again, in bf16, fp16 or fp32."
@@ -91,21 +115,11 @@ def _open_diffusers_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
         if not file.is_file():
             raise CheckpointError(f"{folder} has no {file.name}; expected a VAE's folder as diffusers saves it")
     text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
-    config = _parse_vae_config(text, folder / "config.json")
+    config = read_object(text, str(folder / "config.json"))
     name = config.get("_class_name")
     if name not in (None, "AutoencoderKL", "AutoencoderKLWan"):
-        raise CheckpointError(f"{folder} holds a {name}; {EXPECTED_VAE}")
+        raise CheckpointError(f"{folder} holds a {shown(name)}; {EXPECTED_VAE}")
     return weights, config
-
-
-def _parse_vae_config(text: str, where: str | Path) -> dict[str, Any]:
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise CheckpointError(f"configuration in {where} is not JSON: {error}; get the file again") from None
-    if not isinstance(config, dict):
-        raise CheckpointError(f"configuration in {where} is no JSON object; get the file again")
-    return config
 
 
 def _make_vae(weights: TensorFile, config: dict[str, Any] | None) -> nn.Module:
@@ -119,9 +133,12 @@ def _make_vae(weights: TensorFile, config: dict[str, Any] | None) -> nn.Module:
     video = len(probe.shape) == 5
     model = diffusers.AutoencoderKLWan if video else diffusers.AutoencoderKL
     try:
-        config = config or (_wan_config if video else _kl_config)(tensors)
+        derive, options = (_wan_config, WanOptions) if video else (_kl_config, KLOptions)
+        config = completed(derive(tensors), config or {}, options, f"the configuration of {file}")
         with torch.device("meta"):
             module = model.from_config(config)
+    except CheckpointError:
+        raise
     except KeyError as error:
         raise CheckpointError(f"{file} lacks the tensor {error.args[0]}; {EXPECTED_VAE}") from None
     except Exception as error:  # whatever its constructor says to numbers that make no model

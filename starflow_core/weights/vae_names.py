@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 
+from .keys import count_numbers
 from .tensorfiles import StoredTensor
 
 # From original names to those of diffusers; all rules are applied, in this order.
@@ -60,11 +61,6 @@ def with_diffusers_names(tensors: dict[str, StoredTensor]) -> dict[str, StoredTe
     if any(name.startswith("encoder.down.0.block.") for name in tensors):
         return _from_ldm(_apply(LDM_RULES, tensors))
     return _apply(OLD_DIFFUSERS_RULES, tensors)
-
-
-def count_numbers(names: Iterable[str], pattern: str) -> int:
-    """How many different numbers the names have in the group of `pattern`, matched from their start."""
-    return len({match[1] for name in names if (match := re.match(pattern, name))})
 
 
 def _apply(rules: Iterable[tuple[str, str]], tensors: dict[str, StoredTensor]) -> dict[str, StoredTensor]:

@@ -1,7 +1,9 @@
 // Opens one workflow in a running ComfyUI by dropping its file on the canvas, presses Run, and says what was seen.
 //   node page.mjs URL WORKFLOW.json JOB.json
-// JOB: {"nodes": {"TYPE": "picture.png", ..}, "graph": "picture.png" or null, "run": true, "seconds": 120}
-// Prints JSON: {nodes, errors, outcome, video: [width, height] or null, seconds}. Environment: PLAYWRIGHT_DIR (a folder
+// JOB: {"nodes": {"TYPE": "picture.png", ..}, "graph": "picture.png" or null, "run": true, "seconds": 120,
+//       "modern": false (true draws with Nodes 2.0)}
+// Prints JSON: {nodes, errors, outcome, video: [width, height] or null, seconds, boxes: [[type, x, y, width, height], ..]
+// in the graph's units, without the title, extension: what web/starflow.js did}. Environment: PLAYWRIGHT_DIR (a folder
 // with node_modules/playwright-core), CHROMIUM (the browser's program).
 import { createRequire } from 'node:module'
 import fs from 'node:fs'
@@ -12,7 +14,8 @@ const [url, file, jobFile] = process.argv.slice(2)
 const text = fs.readFileSync(file, 'utf8')
 const job = JSON.parse(fs.readFileSync(jobFile, 'utf8'))
 const workflow = JSON.parse(text)
-const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0 }
+const found = { nodes: 0, errors: [], outcome: null, video: null, seconds: 0, boxes: [], extension: null }
+const TITLE = 30
 const sleep = (ms) => new Promise((done) => setTimeout(done, ms))
 
 const browser = await chromium.launch({
@@ -96,6 +99,7 @@ async function show(box, scale) {
     ([[x, y, w, h], k]) => {
       const view = window.app.canvas
       const canvas = view.canvas.getBoundingClientRect()
+      view.min_font_size_for_lod = 0 // text, however small
       view.ds.scale = k
       view.ds.offset[0] = (canvas.width / 2) / k - (x + w / 2)
       view.ds.offset[1] = (canvas.height / 2) / k - (y + h / 2)
@@ -123,6 +127,8 @@ try {
   await page.waitForFunction(() => window.app?.graph && window.app?.canvas)
   await sleep(3000)
   await closeDialogs()
+  await page.evaluate((on) => window.app.ui.settings.setSettingValueAsync('Comfy.VueNodes.Enabled', on), job.modern)
+  await sleep(500)
   opened = true
   await drop()
   const dialog = page.locator('[role=dialog], .p-dialog').first()
@@ -135,18 +141,48 @@ try {
     if (wanted?.length && JSON.stringify(wanted) !== JSON.stringify((shown || []).slice(0, wanted.length)))
       found.errors.push(`node ${id} has ${JSON.stringify(shown)}, the file ${JSON.stringify(wanted)}`)
   }
+  found.extension = await page.evaluate(() => {
+    const frames = window.app.graph._nodes.find((node) => node.type === 'STARFlowEmptyLatent')?.widgets.find((w) => w.name === 'frames')
+    if (!frames) return null
+    const kept = frames.value
+    const given = (value) => (frames.callback(value), frames.value)
+    const lengths = Object.fromEntries([-4, 0, 1, 4, 5, 35].map((value) => [value, given(value)]))
+    frames.value = kept
+    const type = 'STARFLOW_MODEL'
+    const colours = [
+      window.app.canvas.default_connection_color_byType[type],
+      window.LGraphCanvas.link_type_colors[type],
+      document.documentElement.style.getPropertyValue(`--color-datatype-${type}`),
+    ]
+    return { lengths, step: frames.options.step2, colours }
+  })
   if (job.run) await run()
   // Sizes as the page has them now: it has grown what was too small.
-  const boxes = await page.evaluate(() => window.app.graph._nodes.map((n) => [n.type, n.pos[0], n.pos[1], n.size[0], n.size[1]]))
+  const boxes = await page.evaluate(
+    ([modern, title]) =>
+      window.app.graph._nodes.map((node) => {
+        const drawn = modern && document.querySelector(`[data-node-id="${node.id}"]`)
+        const scale = window.app.canvas.ds.scale
+        const height = drawn ? drawn.getBoundingClientRect().height / scale - title : node.size[1]
+        return [node.type, ...node.pos, drawn ? drawn.getBoundingClientRect().width / scale : node.size[0], height]
+      }),
+    [job.modern, TITLE],
+  )
+  found.boxes = boxes
   for (const [type, target] of Object.entries(job.nodes)) {
     const [, x, y, w, h] = boxes.find((box) => box[0] === type)
     await picture([x - 24, y - 54, w + 48, h + 78], 1, target)
   }
   if (job.graph) {
-    const left = Math.min(...boxes.map((b) => b[1])) - 30
-    const top = Math.min(...boxes.map((b) => b[2])) - 60
-    const width = Math.max(...boxes.map((b) => b[1] + b[3])) + 30 - left
-    const height = Math.max(...boxes.map((b) => b[2] + b[4])) + 30 - top
+    const others = await page.evaluate(() => [
+      ...window.app.graph._groups.map((group) => ['', ...group.pos, ...group.size]),
+      ...[...window.app.graph.reroutes.values()].map((point) => ['', ...point.pos, 0, 0]),
+    ])
+    const drawn = [...boxes.map(([type, x, y, w, h]) => [type, x, y - TITLE, w, h + TITLE]), ...others]
+    const left = Math.min(...drawn.map((b) => b[1])) - 30
+    const top = Math.min(...drawn.map((b) => b[2])) - 30
+    const width = Math.max(...drawn.map((b) => b[1] + b[3])) + 30 - left
+    const height = Math.max(...drawn.map((b) => b[2] + b[4])) + 30 - top
     await picture([left, top, width, height], Math.min(1500 / width, 950 / height, 1), job.graph)
   }
 } catch (error) {

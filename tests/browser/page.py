@@ -17,17 +17,19 @@ SCRIPT = Path(__file__).with_name("page.mjs")
 
 def visit(
     port: int, workflow: Path, nodes: dict[str, Path] | None = None, graph: Path | None = None, run: bool = True,
-    seconds: int = 300,
+    seconds: int = 300, modern: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Drop a workflow on the page of the server at `port`, run it, and take pictures of nodes by type.
 
-    Gives what page.mjs saw: nodes, errors, outcome, the video's size, and the seconds from Run to the end.
+    `modern` draws with Nodes 2.0. Gives what page.mjs saw: nodes, errors, outcome, the video's size, the seconds from
+    Run to the end, and the nodes' boxes.
     """
     job = {
         "nodes": {kind: str(path) for kind, path in (nodes or {}).items()},
         "graph": graph and str(graph),
         "run": run,
         "seconds": seconds,
+        "modern": modern,
     }
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(job, file)

@@ -9,11 +9,11 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
 
 from starflow_core.media import read_video
 from starflow_core.media.pixels import to_bytes
-from tests.nodes.workflows import EXAMPLES, FOLDER, ROOT
+from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT
 from tests.server.host import Server, example
 
 from .page import visit
@@ -43,7 +43,19 @@ def thumbnail(files: list[Path]) -> Image.Image:
     return Image.fromarray(np.concatenate(rows)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
 
 
+def card(*lines: str) -> Image.Image:
+    """In a picture's place where no sample was made: says so in words."""
+    picture = Image.new("RGB", (SIDE, SIDE), "#1d2430")
+    draw = ImageDraw.Draw(picture)
+    for row, (line, size) in enumerate(zip(lines, (56, 36, 28), strict=False)):
+        draw.text((SIDE / 2, SIDE / 2 + 70 * (row - 1)), line, "#e8edf4", ImageFont.load_default(size), anchor="mm")
+    return picture
+
+
 def main() -> None:
+    for name in REAL_WEIGHTS:
+        words = card("STARFlow 3B", "text to image", "needs Apple's 3B checkpoint")
+        words.save(FOLDER / f"{name}.jpg", quality=88)
     server = Server()
     try:
         for name in EXAMPLES:

@@ -212,3 +212,17 @@ def test_a_text_encoder_that_does_not_fit_is_refused(pipeline, monkeypatch):
     monkeypatch.setattr(type(pipeline.text), "weight_bytes", lambda self, dtype: 2 * 10**9)
     with pytest.raises(OutOfMemoryForecast, match=r"this job needs about 2\.0 GB"):
         pipeline.start("a ring", job)
+
+
+@pytest.mark.parametrize(
+    ("task", "message"), [("exted", "task is 'exted'; expected one of"), ("first_frame", "needs image")]
+)
+def test_tasks_that_lack_something_are_refused(pipeline, task, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.with_context(task, frames=9)
+
+
+@pytest.mark.parametrize("fps", [0, -3, float("nan"), float("inf"), 1e6])
+def test_rates_that_are_none_are_refused(pipeline, fps):
+    with pytest.raises(InputError, match="fps is"):
+        pipeline.start("a ring", pipeline.job(frames=9, fps=fps))

@@ -177,7 +177,7 @@ FAULTS: list[Fault] = [
         "sweeps are mistaken for tokens", TESTS + "test_the_bar_shows_the_solver_and_then_the_frames",
     ),
     Fault(
-        COMMANDS, "        return INTERRUPTED", "        return 0",
+        COMMANDS, "else INTERRUPTED", "else 0",
         "Ctrl-C looks like success", TESTS + "test_interruption",
     ),
     Fault(

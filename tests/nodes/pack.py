@@ -9,6 +9,7 @@ import asyncio
 import importlib.util
 import os
 import sys
+import tempfile
 from pathlib import Path
 from types import ModuleType
 
@@ -18,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 COMFYUI = os.environ.get("COMFYUI_PATH")
 NAME = "starflow_pack"
 NODE_ID = "7"  # of every node that a test runs
+_INPUTS = tempfile.TemporaryDirectory(prefix="starflow-inputs-")  # the host's own input folder is its user's
 
 
 def load() -> dict[str, type]:
@@ -62,6 +64,19 @@ def run(node: type, hidden: dict | None = None, **inputs):
     return output
 
 
+def complaints(prompt: dict, output: str) -> list[str]:
+    """The inputs that a real host finds wrong in a prompt, on the way to an output's node."""
+    import execution
+
+    import nodes
+
+    registered = nodes.NODE_CLASS_MAPPINGS
+    registered |= load()
+    validated: dict = {}
+    asyncio.run(execution.validate_inputs("1", prompt, output, validated))
+    return [error["extra_info"]["input_name"] for _, errors, _ in validated.values() for error in errors]
+
+
 def _defaults(node: type) -> dict:
     groups = node.GET_NODE_INFO_V1()["input"]
     given = {**groups["required"], **groups.get("optional", {})}
@@ -88,3 +103,6 @@ def _host() -> None:
         import comfy.cli_args
 
         sys.argv = arguments
+    import folder_paths
+
+    folder_paths.set_input_directory(_INPUTS.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from starflow_core import fit
 from tests.core.models import relative_error
 
 from .steps import SMALL, PlainVAE, run
@@ -108,3 +109,35 @@ def test_an_image_models_vae_or_latent_is_refused(demo, image_model, latent, cli
         run("STARFlowVideoEdit", images=clip, vae=image_model.vae, latent=latent)
     with pytest.raises(Exception, match="this latent is an image; given frames need a clip"):
         run("STARFlowFirstFrame", image=clip[:1], vae=demo.vae, latent=image_model.empty(frames=1))
+
+
+def test_another_models_vae_is_refused(demo, latent, clip):
+    """By its channels, and where a model is at hand by what it makes of a frame, too."""
+    other = PlainVAE(demo.vae)
+    other.latent_channels = 48
+    for node, images in (("FirstFrame", "image"), ("FirstLastFrame", "last_image"), ("VideoEdit", "images")):
+        with pytest.raises(Exception, match="makes latents of 48 channels, but the latent has 16; load the VAE that"):
+            run(f"STARFlow{node}", **{images: clip[:1]}, vae=other, latent=latent)
+    other.latent_channels, other.spacial_compression_decode = 16, lambda: 8
+    wanted = r"16 channels, 8 pixels and 4 frames a cell, but STARFlow demo uses 16 channels, 16 pixels and 4 frames a"
+    with pytest.raises(Exception, match=wanted):
+        run("STARFlowExtend", model=demo.model, images=clip, vae=other, latent=latent)
+
+
+@pytest.mark.parametrize("how", ["crop", "pad", "stretch"])
+def test_pictures_are_fitted_as_asked(demo, latent, how):
+    """In every node, and in the same way as by the core."""
+    source, vae = torch.rand(9, 40, 100, 3, generator=torch.Generator().manual_seed(0)), PlainVAE(demo.vae)
+    fitted = (fit(source.movedim(-1, 1) * 2 - 1, 32, 48, how).movedim(1, -1) + 1) / 2
+    given = {"vae": vae, "latent": latent}
+    for name, more in {
+        "FirstFrame": {"image": source[:1]},
+        "FirstLastFrame": {"last_image": source[:1], "first_image": source[1:2]},
+        "Extend": {"images": source, "model": demo.model},
+        "VideoEdit": {"images": source},
+    }.items():
+        ready = {key: value if key == "model" else fitted[: len(value)] for key, value in more.items()}
+        if "first_image" in ready:
+            ready["first_image"] = fitted[1:2]
+        context, wanted = (run(f"STARFlow{name}", **g, **given)[0] for g in ({**more, "fit": how}, ready))
+        assert relative_error(context.latents, wanted.latents) < 1e-3, name

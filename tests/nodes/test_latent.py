@@ -24,10 +24,18 @@ def test_empty_latents_have_the_models_own_numbers_or_those_given(demo):
     assert sizes(demo, aspect_ratio="16:9", width=48, height=32, frames=9) == ((1, 16, 3, 2, 3), 48, 32, 9)
 
 
-def test_one_side_alone_is_refused(demo):
-    for side in ("width", "height"):
-        with pytest.raises(Exception, match="height and width go together"):
-            sizes(demo, **{side: 64})
+def test_one_side_alone_gives_the_other_by_the_ratio(demo):
+    for ratio, given, size in (
+        ("16:9", {"width": 128}, (128, 80)),  # 72, in whole tokens of 16
+        ("16:9", {"height": 80}, (144, 80)),
+        ("9:16", {"width": 80}, (80, 144)),
+        ("21:9", {"width": 16}, (16, 16)),  # at least one token
+        ("model's own", {"width": 64}, (64, 64)),
+        ("model's own", {"height": 64}, (64, 64)),
+    ):
+        assert sizes(demo, aspect_ratio=ratio, frames=1, **given)[1:3] == size
+    with pytest.raises(Exception, match="width 100 is not a multiple of 16"):
+        sizes(demo, width=100)
 
 
 def test_empty_latents_are_zero_and_on_the_hosts_device(monkeypatch, demo):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from inspect import signature
 
 import pytest
 import torch
@@ -97,8 +98,23 @@ def test_refusals_name_the_file_and_the_remedy(model_folders):
     assert refusal("STARFlowLoadTextEncoder", encoder_name="none") == message("none", problem, "text encoder")
     for name, problem in (("notes.txt", "in models/vae is not a VAE"), ("", "is not in models/vae")):
         assert refusal("STARFlowLoadVAE", vae_name=name) == message(name, problem, "VAE")
-    for name in LOADERS:
-        assert refusal(name, weight_type="int4") == "weight_type is 'int4'; expected one of auto, bf16, fp16, fp32"
+
+
+@pytest.mark.parametrize("name", LOADERS)
+def test_each_widget_of_a_loader_answers_for_itself(name):
+    """The host blames every input that validate_inputs names, and 0.3.64 checks only lists that are types."""
+    assert list(signature(NODES[name].validate_inputs).parameters) == [LOADERS[name][0]]
+    kind, options = NODES[name].GET_NODE_INFO_V1()["input"]["required"]["weight_type"]
+    assert kind == options["options"] == ["auto", "bf16", "fp16", "fp32"]
+
+
+@pytest.mark.skipif(not pack.COMFYUI, reason="COMFYUI_PATH names no ComfyUI checkout")
+@pytest.mark.parametrize("name", LOADERS)
+def test_a_real_host_blames_only_the_wrong_widget(name):
+    given = LOADERS[name][0]
+    for wrong, inputs in ((given, {given: "gone.pth"}), ("weight_type", {"weight_type": "int4"})):
+        prompt = {"1": {"class_type": name, "inputs": {given: DEMO, "weight_type": "auto", **inputs}}}
+        assert pack.complaints(prompt, "1") == [wrong]
 
 
 def test_files_and_folders_of_those_names_are_loaded(image_model, tiny_image):

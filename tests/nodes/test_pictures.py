@@ -24,13 +24,15 @@ def config(channels: int, **latent):
 
 
 def test_a_preview_is_a_linear_map_of_normal_latents():
-    """Red is the first channel, green the second with a bias, blue both with their signs changed."""
+    """Red is the first channel, green the second with a bias, blue both with their signs changed; the way between
+    two latents is smooth."""
     rgb, bias = ((1.0, 0.0, -1.0), (0.0, 1.0, -1.0)), (0.0, 0.5, 0.0)
     known = config(2, mean=(1.0, 0.0), std=(2.0, 4.0), later_factor=0.5, rgb=rgb, rgb_bias=bias)
     latent = torch.tensor([[[1.0, 2.0]], [[0.0, -4.0]]])  # normal: 0 and 0, then 0.5 and -1
-    picture = preview.Preview(known).picture(latent)
+    picture = preview.Preview(known).picture(latent[None])
     left, right = torch.tensor([0.5, 0.75, 0.5]), torch.tensor([0.75, 0.25, 0.75])
-    assert torch.equal(picture, torch.stack((left, left, right, right)).expand(2, 4, 3))
+    row = torch.stack((left, 0.75 * left + 0.25 * right, 0.25 * left + 0.75 * right, right))
+    torch.testing.assert_close(picture, row.expand(2, 4, 3), atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(("channels", "name"), [(4, "SD15"), (48, "Wan22")])
@@ -40,15 +42,38 @@ def test_without_factors_of_its_own_the_hosts_are_taken(channels, name):
     known, latent = getattr(formats, name)(), randn(channels, 3, 5)
     bias = torch.tensor(getattr(known, "latent_rgb_factors_bias", None) or [0.0] * 3)
     wanted = (torch.tensordot(latent.movedim(0, -1), torch.tensor(known.latent_rgb_factors), 1) + bias + 1) / 2
-    picture = preview.Preview(config(channels)).picture(latent)
-    torch.testing.assert_close(picture[::2, ::2], wanted)
+    picture = preview.Preview(config(channels)).picture(latent[None])
+    assert picture.shape == (6, 10, 3)
+    torch.testing.assert_close(picture[::5, ::9], wanted[::2, ::4])  # the corners are no mixture
+
+
+@pytest.mark.parametrize(("batch", "columns", "rows"), [(2, 2, 1), (3, 2, 2), (4, 2, 2), (5, 3, 2)])
+def test_a_batch_is_shown_as_a_grid(batch, columns, rows):
+    shown = preview.Preview(config(1, rgb=((1.0, 0.0, 0.0),), rgb_bias=(0.0, 0.0, 0.0)))
+    levels = torch.linspace(-1, 1, batch)
+    picture = shown.picture(levels.view(-1, 1, 1, 1).expand(-1, 1, 3, 4))
+    height, width = 6 + 2 * preview.GAP, 8 + 2 * preview.GAP
+    assert picture.shape == (rows * height, columns * width, 3)
+    middles = picture[height // 2 :: height, width // 2 :: width, 0].flatten()
+    wanted = torch.cat(((levels + 1) / 2, torch.zeros(rows * columns - batch)))
+    torch.testing.assert_close(middles, wanted)
+    assert not picture[: preview.GAP].any()
+
+
+def test_a_preview_is_no_larger_than_it_is_shown():
+    host = pack.module("nodes.host")
+    one = preview.Preview(config(4)).picture(randn(1, 4, 30, 400))
+    many = preview.Preview(config(4)).picture(randn(256, 4, 30, 40))
+    assert one.shape == (38, 512, 3)
+    assert max(many.shape) <= host.PREVIEW_SIDE + 16 * 2 * preview.GAP
 
 
 def test_where_nobody_knows_factors_there_is_no_picture(told):
     shown = preview.Preview(config(16))
-    assert shown.picture(randn(16, 3, 5)) is None
-    watch = pack.module("nodes.sampling").Watch(pack.NODE_ID, shown)
-    watch.show(randn(1, 16, 2, 3, 5))
+    assert shown.picture(randn(1, 16, 3, 5)) is None
+    sampling = pack.module("nodes.sampling")
+    watch = sampling.Watch(pack.NODE_ID, shown)
+    watch.show(sampling.Piece(0, randn(1, 16, 2, 3, 5), True))
     assert told.steps == [(0, 1)]
     assert told.previews == []
 

@@ -49,9 +49,10 @@ def test_inputs_reach_the_core(demo, made, latent, plain, inputs):
     assert relative_error(plain, wanted) > 1e-3
 
 
-def test_no_other_guidance_below_0(demo, conditioned, latent):
-    with pytest.raises(Exception, match=r"guidance is -0\.5; 0 is off, -1 uses the model's own value"):
-        demo.sampler(*conditioned, latent, guidance=-0.5)
+@pytest.mark.parametrize("guidance", [-0.5, float("nan"), float("inf"), float("-inf")])
+def test_no_other_guidance_below_0_or_none_at_all(demo, conditioned, latent, guidance):
+    with pytest.raises(Exception, match=rf"guidance is {guidance:g}; 0 is off, -1 uses the model's own value"):
+        demo.sampler(*conditioned, latent, guidance=guidance)
 
 
 def test_a_batch_takes_the_seeds_that_follow(demo, made):
@@ -134,8 +135,10 @@ def test_memory_that_is_not_there_is_refused(monkeypatch, demo, conditioned, lat
     assert told.steps == []
 
 
-def test_the_run_is_shown(demo, latent, plain, told):
-    """Each frame as it was sampled, then those that are denoised; the bar ends at the last token."""
+def test_the_run_is_shown(monkeypatch, demo, latent, plain, told):
+    """After a draft of the first, each frame as it was sampled, then those that are denoised; the bar ends at the last
+    token."""
+    monkeypatch.setattr(sampling, "PICTURE_EVERY", 1e6)  # nothing in between
     raw = demo.sample(latent, denoise=False)[0]["samples"]
     told.steps.clear(), told.previews.clear(), told.texts.clear()
     report = demo.sample(latent)[1]
@@ -145,27 +148,99 @@ def test_the_run_is_shown(demo, latent, plain, told):
     assert told.steps[-1] == (24, 24)
     assert told.nodes == {pack.NODE_ID}
     shown = [np.asarray(image, np.int16) for _, image, _ in told.previews]
-    expected = [(255 * picture(frame).clamp(0, 1)).numpy() for frame in (raw[0, :, 0], raw[0, :, 1], plain[0, :, -1])]
-    for image, wanted in zip((shown[0], shown[1], shown[-1]), expected, strict=True):
+    expected = [(255 * picture(frame).clamp(0, 1)).numpy() for frame in (raw[:, :, 0], raw[:, :, 1], plain[:, :, -1])]
+    for image, wanted in zip((shown[1], shown[2], shown[-1]), expected, strict=True):
         assert np.abs(image - wanted).max() <= 1
-    assert len(shown) > 4
+    assert len(shown) > 5
     assert {(kind, side) for kind, _, side in told.previews} == {("JPEG", 512)}
     sweeps = re.search(r"deep block: (\d+) sweeps", report)[1]
-    assert re.fullmatch(rf"13 frames in \d+\.\d s, {sweeps} sweeps", told.texts[-1])
+    assert re.fullmatch(rf"48 x 32, 13 frames in \d+\.\d s, {sweeps} sweeps", told.texts[-1])
 
 
-def test_time_left_is_said_now_and_then(monkeypatch, demo, told):
-    clock = iter([100.0, 110.0, 110.3, 111.0, 112.0])
-    monkeypatch.setattr(sampling, "time", SimpleNamespace(monotonic=lambda: next(clock)))
-    watch = sampling.Watch(pack.NODE_ID, sampling.Preview(demo.model.model.config))
-    for settled, phase in ((2, "deep"), (3, "deep"), (5, "shallow"), (4, "deep")):
-        watch.progress(sampling.Progress(phase, 0, 0, settled, 8, 0.25 / settled))
-    watch.finished(1)
+class Clock:
+    """In the place of `time`: `now` is what a test sets it to."""
+
+    def __init__(self, monkeypatch, now: float):
+        self.now = now
+        monkeypatch.setattr(sampling, "time", SimpleNamespace(monotonic=lambda: self.now))
+
+
+def watched(core, **job):
+    """A watch of a run that hasn't begun."""
+    watch = sampling.Watch(pack.NODE_ID, sampling.Preview(core.config))
+    plan = SimpleNamespace(total=4, hidden=1)
+    watch.generation = SimpleNamespace(job=core.job(**job), layout=plan, draft=lambda: None)
+    return watch
+
+
+def test_how_far_it_is_is_said_now_and_then(monkeypatch, core, told):
+    """With the size, and in a clip the frame that is being made; hidden frames aren't counted."""
+    clock = Clock(monkeypatch, 100.0)
+    watch = watched(core, height=32, width=48, frames=9, batch=2)
+    for now, settled, phase in (
+        (110.0, 6, "deep"), (110.3, 7, "deep"), (111.0, 9, "shallow"), (111.0, 8, "deep"), (112.0, 16, "deep"),
+    ):  # fmt: skip
+        clock.now = now
+        watch.progress(sampling.Progress(phase, 0, 0, settled, 16, 0.25 / settled))
+    clock.now = 113.0
+    watch.finished()
     assert told.texts == [
-        "2 of 8 tokens, residual 1.2e-01, about 30 s left",
-        "4 of 8 tokens, residual 6.2e-02, about 11 s left",
-        "image in 12.0 s, 3 sweeps",
+        "48 x 32, batch of 2, frame 1 of 9: 6 of 16 tokens, residual 4.2e-02, about 17 s left",
+        "48 x 32, batch of 2, frame 5 of 9: 8 of 16 tokens, residual 3.1e-02, about 11 s left",
+        "48 x 32, batch of 2, frame 9 of 9: 16 of 16 tokens, residual 1.6e-02, about 0 s left",
+        "48 x 32, batch of 2, 9 frames in 13.0 s, 4 sweeps",
     ]
+
+
+def test_of_an_image_no_frame_is_said(monkeypatch, core, told):
+    clock = Clock(monkeypatch, 100.0)
+    watch = watched(core, height=32, width=48, frames=1)
+    clock.now = 101.0
+    watch.progress(sampling.Progress("deep", 0, 0, 2, 8, 0.5))
+    watch.finished()
+    assert told.texts == ["48 x 32: 2 of 8 tokens, residual 5.0e-01, about 3 s left", "48 x 32, in 1.0 s, 1 sweeps"]
+
+
+def test_between_new_frames_the_preview_plays_those_that_are_there(monkeypatch, core, told):
+    """One every quarter of a second, and at the end a draft of the next; then the same again."""
+    clock, pictures = Clock(monkeypatch, 100.0), []
+    watch = watched(core, height=32, width=48, frames=13)
+    monkeypatch.setattr(watch.preview, "picture", lambda latents: pictures.append(float(latents.mean())))
+
+    def draft():
+        clock.now += 0.125  # it takes a while
+        return sampling.Piece(2, torch.full((1, 16, 1, 2, 3), 9.0), False)
+
+    watch.generation.draft = draft
+    watch.show(sampling.Piece(0, torch.ones(1, 16, 1, 2, 3), False))
+    watch.show(sampling.Piece(1, torch.full((1, 16, 1, 2, 3), 2.0), False))
+    watch.show(sampling.Piece(0, torch.full((1, 16, 1, 2, 3), 3.0), True))  # the first one, denoised
+    assert pictures == [1.0, 2.0, 3.0]
+    pictures.clear()
+    shown = {}
+    for _ in range(25):
+        clock.now += 0.125
+        watch.progress(sampling.Progress("deep", 0, 0, 2, 8, 0.5))
+        if pictures:
+            shown[clock.now - 100] = pictures.pop()
+    assert list(shown.values())[:5] == [3.0, 2.0, 9.0, 3.0, 2.0]
+    first, second, drawn, again = list(shown)[:4]
+    assert (first, second) == (0.25, 0.5)
+    assert again - drawn == 1.125  # ten times as long as it took, from when it began
+    assert not pictures
+
+
+def test_an_image_is_seen_as_it_settles(monkeypatch, demo, told):
+    monkeypatch.setattr(sampling, "PICTURE_EVERY", 0.0)
+    Clock(monkeypatch, 1.0)  # nothing takes time
+    latent = demo.empty(frames=1, batch_size=2)
+    result = demo.sample(latent, denoise=False, seed=1)[0]["samples"]
+    last = pack.module("nodes.preview").Preview(demo.model.model.config).picture(result[:, :, 0])
+    wanted = (last * 255).clamp(0, 255).numpy()
+    distances = [np.abs(np.asarray(image, np.float32) - wanted).mean() for _, image, _ in told.previews]
+    assert len(distances) > 5
+    assert distances[-1] < 1
+    assert distances[-2] < distances[0] / 2
 
 
 def test_results_wait_where_the_host_wants_them(monkeypatch, demo, conditioned, latent):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import json
 import os
 import re
@@ -27,6 +28,7 @@ KEPT = (
     "output_node",
 )
 NODES = pack.load()
+io = importlib.import_module("comfy_api.latest").io  # the host's, once the pack has found it
 
 
 def described(node: type) -> dict:
@@ -56,6 +58,12 @@ def test_node_is_documented(name):
     for group in ("required", "optional"):
         for given, (_, options) in info["input"].get(group, {}).items():
             assert options.get("tooltip"), f"{given} has no tooltip"
+
+
+@pytest.mark.skipif("search_aliases" not in io.Schema.__dataclass_fields__, reason="this host searches names alone")
+def test_a_normalizing_flow_is_found():
+    found = {name for name, node in NODES.items() if "normalizing flow" in (node.GET_SCHEMA().search_aliases or [])}
+    assert {"STARFlowLoadModel", "STARFlowEmptyLatent", "STARFlowTextEncode", "STARFlowVAEDecode"} <= found
 
 
 @pytest.mark.parametrize("name", NODES)
@@ -127,6 +135,20 @@ def test_english_says_what_the_nodes_say():
     assert texts == wanted
 
 
+@pytest.mark.parametrize(("language", "mark"), [("en", "({}: "), ("zh", "（{}：")])
+def test_a_number_that_stands_for_a_default_says_so_on_the_node(language, mark):
+    """Those that the tooltips explain; seed, denoise and guidance's 0 are what they say."""
+    texts = json.loads((pack.ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
+    named = set()
+    for name, node in NODES.items():
+        for group in node.GET_NODE_INFO_V1()["input"].values():
+            for given, (kind, *options) in group.items():
+                if kind in ("INT", "FLOAT") and options[0]["default"] in (0, -1) and given != "seed":
+                    assert mark.format(int(options[0]["default"])) in texts[name]["inputs"][given]["name"]
+                    named.add(given)
+    assert {"width", "frames", "guidance", "keep", "tile_size", "clip_frames"} <= named
+
+
 def test_what_the_registry_leaves_out_is_at_the_top():
     """A pattern without a slash in front would take folders of that name away everywhere."""
     lines = (pack.ROOT / ".comfyignore").read_text().splitlines()
@@ -161,7 +183,7 @@ def test_chinese_help_says_as_much(name):
     texts = json.loads((pack.ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))[name]
     assert chinese.startswith(f"# {texts['display_name']}\n")
     inputs, outputs = (_first_cells(table) for table in chinese.split("\n## ")[1:3])
-    assert inputs == {given["name"] for given in texts["inputs"].values()}
+    assert inputs == {given["name"].partition("（")[0] for given in texts["inputs"].values()}
     assert outputs == {made["name"] for made in texts["outputs"].values()}
 
 

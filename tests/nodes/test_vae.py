@@ -120,6 +120,18 @@ def test_an_image_vae_takes_pictures(image_model):
     assert torch.equal(decoded, image_model.decode(encoded))
 
 
+def test_another_models_latents_are_refused(demo, image_model, samples):
+    """By both decode nodes, before the weights are loaded."""
+    clip = "this latent is a clip of 16 channels, but this VAE decodes an image of 4 channels; load the VAE that goes"
+    picture = "this latent is an image of 4 channels, but this VAE decodes a clip of 16 channels; load the VAE that"
+    for latent, model, message in ((samples, image_model, clip), (image_model.empty(frames=1), demo, picture)):
+        for decode in (model.decode, lambda latent, model=model: core_node("VAEDecode", model.vae, latent)):
+            with pytest.raises(Exception, match=message):
+                decode({"samples": latent["samples"]})
+    with pytest.raises(Exception, match="a clip of 48 channels, but this VAE decodes a clip of 16 channels"):
+        demo.decode({"samples": torch.zeros(1, 48, 1, 2, 2)})
+
+
 def short(monkeypatch, vae, fits: int | None, before: int = 0) -> list:
     """No memory left for larger tiles than `fits`, after `before` latent frames; gives the tiles that are tried."""
     decode_frames, tried = vae.core.decode_frames, []

@@ -15,15 +15,25 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "example_workflows"
 INFO = json.loads((Path(__file__).parent / "object_info.json").read_text())
 CORE = {  # what the examples use of core: inputs in order, outputs
-    "PreviewImage": ({"images": "IMAGE"}, []),
-    "SaveImage": ({"images": "IMAGE", "filename_prefix": "STRING"}, []),
-    "PreviewAny": ({"source": "*"}, []),
-    "ImageBatch": ({"image1": "IMAGE", "image2": "IMAGE"}, ["IMAGE"]),
-    "ImageFromBatch": ({"image": "IMAGE", "batch_index": "INT", "length": "INT"}, ["IMAGE"]),
+    "LoadImage": ({"image": "COMBO"}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
+    "LoadVideo": ({"file": "COMBO"}, {"VIDEO": "VIDEO"}),
+    "GetVideoComponents": ({"video": "VIDEO"}, {"images": "IMAGE", "audio": "AUDIO", "fps": "FLOAT"}),
+    "PreviewImage": ({"images": "IMAGE"}, {}),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": "STRING"}, {}),
+    "PreviewAny": ({"source": "*"}, {}),
+    "ImageBatch": ({"image1": "IMAGE", "image2": "IMAGE"}, {"IMAGE": "IMAGE"}),
 }
 WIDGETS = ("INT", "FLOAT", "STRING", "BOOLEAN", "COMBO")
 LINK = ("id", "origin_id", "origin_slot", "target_id", "target_slot", "type")
-COLUMN, ROW_GAP, WIDTH = 380, 70, 320
+WIDTH, GAP, ROW_GAP = 340, 120, 70
+COLUMN = WIDTH + GAP
+TITLE, EDGE, LANE = 30, 20, 24  # of a node; around a group's nodes; between two links that run above the groups
+GROUPS = {  # by the last kind of node that a group holds, from left to right
+    "Models": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
+    "Size, input and prompt": ("#5b9bd5", ("STARFlowTextEncode",)),
+    "Sampling": ("#d0a04a", ("STARFlowSampler",)),
+    "Result": ("#6fbf73", ()),
+}
 HUB = "https://huggingface.co"
 
 
@@ -32,11 +42,12 @@ class Node:
     """A node of an example: widget values by name, links as (node, output's name)."""
 
     type: str
-    column: int
     values: dict[str, Any] = field(default_factory=dict)
     links: dict[str, tuple[Node, str]] = field(default_factory=dict)
     title: str = ""
     id: int = 0
+    column: int = 0
+    after: str = "randomize"  # what the page does to a seed after a run
     models: list[tuple[str, str, str]] = field(default_factory=list)  # file, address, folder: what the page offers
 
     @property
@@ -45,13 +56,14 @@ class Node:
         if self.type in CORE:
             return {name: (kind, {}) for name, kind in CORE[self.type][0].items()}
         info = INFO[self.type]["input"]
-        return {**info.get("required", {}), **info.get("optional", {})}
+        given = {**info.get("required", {}), **info.get("optional", {})}
+        return {name: ("COMBO" if isinstance(kind, list) else kind, options) for name, (kind, options) in given.items()}
 
     @property
     def outputs(self) -> list[tuple[str, str]]:
         """Name and type of each output."""
         if self.type in CORE:
-            return [(kind, kind) for kind in CORE[self.type][1]]
+            return list(CORE[self.type][1].items())
         return list(zip(INFO[self.type]["output_name"], INFO[self.type]["output"], strict=True))
 
     def output(self, name: str) -> int:
@@ -62,16 +74,16 @@ class Node:
 
 
 class Graph:
-    """Nodes in columns from left to right, and a note that says what to try."""
+    """Nodes in columns from left to right, each left of what it is connected to, and a note that says what to try."""
 
     def __init__(self, note: str):
         self.note, self.nodes = note, []
 
-    def add(self, type: str, column: int, title: str = "", **inputs) -> Node:
+    def add(self, type: str, title: str = "", **inputs) -> Node:
         """Inputs are widget values, or (node, output's name) for a link."""
         links = {k: v for k, v in inputs.items() if isinstance(v, tuple)}
         values = {k: v for k, v in inputs.items() if k not in links}
-        node = Node(type, column, values, links, title, len(self.nodes) + 1)
+        node = Node(type, values, links, title, len(self.nodes) + 1)
         self.nodes.append(node)
         unknown = set(inputs) - set(node.inputs)
         assert not unknown, f"{type} has no {unknown}"
@@ -94,6 +106,7 @@ class Graph:
 
     def page(self) -> dict[str, Any]:
         """The workflow as the page saves it (version 0.4)."""
+        self._arrange()
         links, drawn, bottom = [], [], {}
         sockets = {node.id: [n for n, (kind, _) in node.inputs.items() if kind not in WIDGETS] for node in self.nodes}
         for node in self.nodes:
@@ -105,26 +118,86 @@ class Graph:
             top = bottom.get(node.column, 0)
             drawn.append(_drawn(node, order, top, sockets[node.id], links))
             bottom[node.column] = top + drawn[-1]["size"][1] + ROW_GAP
-        drawn.append(_note(self.note, len(self.nodes) + 1, bottom.get(0, 0)))
+        groups = self._groups(drawn)
+        drawn.append(_note(self.note, len(self.nodes) + 1, bottom.get(0, 0) + EDGE))
         return {
-            "last_node_id": len(drawn), "last_link_id": len(links), "nodes": drawn, "links": links, "groups": [],
-            "config": {}, "extra": {}, "version": 0.4,
+            "last_node_id": len(drawn), "last_link_id": len(links), "nodes": drawn, "links": links, "groups": groups,
+            "config": {}, "extra": self._lanes(links, drawn), "version": 0.4,
         }  # fmt: skip
 
+    def _arrange(self) -> None:
+        """Loaders come first; every other node stands just before the first that needs it."""
+        for node in self.nodes:
+            node.column = 1 + max((source.column for source, _ in node.links.values()), default=-1)
+        for node in reversed(self.nodes):
+            used = [n.column for n in self.nodes if any(source is node for source, _ in n.links.values())]
+            if used and node.type not in GROUPS["Models"][1]:
+                node.column = min(used) - 1
+
+    def _groups(self, drawn: list[dict]) -> list[dict]:
+        """A frame around the columns of each stage."""
+        made, first = [], 0
+        for id, (title, (colour, kinds)) in enumerate(GROUPS.items(), 1):
+            last = max(node.column for node in self.nodes if not kinds or node.type in kinds)
+            held = [box for node, box in zip(self.nodes, drawn, strict=True) if first <= node.column <= last]
+            bottom = max(box["pos"][1] + box["size"][1] for box in held)
+            top = -TITLE - 2 * EDGE
+            width = (last - first) * COLUMN + WIDTH + 2 * EDGE
+            made.append({"id": id, "title": title, "bounding": [first * COLUMN - EDGE, top, width, bottom - top + EDGE],
+                         "color": colour, "font_size": 24, "flags": {}})  # fmt: skip
+            first = last + 1
+        return made
+
+    def _lanes(self, links: list[list], drawn: list[dict]) -> dict[str, list[dict]]:
+        """Links over more than one column run above the groups, not behind the nodes between: one lane an output, which
+        goes down beside a target that isn't at the top."""
+        columns = {node.id: node.column for node in self.nodes}
+        tops = {box["id"]: box["pos"][1] for box in drawn}
+        far: dict[tuple[int, int], dict[tuple[int, int], list[int]]] = {}  # of an output: links by column and top
+        for id, source, output, target, _, _ in links:
+            if columns[target] - columns[source] > 1:
+                place = (columns[target], tops[target])
+                far.setdefault((source, output), {}).setdefault(place, []).append(id)
+        points, ends = [], []
+        for lane, ((source, _), targets) in enumerate(far.items()):
+            height = -TITLE - 2 * EDGE - LANE * (lane + 1)
+            along = _point(
+                points,
+                columns[source] * COLUMN + WIDTH + 2 * EDGE,
+                height,
+                [i for ids in targets.values() for i in ids],
+            )
+            for column in sorted({column for column, _ in targets}):
+                x = column * COLUMN - 2 * EDGE
+                along = _point(
+                    points, x, height, [i for (c, _), ids in targets.items() if c >= column for i in ids], along
+                )
+                down = along
+                for top in sorted(top for c, top in targets if c == column):
+                    if top:
+                        below = [i for (c, t), ids in targets.items() if c == column and t >= top for i in ids]
+                        down = _point(points, x, top, below, down)
+                    ends += [{"id": id, "parentId": down} for id in targets[column, top]]
+        return {"linkExtensions": ends, "reroutes": points} if points else {}
+
     def blueprint(self, name: str, description: str, given: list[tuple[Node, str]], made: tuple[Node, str]) -> dict:
-        """A subgraph of these nodes: `given` are the widgets that it shows, `made` is its output."""
+        """A subgraph of these nodes: `given` are the inputs that it shows, `made` is its output."""
         page = self.page()
         inner = [n for n in page["nodes"] if n["type"] != "MarkdownNote"]
         links = [dict(zip(LINK, link, strict=True)) for link in page["links"]]
         key = str(uuid.uuid5(uuid.NAMESPACE_URL, f"starflow/{name}"))
         inputs = []
-        for slot, (node, widget) in enumerate(given):
-            kind, drawn = node.inputs[widget][0], inner[node.id - 1]
+        for slot, (node, given_name) in enumerate(given):
+            kind, drawn = node.inputs[given_name][0], inner[node.id - 1]
             link = {"id": len(links) + 1, "origin_id": -10, "origin_slot": slot, "target_id": node.id}
-            links.append({**link, "target_slot": len(drawn["inputs"]), "type": kind})
-            drawn["inputs"].append({"name": widget, "type": kind, "widget": {"name": widget}, "link": links[-1]["id"]})
-            inputs.append({"id": str(uuid.uuid5(uuid.NAMESPACE_URL, f"{key}/{widget}")), "name": widget, "type": kind,
-                           "linkIds": [links[-1]["id"]], "pos": [-200, 40 + 20 * slot]})  # fmt: skip
+            if kind in WIDGETS:
+                drawn["inputs"].append({"name": given_name, "type": kind, "widget": {"name": given_name}, "link": None})
+            target = next(i for i, socket in enumerate(drawn["inputs"]) if socket["name"] == given_name)
+            drawn["inputs"][target]["link"] = link["id"]
+            links.append({**link, "target_slot": target, "type": kind})
+            id = str(uuid.uuid5(uuid.NAMESPACE_URL, f"{key}/{given_name}"))
+            inputs.append({"id": id, "name": given_name, "type": kind, "linkIds": [link["id"]],
+                           "pos": [-200, 40 + 20 * slot]})  # fmt: skip
         source, output = made
         slot = source.output(output)
         kind = source.outputs[slot][1]
@@ -143,17 +216,29 @@ class Graph:
             "inputs": inputs, "outputs": outputs, "nodes": inner, "links": links,
             "category": "STARFlow", "description": description,
         }  # fmt: skip
-        widgets = [{"name": i["name"], "type": i["type"], "widget": {"name": i["name"]}, "link": None} for i in inputs]
+        sockets = [
+            {"name": i["name"], "type": i["type"], "link": None}
+            | ({"widget": {"name": i["name"]}} if i["type"] in WIDGETS else {})
+            for i in inputs
+        ]
+        proxies = [[str(node.id), given_name] for node, given_name in given if node.inputs[given_name][0] in WIDGETS]
         shown = {
             "id": 1, "type": key, "pos": [0, 0], "size": [WIDTH, 260], "flags": {}, "order": 0, "mode": 0,
-            "title": name, "inputs": widgets,
+            "title": name, "inputs": sockets,
             "outputs": [{"name": output, "type": kind, "links": []}],
-            "properties": {"proxyWidgets": [[str(node.id), widget] for node, widget in given]}, "widgets_values": [],
+            "properties": {"proxyWidgets": proxies}, "widgets_values": [],
         }  # fmt: skip
         return {
             "revision": 0, "last_node_id": 1, "last_link_id": 0, "nodes": [shown], "links": [], "version": 0.4,
             "definitions": {"subgraphs": [definition]}, "extra": {},
         }  # fmt: skip
+
+
+def _point(points: list[dict], x: int, y: int, links: list[int], parent: int | None = None) -> int:
+    """A new point that these links run through."""
+    parent = {"parentId": parent} if parent else {}
+    points.append({"id": len(points) + 1, **parent, "pos": [x, y], "linkIds": sorted(links)})
+    return len(points)
 
 
 def _display_name(type: str) -> str:
@@ -166,7 +251,7 @@ def _drawn(node: Node, order: int, top: int, sockets: list[str], links: list[lis
         if kind in WIDGETS:
             values.append(node.value(name))
             if options.get("control_after_generate"):
-                values.append("fixed")
+                values.append(node.after)
     incoming = {link[4]: link[0] for link in links if link[3] == node.id}
     outgoing = [[link[0] for link in links if link[1] == node.id and link[2] == i] for i in range(len(node.outputs))]
     ours = node.type not in CORE
@@ -208,17 +293,16 @@ def _listed(node: Node, index: int) -> bool:
 
 
 def _height(node: Node, sockets: int, values: int) -> int:
-    """About what the page needs; it grows nodes that are too small."""
+    """What a node needs after a run, in both of the page's renderings; it grows nodes that are too small."""
     texts = sum(bool(options.get("multiline")) for _, options in node.inputs.values())
-    media = {
-        "PreviewImage": 260,
-        "SaveImage": 260,
-        "STARFlowVideoCombine": 300,
-        "STARFlowSampler": 230,
-        "STARFlowVAEDecode": 230,
-        "PreviewAny": 80,
-    }
-    return 40 + 22 * max(sockets, len(node.outputs)) + 26 * values + 70 * texts + media.get(node.type, 0)
+    return 50 + 22 * max(sockets, len(node.outputs)) + 28 * values + 80 * texts + SHOWN.get(node.type, 0)
+
+
+SHOWN = {  # pictures and lines of text
+    "LoadImage": 340, "LoadVideo": 340, "PreviewImage": 260, "SaveImage": 300, "PreviewAny": 140,
+    "STARFlowEmptyLatent": 50, "STARFlowTextEncode": 150, "STARFlowSampler": 280, "STARFlowVAEDecode": 280,
+    "STARFlowVideoCombine": 340,
+}  # fmt: skip
 
 
 def _note(text: str, id: int, top: int) -> dict[str, Any]:
@@ -244,42 +328,43 @@ class Parts:
     def of(cls, note: str) -> Parts:
         graph = Graph(note)
         return cls(
-            graph,
-            graph.add("STARFlowLoadModel", 0),
-            graph.add("STARFlowLoadTextEncoder", 0),
-            graph.add("STARFlowLoadVAE", 0),
+            graph, graph.add("STARFlowLoadModel"), graph.add("STARFlowLoadTextEncoder"), graph.add("STARFlowLoadVAE")
         )
 
-    def latent(self, column: int, **values) -> Node:
-        return self.graph.add("STARFlowEmptyLatent", column, model=(self.model, "model"), **values)
+    def latent(self, **values) -> Node:
+        return self.graph.add("STARFlowEmptyLatent", model=(self.model, "model"), **values)
 
-    def sampled(
-        self, column: int, prompt: str, latent: Node, context: Node | None = None, seed: int = 1, **values
-    ) -> Node:
+    def picture(self, file: str, title: str = "") -> Node:
+        return self.graph.add("LoadImage", title, image=file)
+
+    def frames(self, file: str) -> Node:
+        """Those of a clip in the host's input folder."""
+        return self.graph.add("GetVideoComponents", video=(self.graph.add("LoadVideo", file=file), "VIDEO"))
+
+    def context(self, kind: str, latent: Node, **given) -> Node:
+        return self.graph.add(kind, vae=(self.vae, "vae"), latent=(latent, "latent"), **given)
+
+    def sampled(self, prompt: str, latent: Node, context: Node | None = None, seed: int = 1, **values) -> Node:
         """Text encode and sampler."""
         given = {"context": (context, "context")} if context else {}
         link = (latent, "latent")
         text = self.graph.add(
-            "STARFlowTextEncode", column, model=(self.model, "model"), text_encoder=(self.text, "text_encoder"),
+            "STARFlowTextEncode", model=(self.model, "model"), text_encoder=(self.text, "text_encoder"),
             latent=link, prompt=prompt, **given,
         )  # fmt: skip
         return self.graph.add(
-            "STARFlowSampler", column + 1, model=(self.model, "model"), positive=(text, "positive"),
+            "STARFlowSampler", model=(self.model, "model"), positive=(text, "positive"),
             negative=(text, "negative"), latent=link, seed=seed, **given, **values,
         )  # fmt: skip
 
-    def decoded(self, column: int, sampler: Node, **values) -> Node:
-        return self.graph.add("STARFlowVAEDecode", column, samples=(sampler, "latent"), vae=(self.vae, "vae"), **values)
+    def decoded(self, sampler: Node, **values) -> Node:
+        return self.graph.add("STARFlowVAEDecode", samples=(sampler, "latent"), vae=(self.vae, "vae"), **values)
 
-    def combined(self, column: int, images: Node, name: str, output: str = "images") -> Node:
-        return self.graph.add(
-            "STARFlowVideoCombine", column, images=(images, output), filename_prefix=f"video/STARFlow-{name}"
-        )
+    def combined(self, images: Node, name: str, output: str = "images") -> Node:
+        return self.graph.add("STARFlowVideoCombine", images=(images, output), filename_prefix=f"video/STARFlow-{name}")
 
-    def clip(self, column: int, prompt: str, seed: int = 1, **size) -> Node:
-        """A source clip, made here so that the example runs as it is."""
-        sampler = self.sampled(column + 1, prompt, self.latent(column, **size), seed=seed)
-        return self.decoded(column + 2, sampler)
+
+INPUT = "It comes with the pack and was put into ComfyUI's input folder; if it isn't there, choose one of your own."
 
 
 def text_to_image() -> Graph:
@@ -288,8 +373,8 @@ def text_to_image() -> Graph:
         "and rings.\n\nFor real pictures, choose Apple's 3B checkpoint, flan-t5-xl and Stable Diffusion's VAE in the "
         "three loaders."
     )
-    sampler = parts.sampled(1, "a blue ring on a white background", parts.latent(1, frames=1, batch_size=4), seed=3)
-    parts.graph.add("SaveImage", 3, images=(parts.decoded(3, sampler), "images"), filename_prefix="STARFlow")
+    sampler = parts.sampled("a blue ring on a white background", parts.latent(frames=1, batch_size=4), seed=3)
+    parts.graph.add("SaveImage", images=(parts.decoded(sampler), "images"), filename_prefix="STARFlow")
     return parts.graph
 
 
@@ -299,76 +384,63 @@ def text_to_video() -> Graph:
         "that move left, right, up or down.\n\nFor real clips, choose STARFlow-V, flan-t5-xl and Wan 2.2's VAE in the "
         "three loaders; nothing else has to change."
     )
-    sampler = parts.sampled(1, "a red circle moving right on a black background", parts.latent(1))
-    parts.combined(3, parts.decoded(3, sampler), "text")
+    sampler = parts.sampled("a red circle moving right on a black background", parts.latent())
+    parts.combined(parts.decoded(sampler), "text")
     return parts.graph
 
 
 def image_to_video() -> Graph:
     parts = Parts.of(
-        "**Image to video.** The first frame is made here, so the example runs as it is. To use your own picture, "
-        "connect Load Image to First Frame instead of the first VAE Decode."
+        "**Image to video.** The clip begins with the picture in Load Image. " + INPUT + "\n\nThe prompt says what is "
+        "to be seen and how it moves."
     )
-    still = parts.sampled(1, "a green square on a white background", parts.latent(1, frames=1), seed=2)
-    image = parts.decoded(3, still)
-    latent = parts.latent(4)
-    context = parts.graph.add(
-        "STARFlowFirstFrame", 4, image=(image, "images"), vae=(parts.vae, "vae"), latent=(latent, "latent")
-    )
-    sampler = parts.sampled(5, "a green square moving left on a white background", latent, context)
-    parts.combined(7, parts.decoded(7, sampler), "image")
+    picture, latent = parts.picture("starflow_square.png"), parts.latent()
+    context = parts.context("STARFlowFirstFrame", latent, image=(picture, "IMAGE"))
+    sampler = parts.sampled("a green square moving left on a white background", latent, context)
+    parts.combined(parts.decoded(sampler), "image")
     return parts.graph
 
 
 def video_edit() -> Graph:
     parts = Parts.of(
-        "**Video edit.** The prompt says what to change; motion and length stay the same. Source and result have to "
-        "fit into the model's window together, so the demo takes at most 17 frames."
+        "**Video edit.** The prompt says what to change; motion and length stay the same. The source is the clip in "
+        "Load Video. "
+        + INPUT
+        + "\n\nSource and result have to fit into the model's window together, so the demo takes "
+        "at most 17 frames."
     )
-    source = parts.clip(1, "a red circle moving right on a black background", frames=17)
-    latent = parts.latent(4, frames=17)
-    edit = parts.graph.add(
-        "STARFlowVideoEdit", 4, images=(source, "images"), vae=(parts.vae, "vae"), latent=(latent, "latent")
-    )
-    sampler = parts.sampled(5, "make it green", edit, edit)
-    parts.combined(7, source, "source")
-    parts.combined(7, parts.decoded(7, sampler), "edit")
+    source, latent = parts.frames("starflow_red_circle.mp4"), parts.latent(frames=17)
+    edit = parts.context("STARFlowVideoEdit", latent, images=(source, "images"))
+    sampler = parts.sampled("make it green", edit, edit)
+    parts.combined(parts.decoded(sampler), "edit")
     return parts.graph
 
 
 def extend() -> Graph:
     parts = Parts.of(
-        "**Extend.** Continues a clip. VAE Decode drops the frames that the source already shows, and Batch Images "
-        "joins the two."
+        "**Extend.** Continues the clip in Load Video. " + INPUT + "\n\nVAE Decode drops the frames that the source "
+        "already shows, and Batch Images joins the two."
     )
-    source = parts.clip(1, "a yellow triangle moving down on a grey background", frames=17)
-    latent = parts.latent(4)
-    context = parts.graph.add(
-        "STARFlowExtend", 4, model=(parts.model, "model"), images=(source, "images"), vae=(parts.vae, "vae"),
-        latent=(latent, "latent"), keep=4,
-    )  # fmt: skip
-    sampler = parts.sampled(5, "a yellow triangle moving down on a grey background", latent, context)
-    added = parts.decoded(7, sampler, trim_overlap=True)
-    joined = parts.graph.add("ImageBatch", 7, image1=(source, "images"), image2=(added, "images"))
-    parts.combined(7, joined, "extend", "IMAGE")
+    source, latent = parts.frames("starflow_yellow_triangle.mp4"), parts.latent()
+    context = parts.context("STARFlowExtend", latent, model=(parts.model, "model"), images=(source, "images"), keep=4)
+    sampler = parts.sampled("a yellow triangle moving down on a grey background", latent, context)
+    added = parts.decoded(sampler, trim_overlap=True)
+    joined = parts.graph.add("ImageBatch", image1=(source, "images"), image2=(added, "images"))
+    parts.combined(joined, "extend", "IMAGE")
     return parts.graph
 
 
 def first_and_last_frame() -> Graph:
     parts = Parts.of(
-        "**First and last frame.** The clip ends with one picture and can begin with another. Both are taken from a "
-        "clip that is made here, so the example runs as it is."
+        "**First and last frame.** The clip ends with one picture and can begin with another. Both come with the pack "
+        "and were put into ComfyUI's input folder; if they aren't there, choose two of your own."
     )
-    source = parts.clip(1, "a purple ring moving up on a white background", seed=4)
-    first = parts.graph.add("ImageFromBatch", 4, image=(source, "images"), batch_index=0, length=1)
-    last = parts.graph.add("ImageFromBatch", 4, image=(source, "images"), batch_index=32, length=1)
-    latent = parts.latent(4)
-    context = parts.graph.add(
-        "STARFlowFirstLastFrame", 5, last_image=(last, "IMAGE"), vae=(parts.vae, "vae"), latent=(latent, "latent"),
-        first_image=(first, "IMAGE"),
-    )  # fmt: skip
-    sampler = parts.sampled(6, "a purple ring moving up on a white background", latent, context)
-    parts.combined(8, parts.decoded(8, sampler), "last")
+    first = parts.picture("starflow_ring_first.png", "First frame")
+    last = parts.picture("starflow_ring_last.png", "Last frame")
+    latent = parts.latent()
+    context = parts.context("STARFlowFirstLastFrame", latent, last_image=(last, "IMAGE"), first_image=(first, "IMAGE"))
+    sampler = parts.sampled("a purple ring moving up on a white background", latent, context)
+    parts.combined(parts.decoded(sampler), "last")
     return parts.graph
 
 
@@ -377,8 +449,8 @@ def long_video() -> Graph:
         "**Long video.** More frames than the window holds: when it is full, it keeps its last frames and slides on. "
         "The demo's window is 10 latent frames (37 frames)."
     )
-    sampler = parts.sampled(1, "a green triangle moving left on a black background", parts.latent(1, frames=97))
-    parts.combined(3, parts.decoded(3, sampler), "long")
+    sampler = parts.sampled("a green triangle moving left on a black background", parts.latent(frames=97))
+    parts.combined(parts.decoded(sampler), "long")
     return parts.graph
 
 
@@ -387,47 +459,49 @@ def convergence_study() -> Graph:
         "**Convergence.** The same clip with three presets. The pictures show the residual by sweep (left to right) "
         "and frame (top to bottom): the clip settles frame after frame. The text says how many sweeps that took."
     )
-    latent = parts.latent(1)
+    latent = parts.latent()
     text = None
-    for row, preset in enumerate(("fast", "balanced", "exact")):
-        settings = parts.graph.add("STARFlowJacobiSettings", 2, title=preset, preset=preset)
+    for preset in ("fast", "balanced", "exact"):
+        settings = parts.graph.add("STARFlowJacobiSettings", title=preset, preset=preset)
         if text is None:
             sampler = parts.sampled(
-                1, "an orange square moving up on a black background", latent, settings=(settings, "settings")
+                "an orange square moving up on a black background", latent, settings=(settings, "settings")
             )
-            sampler.column, text = 3, sampler.links["positive"][0]
+            text = sampler.links["positive"][0]
         else:
             sampler = parts.graph.add(
-                "STARFlowSampler", 3, model=(parts.model, "model"), positive=(text, "positive"),
+                "STARFlowSampler", model=(parts.model, "model"), positive=(text, "positive"),
                 negative=(text, "negative"), latent=(latent, "latent"), seed=1, settings=(settings, "settings"),
             )  # fmt: skip
-        parts.graph.add("PreviewImage", 4, images=(sampler, "convergence"))
-        parts.graph.add("PreviewAny", 4, source=(sampler, "statistics"))
-        if row == 1:
-            parts.combined(5, parts.decoded(5, sampler), "convergence")
+        sampler.after = "fixed"  # the three are to be compared
+        parts.graph.add("PreviewImage", images=(sampler, "convergence"))
+        parts.graph.add("PreviewAny", source=(sampler, "statistics"))
+        if preset == "balanced":
+            parts.combined(parts.decoded(sampler), "convergence")
     return parts.graph
 
 
 def text_to_image_3b() -> Graph:
     parts = Parts.of(
-        "**Text to image with Apple's 3B checkpoint**, which is for research only. Put the checkpoint into "
-        "models/diffusion_models, flan-t5-xl into models/text_encoders as a folder with its config.json and "
-        "tokenizer.json, and the VAE into models/vae under the name in its loader. Then press R to refresh the "
-        "lists. It needs about 9 GB in bf16, plus the text encoder and VAE."
+        "**Text to image with Apple's 3B checkpoint**, which is for research only. Put three files under the names in "
+        "the loaders: the checkpoint into models/diffusion_models, flan-t5-xl into models/text_encoders, and the VAE "
+        "into models/vae. Then press R to refresh the lists. It needs about 9 GB in bf16, plus the text encoder and "
+        "VAE.\n\nThe text encoder is offered as the first of flan-t5-xl's two files, which by its size holds the whole "
+        "encoder; we couldn't check. If tensors are missing, put the whole folder there, with its index, config.json "
+        "and tokenizer.json, and choose it."
     )
-    parts.model.values["model_name"] = "starflow_3B_t2i_256x256.pth"
-    parts.model.models = [
-        ("starflow_3B_t2i_256x256.pth", f"{HUB}/apple/starflow/resolve/main/starflow_3B_t2i_256x256.pth",
-         "diffusion_models"),
-    ]  # fmt: skip
-    parts.text.values["encoder_name"] = "flan-t5-xl"
-    parts.vae.values["vae_name"] = "sd-vae-ft-ema.safetensors"
-    parts.vae.models = [
-        ("sd-vae-ft-ema.safetensors",
-         f"{HUB}/stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors", "vae"),
-    ]  # fmt: skip
-    sampler = parts.sampled(1, "a cat in a field of flowers, golden hour", parts.latent(1, frames=1), seed=3)
-    parts.graph.add("SaveImage", 3, images=(parts.decoded(3, sampler), "images"), filename_prefix="STARFlow")
+    for node, widget, folder, name, address in (
+        (parts.model, "model_name", "diffusion_models", "starflow_3B_t2i_256x256.pth",
+         "apple/starflow/resolve/main/starflow_3B_t2i_256x256.pth"),
+        (parts.text, "encoder_name", "text_encoders", "flan-t5-xl.safetensors",
+         "google/flan-t5-xl/resolve/main/model-00001-of-00002.safetensors"),
+        (parts.vae, "vae_name", "vae", "sd-vae-ft-ema.safetensors",
+         "stabilityai/sd-vae-ft-ema/resolve/main/diffusion_pytorch_model.safetensors"),
+    ):  # fmt: skip
+        node.values[widget] = name
+        node.models = [(name, f"{HUB}/{address}", folder)]
+    sampler = parts.sampled("a cat in a field of flowers, golden hour", parts.latent(frames=1), seed=3)
+    parts.graph.add("SaveImage", images=(parts.decoded(sampler), "images"), filename_prefix="STARFlow")
     return parts.graph
 
 
@@ -441,17 +515,60 @@ EXAMPLES = {
 REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack
 
 
-def blueprint() -> tuple[Path, str]:
-    """The subgraph for hosts that have them: from a prompt to frames in one node."""
+# The blueprints: subgraphs for hosts that have them
+
+
+def _blueprint(parts: Parts, name: str, description: str, first: list, latent: Node, sampler: Node, made: tuple):
+    """What most change comes first: the given frames and prompt, then size, seed, guidance and files."""
+    given = [*first, (sampler.links["positive"][0], "prompt"), (latent, "aspect_ratio"), (latent, "frames"),
+             (sampler, "seed"), (sampler, "guidance"), (parts.model, "model_name"), (parts.text, "encoder_name"),
+             (parts.vae, "vae_name")]  # fmt: skip
+    name = f"{name} (STARFlow)"
+    drawn = parts.graph.blueprint(name, description, given, made)
+    return ROOT / "subgraphs" / f"{name}.json", json.dumps(drawn, indent=1, ensure_ascii=False) + "\n"
+
+
+def text_to_video_blueprint() -> tuple[Path, str]:
     parts = Parts.of("")
-    latent = parts.latent(1)
-    sampler = parts.sampled(1, "a red circle moving right on a black background", latent)
-    text, images = sampler.links["positive"][0], parts.decoded(3, sampler)
-    given = [(text, "prompt"), (latent, "aspect_ratio"), (latent, "frames"), (sampler, "seed"), (sampler, "guidance"),
-             (parts.model, "model_name"), (parts.text, "encoder_name"), (parts.vae, "vae_name")]  # fmt: skip
-    name, description = "Text to Video (STARFlow)", "From a prompt to a clip's frames, with the demo or STARFlow-V."
-    made = parts.graph.blueprint(name, description, given, (images, "images"))
-    return ROOT / "subgraphs" / f"{name}.json", json.dumps(made, indent=1, ensure_ascii=False) + "\n"
+    latent = parts.latent()
+    sampler = parts.sampled("a red circle moving right on a black background", latent)
+    made = (parts.decoded(sampler), "images")
+    description = "From a prompt to a clip's frames, with the demo or STARFlow-V."
+    return _blueprint(parts, "Text to Video", description, [], latent, sampler, made)
+
+
+def image_to_video_blueprint() -> tuple[Path, str]:
+    parts = Parts.of("")
+    latent = parts.latent()
+    context = parts.context("STARFlowFirstFrame", latent)
+    sampler = parts.sampled("a green square moving left on a white background", latent, context)
+    made = (parts.decoded(sampler), "images")
+    description = "From a picture and a prompt to a clip's frames that begin with the picture."
+    return _blueprint(parts, "Image to Video", description, [(context, "image")], latent, sampler, made)
+
+
+def extend_blueprint() -> tuple[Path, str]:
+    parts = Parts.of("")
+    latent = parts.latent()
+    context = parts.context("STARFlowExtend", latent, model=(parts.model, "model"), keep=4)
+    sampler = parts.sampled("a yellow triangle moving down on a grey background", latent, context)
+    added = parts.decoded(sampler, trim_overlap=True)
+    description = "From a clip and a prompt to the frames that follow it, without those that the clip already shows."
+    first = [(context, "images"), (context, "keep")]
+    return _blueprint(parts, "Extend Video", description, first, latent, sampler, (added, "images"))
+
+
+def edit_blueprint() -> tuple[Path, str]:
+    parts = Parts.of("")
+    latent = parts.latent(frames=17)
+    edit = parts.context("STARFlowVideoEdit", latent)
+    sampler = parts.sampled("make it green", edit, edit)
+    made = (parts.decoded(sampler), "images")
+    description = "From a clip and a prompt that says what to change to the changed clip's frames."
+    return _blueprint(parts, "Edit Video", description, [(edit, "images")], latent, sampler, made)
+
+
+BLUEPRINTS = (text_to_video_blueprint, image_to_video_blueprint, extend_blueprint, edit_blueprint)
 
 
 def texts(name: str) -> dict[Path, str]:
@@ -464,7 +581,7 @@ def texts(name: str) -> dict[Path, str]:
 
 
 def main() -> None:
-    for files in (*(texts(name) for name in EXAMPLES | REAL_WEIGHTS), dict([blueprint()])):
+    for files in (*(texts(name) for name in EXAMPLES | REAL_WEIGHTS), dict(make() for make in BLUEPRINTS)):
         for path, text in files.items():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(text, encoding="utf-8")

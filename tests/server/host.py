@@ -23,10 +23,10 @@ LEFT_OUT = shutil.ignore_patterns(".git", ".venv", "__pycache__", "outputs", "ru
 
 
 class Refused(Exception):
-    """The server answered 400; `text` is what a user reads."""
+    """The server answered 400; `text` is what a user reads, `body` what the page gets."""
 
     def __init__(self, body: dict[str, Any]):
-        self.text = json.dumps(body)
+        self.body, self.text = body, json.dumps(body)
         super().__init__(self.text)
 
 

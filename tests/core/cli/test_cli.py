@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from argparse import Namespace
@@ -373,7 +374,7 @@ def test_what_the_text_encoder_cut_off(run, given):
 
 @pytest.mark.parametrize(("options", "message"), [
     ("--height 33 --width 32", "height 33 is not a multiple of 16; nearest are 32 and 48"),
-    ("--height 32 --width 5", "width 5 .* nearest are 16 and 32"),
+    ("--height 32 --width 5", "width 5 is less than one token; the smallest is 16"),
     ("--height 32", "height and width go together"),
     ("--height 32 --width 32 --aspect 1:1", "give one pair"),
     ("--size 8", "size 8 is smaller than one token; the minimum is 16"),
@@ -782,3 +783,66 @@ def test_model_is_found_before_it_is_loaded(demo):
     model = settings.Setup.find(args)
     assert (model.config.name, model.dtype) == ("tiny video", torch.bfloat16)
     assert model.parts.checkpoint.path == demo / pipeline.FLOW_FILE
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--fps", "1e309", "is not a rate"), ("--fps", "1e999999999", "is not a rate"), ("--fps", "0/1", "above 0"),
+        ("--fps", "1/0", "above 0"), ("--fps", "9" * 400, "is not a rate"),
+        ("--fps", "99999", "expected a number above 0"), ("--frames", "abc", "'abc' is not a whole number"),
+        ("--frames", "9" * 400, "whole number of at most 20 digits"),
+        ("--batch", "abc", "'abc' is not a whole number"), ("--batch", "0", "whole number from 1"),
+        ("--guidance", "nan", "guidance is nan"), ("--guidance", "1e309", "guidance is inf"),
+        ("--height", "8", "less than one token; the smallest is 16"), ("--keep", "-3", "keep is -3 latent frames"),
+    ],
+)  # fmt: skip
+def test_numbers_that_are_none(capsys, tmp_path, option, value, message):
+    words = ["generate", "a ring", "--width", "32", option, value, "-o", str(tmp_path / "a.mp4")]
+    words += [] if option == "--height" else ["--height", "32"]
+    try:
+        code = main(words)
+    except SystemExit as error:
+        code = error.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"), [("a \udce9 ring", "at position 2"), ("red " * 10**6, "4000000 characters")]
+)
+def test_prompts_that_are_no_text(capsys, tmp_path, prompt, message):
+    assert main(["generate", prompt, "--frames", "1", "-o", str(tmp_path / "a.png")]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_name_that_is_no_text_is_printed(tmp_path):
+    """In a process of its own, whose output is strict."""
+    command = [
+        sys.executable,
+        "-m",
+        "starflow_core",
+        "generate",
+        "a ring",
+        "--frames",
+        "1",
+        "--height",
+        "16",
+        "--width",
+        "16",
+    ]
+    target = os.fsencode(tmp_path) + b"/\xe9.png"
+    done = subprocess.run(
+        [*command, "-o", target], capture_output=True, check=False, env={**os.environ, "PYTHONUTF8": "1"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert os.path.exists(target)
+
+
+def test_sigterm_is_as_ctrl_c(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr("starflow_core.cli.files.convert", lambda *_: signal.raise_signal(signal.SIGTERM))
+    before = signal.getsignal(signal.SIGTERM)
+    assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == 143
+    assert "nothing unfinished was left behind" in capsys.readouterr().err
+    assert signal.getsignal(signal.SIGTERM) == before

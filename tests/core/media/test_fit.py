@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from starflow_core import InputError
 from starflow_core.media import fit, read_video, write_video
 from tests.core.media.samples import noise
 
@@ -33,6 +34,32 @@ def test_fit_keeps_what_fits():
     assert torch.equal(fit(clip, 32, 48), clip)
     assert torch.equal(fit(clip, 32, 16), clip[..., 16:32])
     assert torch.equal(fit(clip, 10, 48), clip[..., 11:21, :])
+
+
+@pytest.mark.parametrize(("old", "new"), [((32, 48), (16, 16)), ((33, 21), (16, 48)), ((1, 300), (16, 16))])
+def test_padding_shows_the_whole_picture_between_black_bars(old, new):
+    fitted = fit(torch.ones(3, *old), *new, "pad")
+    assert fitted.shape == (3, *new)
+    seen = (fitted[0] > -1).nonzero()
+    (top, left), (bottom, right) = seen.amin(0).tolist(), seen.amax(0).tolist()
+    height, width = bottom - top + 1, right - left + 1
+    scale = min(new[0] / old[0], new[1] / old[1])
+    assert (height, width) == (max(1, round(old[0] * scale)), max(1, round(old[1] * scale)))
+    assert abs(top - (new[0] - 1 - bottom)) <= 1
+    assert abs(left - (new[1] - 1 - right)) <= 1
+    assert (fitted == -1).sum() == 3 * (new[0] * new[1] - height * width)
+
+
+def test_stretching_fills_the_size_with_all_of_the_picture():
+    ramps = torch.stack([torch.linspace(-1, 1, 30)[:, None].expand(30, 60), torch.linspace(-1, 1, 60).expand(30, 60)])
+    fitted = fit(torch.cat((ramps, ramps[:1])), 40, 40, "stretch")
+    assert torch.allclose(fitted[0, :, 5], torch.linspace(-1, 1, 40), atol=0.05)
+    assert torch.allclose(fitted[1, 5], torch.linspace(-1, 1, 40), atol=0.05)
+
+
+def test_another_way_to_fit_is_refused():
+    with pytest.raises(InputError, match="fit is 'zoom'; expected one of crop, pad, stretch"):
+        fit(noise(1), 16, 16, "zoom")
 
 
 def test_fit_of_a_clip_is_that_of_its_frames():

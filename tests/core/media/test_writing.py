@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from starflow_core.errors import InputError, NonFiniteError, StarflowError
-from starflow_core.media import VideoWriter, check_writable, read_metadata, read_video, write_video
+from starflow_core.media import Sound, VideoWriter, check_writable, read_metadata, read_video, write_video
 from tests.core.media.samples import CLIPS, METADATA, STILLS, file_size_limit, noise
 
 
@@ -158,3 +158,69 @@ def test_relative_names_that_look_like_protocols(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     write_video("concat:b.mp4", noise(2), 16)
     assert len(read_video("concat:b.mp4").pixels) == 2
+
+
+TONE = Sound(0.5 * torch.sin(torch.arange(32000) / 10).expand(2, -1), 16000)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("a.mp4", {"codec": "vp9"}, "codec 'vp9' doesn't go into .mp4; known are h264, h265, av1"),
+        ("a.gif", {"codec": "h265"}, "codec 'h265' is for videos; leave it out, or write .mp4"),
+        ("a.gif", {"plays": -1}, "plays is -1: expected 0 .without end. to 65535"),
+        ("a.mp4", {"sound": Sound(torch.zeros(2, 3, 4), 16000)}, r"sound of shape \(2, 3, 4\): expected 1, 2, 6 or 8"),
+        (
+            "a.mp4",
+            {"sound": Sound(torch.zeros(3, 4), 16000)},
+            r"sound of shape \(3, 4\): expected 1, 2, 6 or 8 channels",
+        ),
+        ("a.mp4", {"sound": Sound(torch.zeros(1, 4), 0)}, "sound of 0 samples a second: expected 1000 to 384000"),
+        ("a.mp4", {"sound": Sound(torch.full((1, 4), torch.nan), 16000)}, "the sound holds NaN or infinity"),
+    ],
+)
+def test_codecs_sounds_and_loops_that_cannot_be_are_refused(tmp_path, name, options, message):
+    with pytest.raises(StarflowError, match=message):
+        VideoWriter(tmp_path / name, 16, **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_is_missing_is_named(monkeypatch, tmp_path):
+    import av
+
+    monkeypatch.setattr(av, "codecs_available", av.codecs_available - {"libsvtav1"})
+    with pytest.raises(InputError, match="the encoder libsvtav1 is not in this installation of PyAV; use h264"):
+        VideoWriter(tmp_path / "a.mp4", 16, codec="av1")
+
+
+@pytest.mark.parametrize(("name", "codec"), [("a.mp4", "h265"), ("a.mp4", "av1"), ("a.webm", "av1")])
+def test_newer_codecs_keep_pictures_metadata_and_sound(tmp_path, name, codec):
+    """Of odd sizes, too."""
+    clip = noise(5, 72, 80)[..., :71, :]
+    with VideoWriter(tmp_path / name, 10, {"seed": 1}, codec=codec, sound=TONE) as writer:
+        writer.add(clip)
+    written = read_video(tmp_path / name)
+    assert written.fps == 10
+    assert written.pixels.shape == (5, 3, 72, 80)
+    assert (written.pixels[..., :71, :] - clip).abs().mean() < 0.1
+    assert read_metadata(tmp_path / name) == {"seed": 1}
+
+
+def test_frames_that_an_encoder_cannot_hold_are_refused(tmp_path):
+    message = "h265 takes frames of 64 x 64 or more, not 48 x 32; use h264"
+    with pytest.raises(InputError, match=message), VideoWriter(tmp_path / "a.mp4", 10, codec="h265") as writer:
+        writer.add(noise(2, 32, 48))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("frames", "seconds"), [(5, 0.5), (40, 2.0)])
+def test_sound_is_as_long_as_the_frames_at_most(tmp_path, frames, seconds):
+    import av
+
+    with VideoWriter(tmp_path / "a.mp4", 10, sound=TONE) as writer:
+        writer.add(noise(frames))
+    with av.open(str(tmp_path / "a.mp4")) as container:
+        stream = container.streams.audio[0]
+        assert float(stream.duration * stream.time_base) == pytest.approx(seconds, abs=0.05)
+        order = [packet.stream.type for packet in container.demux() if packet.size]
+    assert "audio" in order[: len(order) // 2]  # beside the pictures, not behind them

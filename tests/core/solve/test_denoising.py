@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from starflow_core.control import Control
-from starflow_core.errors import Cancelled
+from starflow_core.errors import Cancelled, NonFiniteError
+from starflow_core.jobs.tasks import Generation, Job
 from starflow_core.model.config import Denoiser
 from starflow_core.model.rope import joined
 from starflow_core.solve.denoising import DenoiseStream, denoise, score_denoise
@@ -116,6 +119,56 @@ def test_score_step_can_be_cancelled():
     with pytest.raises(Cancelled):
         score_denoise(flow, x, text, Control(cancelled=lambda: True))
     assert not any(block.recompute for block in flow.blocks)
+
+
+def at(phase, step):
+    """A control that cancels once this step of a phase is reported."""
+    seen = []
+    return Control(seen.append, lambda: any((p.phase, p.step) == (phase, step) for p in seen))
+
+
+@pytest.mark.parametrize("step", [0, 1, 2])
+def test_the_way_to_noise_can_be_cancelled_in_every_layer(step):
+    flow = models.flow(layers=(1, 2))
+    with pytest.raises(Cancelled):
+        flow.encode(models.randn(1, 2, 4, 2, 2), models.text(flow), at("invert", step))
+    seen = []
+    flow.encode(models.randn(1, 2, 4, 2, 2), models.text(flow), Control(seen.append))
+    assert [(p.phase, p.step, p.total) for p in seen] == [("invert", i, 3) for i in range(4)]
+
+
+@pytest.mark.parametrize("frame", [1, 2])
+def test_the_denoiser_can_be_cancelled_within_a_clip(frame):
+    flow = models.flow()
+    job = Job(32, 32, frames=9, guidance=0.0)
+    with pytest.raises(Cancelled):
+        Generation(flow, job, models.text(flow), control=at("denoise", frame)).run()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_the_denoisers_nan_is_named(value):
+    flow = models.flow()
+    flow.learnable_self_denoiser.attn_blocks[1].attention.proj.weight.data[0, 0] = value
+    with pytest.raises(NonFiniteError, match="NaN or infinity in the denoiser: batch element 0, latent frame 0"):
+        denoise(flow, models.randn(1, 3, 4, 2, 2), models.text(flow))
+
+
+def test_the_frame_at_which_the_denoisers_nan_begins_is_that_of_the_clip():
+    flow = models.flow()
+    latents = models.randn(1, 9, 4, 2, 2)
+    latents[:, 8] = math.nan
+    with pytest.raises(NonFiniteError, match=r"in the denoiser: batch element 0, latent frame [5-8],"):
+        denoise(flow, latents, models.text(flow))
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+def test_the_score_steps_nan_is_named(kind):
+    """Likelihoods can be finite where their gradient isn't: it overflows in the reverse pass."""
+    flow = models.flow(kind=kind, denoiser=None)
+    shape = (1, 2, 4, 2, 2) if kind == "video" else (1, 4, 2, 2)
+    flow.blocks[0].proj_in.register_full_backward_hook(lambda module, given, taken: (given[0] * math.nan,))
+    with pytest.raises(NonFiniteError, match="the score step of batch element 0"):
+        score_denoise(flow, models.randn(*shape), models.text(flow))
 
 
 def test_a_chunk_begins_with_as_many_sampled_frames_as_a_frame_sees():

@@ -19,6 +19,7 @@ from starflow_core.model.placement import Placement
 from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.sampling import sample
 from starflow_core.solve.solvers import AUTOREGRESSIVE
+from starflow_core.weights.flow import load_flow, save_flow
 from tests.core import models
 
 CPU = torch.device("cpu")
@@ -105,6 +106,7 @@ def test_every_part_computes_on_its_device(monkeypatch, task, streamed):
     monkeypatch.setattr(torch, "isfinite", lambda x: SimpleNamespace(all=lambda: True))
     monkeypatch.setattr("starflow_core.solve.sampling.require_finite", lambda *_: None)
     monkeypatch.setattr("starflow_core.model.flow.require_finite", lambda *_: None)
+    monkeypatch.setattr("starflow_core.solve.denoising.require_finite", lambda *_: None)
     with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
         flow = Flow(models.config())
         for part, device in ((flow, shallow), (flow.deep, deep), (flow.learnable_self_denoiser, denoiser)):
@@ -114,3 +116,10 @@ def test_every_part_computes_on_its_device(monkeypatch, task, streamed):
         run = Generation(flow, job, torch.randn(1, 5, 12), torch.randn(1, 5, 12), placement=placement)
         latents = list(run.stream())[-1].latents if streamed else run.run()
     assert latents.device == shallow
+
+
+def test_weights_of_the_deep_block_go_to_one_device(tmp_path):
+    save_flow(models.flow(), tmp_path / "a.safetensors", "fp32")
+    apart = replace(Placement.on("cpu"), deep=(CPU, torch.device("meta")))
+    with pytest.raises(InputError, match="can't be loaded onto several devices yet"):
+        load_flow(tmp_path / "a.safetensors", device=apart)

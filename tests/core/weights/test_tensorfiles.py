@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import weakref
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -237,10 +238,120 @@ def test_corrupt_pickle(tmp_path):
 
 
 def test_pickle_without_tensors(tmp_path):
-    with pytest.raises(CheckpointError, match="a dictionary of epoch, lr"):
+    with pytest.raises(CheckpointError, match="a dictionary of 'epoch', 'lr'"):
         TensorFile.open(write_pickle(tmp_path / "a.pth", {"epoch": 1, "lr": 2.0}))
     with pytest.raises(CheckpointError, match="but a list"):
         TensorFile.open(write_pickle(tmp_path / "b.pth", [1, 2]))
+
+
+VIEWS = {
+    "transposed": torch.arange(6.0).view(2, 3).t(),
+    "part": torch.arange(100.0)[7:20],
+    "every second": torch.arange(10)[::2],
+    "scalar": torch.tensor(3.0),
+    "nothing": torch.empty(0, 4),
+    "parameter": torch.nn.Parameter(torch.ones(2)),
+    "half": torch.ones(3, dtype=torch.bfloat16),
+    "flags": torch.tensor([True, False]),
+}
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+def test_tensors_of_an_archive_are_those_that_were_saved(tmp_path, protocol):
+    torch.save(VIEWS, tmp_path / "a.pth", pickle_protocol=protocol)
+    file = TensorFile.open(tmp_path / "a.pth")
+    for name, value in VIEWS.items():
+        read = file.tensor(name)
+        assert (read.shape, read.dtype, read.is_contiguous()) == (value.shape, value.dtype, True)
+        assert torch.equal(read, value)
+
+
+def test_the_state_of_a_module_is_read(tmp_path):
+    """Its dictionary has attributes, which are passed over."""
+    module = torch.nn.Linear(3, 2)
+    torch.save({"state_dict": module.state_dict(), "epoch": 3}, tmp_path / "a.pth")
+    assert torch.equal(TensorFile.open(tmp_path / "a.pth").tensor("weight"), module.weight)
+
+
+def quantised():
+    return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+@pytest.mark.parametrize("make", [lambda: torch.eye(3).to_sparse(), quantised, lambda: torch.ones(3, device="meta")])
+def test_tensors_of_other_kinds_are_refused(tmp_path, make):
+    torch.save({"a": make()}, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match=r"a\.pth was refused and nothing of it was run"):
+        TensorFile.open(tmp_path / "a.pth")
+
+
+def archive(path: Path, listing: bytes, data: bytes = b"", compression: int = zipfile.ZIP_STORED) -> Path:
+    """An archive as torch.save writes it, of this pickle and one storage."""
+    with zipfile.ZipFile(path, "w", compression) as file:
+        file.writestr("a/data.pkl", listing)
+        file.writestr("a/data/0", data)
+    return path
+
+
+def listed(count: int, shape: tuple, stride: tuple, offset: int = 0) -> bytes:
+    """The pickle of {"x": a tensor} whose storage is said to have `count` numbers."""
+    storage = f"(X\x07\0\0\0storagectorch\nFloatStorage\nX\x01\0\0\x000X\x03\0\0\0cpu{number(count)}tQ"
+    sizes = "".join(f"({''.join(map(number, part))}t" for part in (shape, stride))
+    tensor = f"ctorch._utils\n_rebuild_tensor_v2\n({storage}{number(offset)}{sizes}\x89}}tR"
+    return f"\x80\x02}}X\x01\0\0\0x{tensor}s.".encode("latin-1")
+
+
+def number(value: int) -> str:
+    data = value.to_bytes(16, "little", signed=True).decode("latin-1")
+    return f"\x8a\x10{data}"
+
+
+def test_a_pickle_written_by_hand_is_read(tmp_path):
+    data = torch.arange(4.0).numpy().tobytes()
+    file = TensorFile.open(archive(tmp_path / "a.pth", listed(4, (2, 2), (2, 1)), data))
+    assert torch.equal(file.tensor("x"), torch.arange(4.0).view(2, 2))
+
+
+@pytest.mark.parametrize(
+    "numbers",
+    [
+        {"count": 10**12, "shape": (4,), "stride": (1,)}, {"count": 4, "shape": (10**12,), "stride": (1,)},
+        {"count": 4, "shape": (10**12,), "stride": (0,)}, {"count": 4, "shape": (4,), "stride": (1,), "offset": 1},
+        {"count": 4, "shape": (-4,), "stride": (1,)}, {"count": 4, "shape": (4,), "stride": (-1,)},
+        {"count": -1, "shape": (0,), "stride": (1,)}, {"count": 4, "shape": (2, 2), "stride": (1,)},
+        {"count": 4, "shape": (1 << 61, 1 << 61, 1 << 61), "stride": (0, 0, 0)},
+    ],
+)  # fmt: skip
+def test_sizes_that_the_file_does_not_have(tmp_path, numbers):
+    with pytest.raises(CheckpointError, match=r"a\.pth is corrupt"):
+        TensorFile.open(archive(tmp_path / "a.pth", listed(**numbers), bytes(16)))
+
+
+def test_a_compressed_archive_is_refused_before_it_is_inflated(tmp_path):
+    path = archive(tmp_path / "a.pth", listed(1 << 24, (1 << 24,), (1,)), bytes(1 << 26), zipfile.ZIP_DEFLATED)
+    assert path.stat().st_size < 1 << 17
+    with pytest.raises(CheckpointError, match="compressed archive"):
+        TensorFile.open(path)
+
+
+def test_a_pickle_cannot_make_hashing_endless(tmp_path):
+    """Sixty tuples, each twice in the next, as a key: hashing it takes 2^60 steps."""
+    listing = b"\x80\x02})" + b"2\x86" * 60 + b"K\x01s."
+    with pytest.raises(CheckpointError, match=r"refused|corrupt"):
+        TensorFile.open(archive(tmp_path / "a.pth", listing.replace(b"2", b"q\0h\0")))
+
+
+@pytest.mark.parametrize(
+    "listing",
+    [
+        b"\x80\x02cbuiltins\nbytearray\n\x8a\x08" + (10**12).to_bytes(8, "little") + b"\x85R.",
+        b"\x80\x02r\xff\xff\xff\x7f.", b"\x80\x04\x8e" + (1 << 40).to_bytes(8, "little") + b".", b"",
+        b"\x80\x02ccollections\nOrderedDict\n]\x85R.", b"\x80\x02" + b"(" * 100_000 + b".",
+    ],
+)  # fmt: skip
+def test_a_pickle_allocates_nothing_it_names(tmp_path, listing):
+    with pytest.raises(CheckpointError, match=r"a\.pth"):
+        TensorFile.open(archive(tmp_path / "a.pth", listing))
 
 
 class Payload:

@@ -418,8 +418,16 @@ def test_encoders_that_are_incomplete_or_of_another_kind(tmp_path, tokenizer_fol
     ("text", "message"),
     [
         ('{"model_type": "umt5"}', "umt5"),
-        ("{", "not readable"),
-        ('{"model_type": "t5", "feed_forward_proj": "a-b-c"}', "wrong"),
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("[1]", "no JSON object"),
+        ('{"model_type": ["t5"]}', r"describes a \['t5'\] model"),
+        ('{"feed_forward_proj": "a-b-c"}', r"feed_forward_proj is 'a-b-c', expected one of \('relu'"),
+        ('{"feed_forward_proj": "relu"}', "contradicts the tensors: feed_forward_proj is 'relu', not gated-gelu"),
+        ('{"d_ff": 1e30}', r"contradicts the tensors: d_ff is 1e\+30, not"),
+        ('{"layer_norm_epsilon": NaN}', "layer_norm_epsilon is nan, expected float .* from 1e-12 to 1"),
+        ('{"relative_attention_max_distance": "far"}', "relative_attention_max_distance is 'far', expected int"),
+        ('{"relative_attention_max_distance": 2}', "relative_attention_max_distance is too small"),
     ],
 )
 def test_wrong_configurations(tmp_path, tokenizer_folder, text, message):

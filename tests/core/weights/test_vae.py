@@ -497,7 +497,7 @@ def test_incomplete_folders(tmp_path, video_folder):
     weights = (video_folder / "vae" / "diffusion_pytorch_model.safetensors").read_bytes()
     (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(weights)
     (tmp_path / "config.json").write_text(config.replace("AutoencoderKLWan", "AutoencoderTiny"))
-    with pytest.raises(CheckpointError, match="AutoencoderTiny; expected"):
+    with pytest.raises(CheckpointError, match="'AutoencoderTiny'; expected"):
         load_vae(tmp_path)
     for text in ("{", "[]"):
         (tmp_path / "config.json").write_text(text)
@@ -592,7 +592,14 @@ def test_quantised_weights_are_named(tmp_path):
 
 
 def test_bad_metadata(tmp_path):
-    for text, message in (("{", "not JSON"), ('{"base_dim": "wide"}', "no AutoencoderKLWan has such")):
+    for text, message in (
+        ("{", "not JSON"),
+        ("[" * 100_000, "not JSON"),
+        ("7", "no JSON object"),
+        ('{"base_dim": "wide"}', "contradicts the tensors: base_dim is 'wide', not 8"),
+        ('{"latents_std": [0]}', r"latents_std is \(0,\), expected"),
+        ('{"dim_mult": [1, 2, 4, 1e300]}', "contradicts the tensors: dim_mult"),
+    ):
         save_file(load_file(GOLDEN_FILE), tmp_path / "vae.safetensors", metadata={METADATA_KEY: text})
         with pytest.raises(CheckpointError, match=message):
             load_vae(tmp_path / "vae.safetensors")

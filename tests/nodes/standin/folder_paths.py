@@ -1,4 +1,4 @@
-"""Model folders, which are empty until a test adds some, and the output folder."""
+"""Model folders, which are empty until a test adds some, the input and the output folder."""
 
 from __future__ import annotations
 
@@ -28,8 +28,23 @@ def get_full_path(folder: str, name: str) -> str | None:
     return next((str(path) for path in places if path.is_file()), None)
 
 
+input_directory = ""
+
+
+def get_input_directory() -> str:
+    return input_directory
+
+
+def set_input_directory(folder: str) -> None:
+    global input_directory
+    input_directory = folder
+
+
 def get_output_directory() -> str:
     raise NotImplementedError("a test that saves names a folder")
+
+
+get_temp_directory = get_output_directory
 
 
 def get_save_image_path(prefix: str, output: str, width: int = 0, height: int = 0) -> tuple[str, str, int, str, str]:

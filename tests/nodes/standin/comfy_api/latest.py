@@ -18,8 +18,11 @@ class Input:
         self.id, self.optional = id, optional
         self.options = {**self.extra, **options}
 
+    def get_io_type(self) -> str:
+        return self.io_type
+
     def info(self) -> tuple[str, dict[str, Any]]:
-        return self.io_type, {NAMES.get(k, k): v for k, v in self.options.items() if v is not None}
+        return self.get_io_type(), {NAMES.get(k, k): v for k, v in self.options.items() if v is not None}
 
 
 @dataclass
@@ -52,6 +55,7 @@ class HiddenHolder(SimpleNamespace):
 
 class FolderType(str, Enum):
     output = "output"
+    temp = "temp"
 
 
 @dataclass
@@ -116,6 +120,6 @@ io = SimpleNamespace(
     Boolean=custom("BOOLEAN"), Int=custom("INT"), Float=custom("FLOAT"),
     String=custom("STRING", multiline=False), Combo=custom("COMBO", multiselect=False),
     Image=custom("IMAGE"), Latent=custom("LATENT"), Conditioning=custom("CONDITIONING"), Vae=custom("VAE"),
-    Video=custom("VIDEO"),
+    Video=custom("VIDEO"), Audio=custom("AUDIO"),
 )  # fmt: skip
 ui = SimpleNamespace(SavedResult=SavedResult)

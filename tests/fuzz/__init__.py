@@ -1,0 +1,1 @@
+"""Mutated input, endless and seeded: `python -m tests.fuzz`, see there."""

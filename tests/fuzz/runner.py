@@ -1,0 +1,131 @@
+"""Cases in processes of their own, within limits of time and memory."""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import os
+import resource
+import tempfile
+import traceback
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection
+from pathlib import Path
+
+from .case import Case
+
+MODULES = Path(__file__).parent.glob("*.py")
+SUBJECTS = tuple(sorted(path.stem for path in MODULES if "\ndef cases(seed: int" in path.read_text(encoding="utf-8")))
+OUTCOMES = ("worked", "refused", "traceback", "hang", "crash", "memory")
+BAD = OUTCOMES[2:]
+LONGEST = 20  # seconds of a case, unless its module has a LONGEST of its own
+START = 120  # seconds of the first in a process, which loads libraries
+MOST = 1 << 30  # bytes that a case may take
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of the case `index` of a subject's stream."""
+
+    subject: str
+    index: int
+    name: str
+    outcome: str
+    detail: str = ""
+
+
+def cases_of(subject: str, seed: int, index: int) -> Case:
+    """One case of a stream."""
+    return next(itertools.islice(import_module(f"tests.fuzz.{subject}").cases(seed), index, None))
+
+
+def run(subject: str, seed: int, count: int, jobs: int = 1) -> list[Finding]:
+    """The first `count` cases of a subject, every `jobs`-th in the same process."""
+    with ThreadPoolExecutor(jobs) as pool:
+        parts = pool.map(lambda first: _run(subject, seed, range(first, count, jobs)), range(jobs))
+        return sorted((f for part in parts for f in part), key=lambda finding: finding.index)
+
+
+def table(found: list[Finding]) -> str:
+    """A row for each class."""
+    counts = Counter((f.name, f.outcome) for f in found)
+    rows = [["input", "cases", *OUTCOMES], ["---"] * (2 + len(OUTCOMES))]
+    for name in [*sorted({f.name for f in found}), "all"]:
+        numbers = [sum(n for (k, o), n in counts.items() if o == out and name in (k, "all")) for out in OUTCOMES]
+        rows.append([name, str(sum(numbers)), *map(str, numbers)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _run(subject: str, seed: int, indices: range) -> list[Finding]:
+    found, left = [], list(indices)
+    while left:
+        found += _until_it_breaks(subject, seed, left)
+        left = list(indices)[len(found) :]
+    return found
+
+
+def _until_it_breaks(subject: str, seed: int, indices: list[int]) -> list[Finding]:
+    """Findings of the indices in order, up to the first whose process had to be given up."""
+    here, there = multiprocessing.Pipe()
+    process = multiprocessing.get_context("spawn").Process(target=_work, args=(subject, seed, indices, there))
+    process.start()
+    there.close()
+    longest = getattr(import_module(f"tests.fuzz.{subject}"), "LONGEST", LONGEST)
+    found, limit, name = [], max(START, longest), "?"
+    try:
+        for index in indices:
+            try:
+                name = here.recv() if here.poll(limit) else None
+                if name is None or not here.poll(limit):
+                    return [*found, Finding(subject, index, name or "?", "hang", f"more than {limit} s")]
+                outcome, detail = here.recv()
+            except EOFError:
+                process.join()
+                return [*found, Finding(subject, index, name, "crash", f"exit status {process.exitcode}")]
+            found.append(Finding(subject, index, name, outcome, detail))
+            limit = longest
+            if outcome == "memory":
+                return found
+        return found
+    finally:
+        process.kill()
+        process.join()
+        here.close()
+
+
+def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None:
+    """In the process: runs the cases, and says what each is before and what became of it after."""
+    import torch
+
+    from starflow_core.errors import StarflowError
+
+    torch.set_num_threads(1)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    stream = enumerate(import_module(f"tests.fuzz.{subject}").cases(seed))
+    with tempfile.TemporaryDirectory() as top:
+        for index in indices:
+            case = next(case for i, case in stream if i == index)
+            folder = Path(top) / str(index)
+            folder.mkdir()
+            pipe.send(case.name)
+            before = _peak()
+            try:
+                case.run(folder)
+                outcome = ("worked", "")
+            except StarflowError as error:
+                outcome = ("refused", str(error))
+            except MemoryError:
+                outcome = ("memory", "MemoryError")
+            except Exception:
+                outcome = ("traceback", traceback.format_exc(limit=-3).strip().replace("\n", " | "))
+            if _peak() - before > MOST:
+                outcome = ("memory", f"{(_peak() - before) / 1e9:.1f} GB")
+            pipe.send(outcome)
+
+
+def _peak() -> int:
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
