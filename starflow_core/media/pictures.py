@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,8 @@ from .failures import decoding_errors
 from .metadata import Metadata, decode_exif, decode_tags, decode_text, encode_exif, encode_png
 from .pixels import from_bytes
 from .targets import Recording, WriteFrame
+
+LARGEST_SIDE, LARGEST_AREA = 16384, 1 << 27
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
@@ -71,13 +74,28 @@ def opened(path) -> Iterator[Any]:
     """imageio's file of pictures; what goes wrong inside becomes InputError."""
     import imageio.v3 as iio
 
-    with decoding_errors(path, "picture"):
+    with decoding_errors(path, "picture"), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of Pillow, about tags that no picture needs
+        _check_size(path)
         try:
             file = iio.imopen(Path(os.path.abspath(path)), "r", plugin="pillow")
         except OSError as error:
             raise (error.__cause__ or error) from None  # imageio's own words hide the reason
         with file:
             yield file
+
+
+def _check_size(path) -> None:
+    """Raise InputError for a picture whose header says that it is larger than any; it would be made at that size."""
+    from PIL import Image
+
+    with Image.open(path) as image:
+        width, height = image.size
+    if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
+        raise InputError(
+            f"{path} says that it is {width} x {height} pixels; the largest read here are {LARGEST_SIDE} a side and "
+            f"{LARGEST_AREA >> 20} million in all. Scale it down, or export it again if that is wrong"
+        )
 
 
 def frames_of(file, notes: list[dict]) -> Iterator[Tensor]:

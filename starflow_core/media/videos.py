@@ -86,11 +86,19 @@ def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Cl
         first = next(container.decode(stream), None)
         if first is None:
             raise InputError(f"{path} holds no frames; it may be damaged: export it again")
-        rate = Fraction(stream.average_rate or stream.guessed_rate or 0)
+        rate, declared = Fraction(stream.average_rate or stream.guessed_rate or 0), stream.frames
     with decoding_errors(path, "video"), iio.imopen(os.path.abspath(path), "r", plugin="pyav") as file:
         arrays = file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME")
         upright = (np.rot90(array, first.rotation // 90) for array in islice(arrays, frames))
-        return Clip(stacked(map(from_bytes, upright), size), rate)
+        pixels = stacked(map(from_bytes, upright), size)
+    _check_length(path, len(pixels), min(declared, frames or declared))
+    return Clip(pixels, rate)
+
+
+def _check_length(path, found: int, declared: int) -> None:
+    """Raise InputError where a clip ends early. Edit lists hide a few frames of what is stored, which is no damage."""
+    if found < declared - max(2, declared // 20):
+        raise InputError(f"{path} should have {declared} frames, but only {found} can be read; copy or export it again")
 
 
 def container_metadata(path) -> Metadata:

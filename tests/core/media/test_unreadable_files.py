@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import warnings
+from contextlib import suppress
+from itertools import islice
+
 import numpy as np
 import pytest
+import torch
+from PIL import Image
 
 from starflow_core.errors import InputError
-from starflow_core.media import read_image, read_metadata, read_video, write_video
+from starflow_core.media import read_image, read_metadata, read_video, videos, write_video
 from tests.core.media.samples import noise
 
 
@@ -60,3 +66,41 @@ def test_missing_things(tmp_path):
         read_video(tmp_path)
     with pytest.raises(InputError, match="at least 1"):
         read_video(tmp_path / "a.mp4", frames=0)
+
+
+@pytest.mark.parametrize("place", [6, 8])
+def test_a_gif_whose_header_says_that_it_is_huge(tmp_path, place):
+    """Width and height are at bytes 6 and 8."""
+    path = tmp_path / "a.gif"
+    write_video(path, torch.zeros(2, 3, 16, 16), 10)
+    data = bytearray(path.read_bytes())
+    data[place : place + 2] = (32560).to_bytes(2, "little")
+    path.write_bytes(data)
+    with pytest.raises(InputError, match=r"a\.gif says that it is .*32560.* Scale it down"):
+        read_video(path)
+
+
+def test_a_clip_that_ends_early(tmp_path, monkeypatch):
+    path = tmp_path / "a.mp4"
+    write_video(path, torch.zeros(40, 3, 32, 32), 10)
+    monkeypatch.setattr(videos, "islice", lambda frames, stop: islice(frames, 30))
+    with pytest.raises(InputError, match="should have 40 frames, but only 30 can be read"):
+        read_video(path)
+    assert len(read_video(path, 20).pixels) == 30
+
+
+def test_a_picture_with_odd_tags_is_read_in_silence(tmp_path, capfd):
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    data = path.read_bytes()
+    offset = int.from_bytes(data[4:8], "little")
+    count = int.from_bytes(data[offset : offset + 2], "little")
+    odd = bytearray(data)
+    last = offset + 2 + 12 * (count - 1)
+    odd[last : last + 12] = np.array([65000, 5, 9, 0, 0xFFFF, 0xFFFF], "<u2").tobytes()  # a tag far outside the file
+    path.write_bytes(odd)
+    with warnings.catch_warnings(record=True) as seen, suppress(InputError):
+        warnings.simplefilter("always")
+        read_image(path)
+    assert not seen
+    assert capfd.readouterr().err == ""
