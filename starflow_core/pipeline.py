@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -242,6 +243,6 @@ def _find_paths(
         raise InputError(f"{model} needs a {' and a '.join(missing)}; only the bundled demo brings its own")
     found = tuple(BUNDLED / file if given is None else Path(given) for given, file in parts.values())
     for name, path in zip(parts, found, strict=True):
-        if not path.exists():
+        if not os.path.exists(path):
             raise InputError(f"no {name} at {path}; check the path")
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from argparse import Namespace
 from collections import Counter
 from math import prod
@@ -45,8 +46,8 @@ def inspect(args: Namespace) -> None:
 
 def _is_media(path: Path) -> bool:
     """Whether this is a picture, a clip, or a folder of pictures made here."""
-    if path.is_dir():
-        return (path / "metadata.json").is_file()
+    if os.path.isdir(path):
+        return os.path.isfile(path / "metadata.json")
     return bool(path.suffix) and path.suffix.lower() not in WEIGHTS
 
 

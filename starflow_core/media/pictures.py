@@ -37,7 +37,7 @@ def picture_metadata(path) -> Metadata:
     from PIL import Image
 
     # Not through imageio: its own "mode" and "shape" replace texts of a PNG with these keys.
-    with decoding_errors(path, "picture"), Image.open(path) as image:
+    with decoding_errors(path, "picture"), _quiet(), Image.open(path) as image:
         if image.format == "PNG":
             return decode_tags(image.text)
         if image.format == "GIF":
@@ -74,8 +74,7 @@ def opened(path) -> Iterator[Any]:
     """imageio's file of pictures; what goes wrong inside becomes InputError."""
     import imageio.v3 as iio
 
-    with decoding_errors(path, "picture"), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of Pillow, about tags that no picture needs
+    with decoding_errors(path, "picture"), _quiet():
         _check_size(path)
         try:
             file = iio.imopen(Path(os.path.abspath(path)), "r", plugin="pillow")
@@ -83,6 +82,14 @@ def opened(path) -> Iterator[Any]:
             raise (error.__cause__ or error) from None  # imageio's own words hide the reason
         with file:
             yield file
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's warnings of tags that no picture needs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
 
 
 def _check_size(path) -> None:

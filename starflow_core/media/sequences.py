@@ -53,9 +53,9 @@ def sequence_metadata(path, target: Target) -> Metadata:
 
 def check_replaceable(folder: Path) -> None:
     """Raise InputError for a folder that holds anything but a sequence written here, or cannot be replaced."""
-    if not folder.exists():
+    if not os.path.exists(folder):
         return
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise InputError(f"{folder} is a file; an image sequence needs a folder")
     if os.path.ismount(folder):
         raise InputError(f"{folder} is a mount point, which cannot be replaced; write into a folder inside it")

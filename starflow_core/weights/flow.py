@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -212,7 +213,7 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
         if key in checkpoint.metadata:
             yield f"metadata {key} of {checkpoint.path.name}", checkpoint.metadata[key]
     for file in (config_file(checkpoint), checkpoint.path.with_name("config.json")):
-        if file.is_file():
+        if os.path.isfile(file):
             with reading(file):
                 text = file.read_text(encoding="utf-8", errors="replace")
             yield file.name, text

@@ -87,9 +87,9 @@ class TensorFile:
         run code: none of it is run.
         """
         path = Path(path)
-        if path.is_dir():
+        if os.path.isdir(path):
             path = _only_file_in(path)
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise CheckpointError(f"no checkpoint at {path}")
         with reading(path):
             if path.name.endswith(INDEX):
@@ -175,7 +175,7 @@ def _open_shards(index: Path) -> TensorFile:
     if outside:
         raise CheckpointError(f"{index.name} names a file outside its folder, {outside[0]}; get it again")
     files = [index.parent / name for name in names]
-    missing = [file.name for file in files if not file.is_file()]
+    missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
         raise CheckpointError(f"{index.name} lacks {', '.join(missing[:5])}; get all of its {len(files)} shards")
     found, metadata = {}, {}
@@ -368,13 +368,13 @@ def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> No
     """Raise InputError unless `target` can be written, is no file of `source`, and is new or may be replaced."""
     if target.suffix.lower() != ".safetensors":
         raise InputError(f"{target.name} does not end in .safetensors, the format that is written")
-    if target.is_dir():
+    if os.path.isdir(target):
         raise InputError(f"{target} is a folder; give the name of a file")
     try:
         tempfile.TemporaryFile(dir=_folder(target)).close()
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror}); choose another folder") from None
-    if not target.exists():
+    if not os.path.exists(target):
         return
     if source and any(target.samefile(file) for file in source.files):
         raise InputError(f"{target} is the source itself; give another name")
@@ -392,7 +392,7 @@ def check_space(target: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.d
 
 def _folder(target: Path) -> Path:
     """The innermost folder of `target` that exists; those below are made when it is written."""
-    return next(parent for parent in Path(os.path.abspath(target)).parents if parent.exists())
+    return next(parent for parent in Path(os.path.abspath(target)).parents if os.path.exists(parent))
 
 
 def cast(tensor: Tensor, dtype: torch.dtype, name: str, file: Path) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,13 +101,13 @@ def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
     shaped or quantised tensors.
     """
     path = Path(path)
-    if path.is_dir() and (path / "text_encoder").is_dir():
+    if os.path.isdir(path) and os.path.isdir(path / "text_encoder"):
         path = path / "text_encoder"
     weights = _encoder_weights(TensorFile.open(path))
     outline = _make_t5(_find_t5_config(path, weights))
     expected = {name: shape for name, shape in module_shapes(outline).items() if name != EMBEDDING_ALIAS}
     check_tensors(weights.tensors, expected, weights.path.name, "a T5 encoder", REMEDY)
-    folder = _find_tokenizer(path if path.is_dir() else path.parent, tokenizer)
+    folder = _find_tokenizer(path if os.path.isdir(path) else path.parent, tokenizer)
     loaded_tokenizer = load_tokenizer(folder)
     rows = weights.shapes[EMBEDDING][0]
     spare = rows - loaded_tokenizer.get_vocab_size()
@@ -124,7 +125,7 @@ def load_tokenizer(folder: str | Path) -> Tokenizer:
     Raises CheckpointError if it can't be read, or isn't a T5's.
     """
     file = Path(folder) / "tokenizer.json"
-    tokenizer = _read_tokenizer(file) if file.is_file() else _convert_spiece(file.with_name("spiece.model"))
+    tokenizer = _read_tokenizer(file) if os.path.isfile(file) else _convert_spiece(file.with_name("spiece.model"))
     missing = [name for name in (PAD, EOS) if tokenizer.token_to_id(name) is None]
     if missing:
         raise CheckpointError(f"the tokenizer in {folder} is not a T5's: it has no {', '.join(missing)}")
@@ -159,7 +160,7 @@ def _convert_spiece(file: Path) -> Tokenizer:
 def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
     places = [folder, folder / "tokenizer", folder.parent / "tokenizer"] if given is None else [Path(given)]
     for place in places:
-        if any((place / name).is_file() for name in TOKENIZER_FILES):
+        if any(os.path.isfile(place / name) for name in TOKENIZER_FILES):
             return place
     raise CheckpointError(
         f"no {' or '.join(TOKENIZER_FILES)} in {', '.join(map(str, places))}: put the tokenizer.json of the "
@@ -188,7 +189,7 @@ def _find_t5_config(path: Path, weights: TensorFile) -> T5Config:
     file, derived = path / "config.json", _config_from_shapes(weights.shapes)
     if T5_CONFIG_KEY in weights.metadata:
         where, text = f"metadata {T5_CONFIG_KEY} of {weights.path.name}", weights.metadata[T5_CONFIG_KEY]
-    elif file.is_file():
+    elif os.path.isfile(file):
         where, text = str(file), file.read_text(encoding="utf-8", errors="replace")
     else:
         return T5Config(**derived)

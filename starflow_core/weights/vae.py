@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -91,10 +92,10 @@ def find_vae(path: str | Path) -> VAEFile:
     for missing, unexpected, wrongly shaped or quantised tensors.
     """
     path = Path(path)
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(f"no VAE at {path}; give a file or a diffusers folder")
     config = None
-    if path.is_dir():
+    if os.path.isdir(path):
         path, config = _open_diffusers_folder(path)
     file = TensorFile.open(path)
     if config is None and METADATA_KEY in file.metadata:
@@ -108,11 +109,11 @@ def find_vae(path: str | Path) -> VAEFile:
 
 def _open_diffusers_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     """The weights file and configuration of a diffusers folder, or of the `vae` in a pipeline's."""
-    if not (folder / "config.json").is_file():
-        folder = folder / "vae" if (folder / "vae").is_dir() else folder
+    if not os.path.isfile(folder / "config.json"):
+        folder = folder / "vae" if os.path.isdir(folder / "vae") else folder
     weights = folder / "diffusion_pytorch_model.safetensors"
     for file in (folder / "config.json", weights):
-        if not file.is_file():
+        if not os.path.isfile(file):
             raise CheckpointError(f"{folder} has no {file.name}; expected a VAE's folder as diffusers saves it")
     text = (folder / "config.json").read_text(encoding="utf-8", errors="replace")
     config = read_object(text, str(folder / "config.json"))

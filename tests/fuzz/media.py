@@ -1,0 +1,64 @@
+"""Pictures and clips with bytes changed, cut, doubled or of another kind than their name says."""
+
+from __future__ import annotations
+
+import random
+import tempfile
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+
+from starflow_core.media import read_image, read_metadata, read_video, write_video
+
+from .case import Case
+from .values import wrong_bytes
+
+STILLS, CLIPS = (".png", ".jpg"), (".mp4", ".webm", ".gif", ".webp")
+FOREIGN = (".tif", ".bmp")
+
+
+def cases(seed: int) -> Iterator[Case]:
+    rng = random.Random(seed)
+    while True:
+        suffix = rng.choice((*STILLS, *CLIPS, *FOREIGN))
+        data = whole(suffix)
+        start = 64 if rng.random() < 0.3 else None  # headers say how much there is
+        changed = wrong_bytes(data, random.Random(rng.random()), start)
+        shown = rng.choice((*STILLS, *CLIPS, *FOREIGN)) if rng.random() < 0.1 else suffix
+        yield Case("under another name" if shown != suffix else suffix, partial(read, data=changed, suffix=shown))
+
+
+@lru_cache
+def whole(suffix: str) -> bytes:
+    """A small file, with metadata where we write it."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"a{suffix}"
+        frames = torch.rand(1 if suffix in STILLS else 6, 3, 32, 48, generator=torch.Generator().manual_seed(0)) * 2 - 1
+        if suffix in FOREIGN:
+            from PIL import Image
+
+            Image.fromarray(((frames[0] + 1) * 127).byte().permute(1, 2, 0).numpy()).save(path)
+        else:
+            write_video(path, frames, 0 if suffix in STILLS else 10, {"seed": 1, "prompt": "a ring"})
+        return path.read_bytes()
+
+
+def read(folder: Path, data: bytes, suffix: str) -> None:
+    path = folder / f"a{suffix}"
+    path.write_bytes(data)
+    errors = []
+    for reader in (read_metadata, read_image, read_video):
+        try:
+            reader(path)
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise next((error for error in errors if not _told(error)), errors[0])
+
+
+def _told(error: Exception) -> bool:
+    from starflow_core.errors import StarflowError
+
+    return isinstance(error, StarflowError)
