@@ -90,7 +90,7 @@ class TensorFile:
         if os.path.isdir(path):
             path = _only_file_in(path)
         if not os.path.isfile(path):
-            raise CheckpointError(f"no checkpoint at {path}")
+            raise CheckpointError(f"no checkpoint at {path}; check the path")
         with reading(path):
             if path.name.endswith(INDEX):
                 file = _open_shards(path)
@@ -99,7 +99,9 @@ class TensorFile:
             elif path.suffix.lower() in PICKLES:
                 file = _open_pickle(path)
             else:
-                raise CheckpointError(f"{path.name} is no .safetensors, {INDEX} or {', '.join(PICKLES)} file")
+                raise CheckpointError(
+                    f"{path.name} is no checkpoint; give a .safetensors, {INDEX} or {', '.join(PICKLES)} file"
+                )
         if file.tensors and all(name.startswith("module.") for name in file.tensors):  # of a parallel wrapper
             return replace(file, tensors={name.removeprefix("module."): t for name, t in file.tensors.items()})
         return file

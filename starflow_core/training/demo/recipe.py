@@ -23,8 +23,15 @@ from .vae import train_vae
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(prog="python -m starflow_core.training", description=__doc__)
-    parser.add_argument("--work", type=Path, default=Path("runs"), help="folder for states that can be resumed")
-    parser.add_argument("--output", type=Path, default=BUNDLED, help="folder for the finished files")
+    parser.add_argument(
+        "--work", type=Path, default=Path("runs"), help="folder for states that can be resumed (default: runs)"
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=BUNDLED,
+        help="folder for the finished files (default: the bundled demo's, which is replaced)",
+    )
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the matrix products")
     parser.add_argument("--seed", type=int, default=0)
