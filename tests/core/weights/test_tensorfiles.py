@@ -156,7 +156,7 @@ def test_missing_file_and_folders_without_choice(tmp_path):
 def test_unknown_kind_of_file(tmp_path):
     path = tmp_path / "a.gguf"
     path.write_bytes(b"GGUF")
-    with pytest.raises(CheckpointError, match=r"a\.gguf is no \.safetensors"):
+    with pytest.raises(CheckpointError, match=r"a\.gguf is no checkpoint; give a \.safetensors"):
         TensorFile.open(path)
 
 
