@@ -37,12 +37,14 @@ class Codec:
     worst: int
     options: dict[str, str]
     tag: str = ""  # in the file, where players expect another than ffmpeg's
+    least: int = 1  # side of a frame
 
 
 # cpu-independent: x264's AVX-512 macroblock tree differs from run to run in widths that are no multiple of 128.
 H264 = Codec("libx264", 12, 51, {"x264-params": "cpu-independent=1"})
 VP9 = Codec("libvpx-vp9", 15, 63, {"row-mt": "1", "cpu-used": "4"})
-H265 = Codec("libx265", 12, 51, {"x265-params": "log-level=error"}, "hvc1")
+# x265 (4.1) writes past its memory with frames of 48 x 32, which takes the whole program down.
+H265 = Codec("libx265", 12, 51, {"x265-params": "log-level=error"}, "hvc1", least=64)
 AV1 = Codec("libsvtav1", 15, 63, {"preset": "8"})
 CODECS = {"h264": H264, "h265": H265, "av1": AV1, "vp9": VP9}
 
@@ -116,6 +118,11 @@ def container_recorder(recording: Recording, height: int, width: int) -> Iterato
 
     suffix = recording.target.suffix
     kind, codec = CONTAINERS[suffix], CODECS[recording.codec]
+    if min(height, width) < codec.least:
+        raise InputError(
+            f"{recording.target.path}: {recording.codec} takes frames of {codec.least} x {codec.least} or more, not "
+            f"{width} x {height}; use {kind.codecs[0]}"
+        )
     os.environ.setdefault("SVT_LOG", "1")  # SVT-AV1 tells its settings in twenty lines otherwise
     crf = round(codec.worst + (codec.best - codec.worst) * recording.quality / 100)
     padding = (0, height % 2), (0, width % 2), (0, 0)  # 4:2:0 has one chroma value for 2 x 2 pixels
