@@ -34,6 +34,10 @@ VALUES = (
 )  # fmt: skip
 
 
+QUICK = tuple(value for value in VALUES if value not in ("4097", "99999"))  # the others make minutes of honest work
+LONGEST = 60  # seconds of a case: some words make a prompt of each of the others
+
+
 def cases(seed: int) -> Iterator[Case]:
     rng = random.Random(seed)
     while True:
@@ -45,7 +49,8 @@ def cases(seed: int) -> Iterator[Case]:
             if action < 0.5:
                 words[place] = rng.choice(VALUES)
             elif action < 0.9:
-                words += [rng.choice(OPTIONS), rng.choice(VALUES)]
+                option = rng.choice(OPTIONS)
+                words += [option, rng.choice(QUICK if option == "--frames" else VALUES)]
             else:
                 del words[place]
             words = words or [""]
