@@ -22,7 +22,7 @@ def test_bad_input_is_refused_in_words(subject):
 
 def test_what_a_case_does_is_told_apart(monkeypatch):
     """Of a traceback, a hang and a crash the rest of the stream goes on."""
-    monkeypatch.setattr("tests.fuzz.runner.LONGEST", 5)
+    monkeypatch.setattr("tests.fuzz.runner.LONGEST", 15)
     found = run("test_fuzz", seed=0, count=8)
     assert [finding.outcome for finding in found] == [*OUTCOMES, "worked", "refused"]
 
@@ -39,7 +39,7 @@ def cases(seed):
         raise InputError("no")
 
     def fill(folder):
-        return len(bytearray(3 << 29))
+        return len(b"x" * (5 << 28))  # written, so that it is really there
 
     acts = [
         lambda folder: 0,
