@@ -77,9 +77,9 @@ def test_what_cannot_be_set_is_said(script, monkeypatch, setting, message):
     assert main(script, monkeypatch, FOLDER / "text_to_video.json", "--set", setting) == f"error: {message}"
 
 
-def test_a_name_of_two_nodes_is_refused(script, monkeypatch):
-    said = main(script, monkeypatch, FOLDER / "video_edit.json", "--set", "Sampler.seed=1")
-    assert said == "error: --set Sampler.seed=1: nodes 6, 11 have that name; give a number instead"
+def test_a_name_of_several_nodes_is_refused(script, monkeypatch):
+    said = main(script, monkeypatch, FOLDER / "convergence_study.json", "--set", "Sampler.window=1")
+    assert said == "error: --set Sampler.window=1: nodes 7, 11, 17 have that name; give a number instead"
 
 
 @pytest.mark.parametrize(
