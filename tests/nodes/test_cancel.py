@@ -61,7 +61,8 @@ def test_a_sampler_asks_while_it_works(monkeypatch, demo):
     monkeypatch.setattr(sampling.Watch, "progress", noted)
     monkeypatch.setattr(management, "throw_exception_if_processing_interrupted", lambda: asked.append(True))
     demo.sample(demo.empty(**SMALL))
-    assert set(seen) == {("deep", 1), ("shallow", 1), ("denoise", 1)}
+    assert {phase for phase, _ in seen} == {"deep", "shallow", "denoise"}
+    assert all(times >= 1 for _, times in seen)  # a host may ask again of its own, as 0.33 does for a preview
 
 
 def test_cancel_gives_everything_back(monkeypatch, demo):
