@@ -128,4 +128,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
 
 def _peak() -> int:
     """The most memory that this process has had, in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():  # the other figure begins at what the process that started this one had
+        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
