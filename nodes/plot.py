@@ -42,7 +42,7 @@ def convergence(statistics: Statistics, job: Job, config: FlowConfig) -> Tensor:
 
 def by_frame(statistics: Statistics, frame_tokens: int) -> np.ndarray:
     """Largest change of each frame's tokens at each sweep: (frames, sweeps), NaN where none was solved."""
-    changes = statistics.deep_changes
+    changes = [(first, change.cpu()) for first, change in statistics.deep_changes]
     if not changes:
         return np.empty((0, 0), np.float32)
     frames = max((first + len(change) - 1) // frame_tokens for first, change in changes) + 1

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OutOfMemoryForecast
-from ..model.cache import Cache
+from ..model.cache import RESIDENT, CacheShape
 from ..model.config import Denoiser, FlowConfig
 from ..model.flow import SHALLOW_TOKENS
 from .tasks import Job, layout
@@ -46,13 +46,11 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
     plan = layout(config, job)
     item = dtype.itemsize
     frame_tokens = (job.height // config.cell) * (job.width // config.cell)
-    rows = job.batch * (2 if job.guidance else 1)
-    slots = config.prompt.tokens + min(plan.window, plan.total) * frame_tokens
-    cache = Cache.bytes(config.layers[-1], rows, config.deep_width, slots, item)
+    shape = cache_shape(config, job)
+    slots = shape.slots
+    cache, _ = shape.bytes(RESIDENT, item)
     shallow = min(SHALLOW_TOKENS, job.batch * plan.total * frame_tokens)
-    span = min(max(job.solver.span, job.solver.first_span, job.solver.image_span), slots)
-    absorbed = plan.given if plan.total <= plan.window else max(plan.keep, plan.given)
-    deep = rows * max(span, absorbed * frame_tokens, config.prompt.tokens)
+    deep = shape.rows * max(shape.widest, config.prompt.tokens)
     activations = LAYER * item * max(shallow * config.width, deep * config.deep_width)
     if job.denoise and config.denoiser:
         step = LAYER * item * job.batch * slots * config.denoiser.width
@@ -62,6 +60,16 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
         activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
     latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
     return Forecast(parameters(config) * item, cache, activations + latents)
+
+
+def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
+    """Of the deep block's cache. Raises InputError for an impossible job."""
+    plan, prefix = layout(config, job), config.prompt.tokens
+    frame_tokens = (job.height // config.cell) * (job.width // config.cell)
+    slots = prefix + min(plan.window, plan.total) * frame_tokens
+    rows, heads = job.batch * (2 if job.guidance else 1), config.deep_width // config.head_dim
+    widest = min(job.solver.widest, slots)
+    return CacheShape(config.layers[-1], rows, heads, slots, config.head_dim, prefix, widest)
 
 
 def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:

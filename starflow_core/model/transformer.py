@@ -84,21 +84,3 @@ def causal(queries: Tensor, keys: Tensor, values: Tensor) -> Tensor:
         with torch.autocast("cpu", enabled=False):
             return causal(queries.float(), keys.float(), values.float()).to(queries.dtype)
     return scaled_dot_product_attention(queries, keys, values, is_causal=True)
-
-
-def causal_tail(slots: int, length: int, device: torch.device) -> Attend:
-    """Attention of the last `slots` of a sequence of `length`; made once for all layers.
-
-    A dense mask is built only for back ends without causal attention aligned to the end of the sequence.
-    """
-    if slots == length:
-        return causal
-    if slots == 1:
-        return scaled_dot_product_attention
-    if device.type == "cuda":
-        from torch.nn.attention.bias import causal_lower_right
-
-        mask = causal_lower_right(slots, length)
-    else:
-        mask = torch.ones(slots, length, dtype=torch.bool, device=device).tril(length - slots)
-    return lambda queries, keys, values: scaled_dot_product_attention(queries, keys, values, attn_mask=mask)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
+from ..model.cache import RESIDENT, Cache, CacheSettings
 from ..model.flow import Block, Flow, require_finite
 from ..model.placement import Placement
 from .runs import DeepRun, block_run
@@ -45,8 +46,8 @@ class Sampler:
     noise (B, T, C, H, W), text and uncond (B, L, D); uncond may be None or one row, and is not used
     with guidance 0. `context` holds the first latent frames, noise included; they come back as they
     are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
-    when it is full, it slides on, keeping the last `keep` of them. Without a `placement` everything
-    computes where the text is.
+    when it is full, it slides on, keeping the last `keep` of them. `cache` says how settled keys and values are kept.
+    Without a `placement` everything computes where the text is.
     """
 
     def __init__(
@@ -63,10 +64,11 @@ class Sampler:
         settings: SolverSettings = PRESETS["balanced"],
         control: Control | None = None,
         placement: Placement | None = None,
+        cache: CacheSettings = RESIDENT,
     ):
         self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
         self.context, self.settings, self.control = context, settings, control or Control()
-        self.placement = placement or Placement.on(text.device)
+        self.placement, self.cache = placement or Placement.on(text.device), cache
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
         self.given = 0 if context is None else context.shape[1]
@@ -138,7 +140,10 @@ class Sampler:
     def _deep(self, z: Tensor, known: Tensor) -> Iterator[tuple[int, Tensor]]:
         """The frames (B, 1, N, c) after the `known` ones, window by window, from noise z (B, T, N, c)."""
         grid = self.grid.with_frames(self.window)
-        run = DeepRun(self.flow, grid, self.text, self.uncond, self.guidance, self.placement.deep)
+        run = DeepRun(
+            self.flow, grid, self.text, self.uncond, self.guidance, self.placement.deep, self.settings.widest,
+            partial(Cache, settings=self.cache),
+        )  # fmt: skip
         recent = deque((known[:, i : i + 1] for i in range(self.given)), max(self.keep, self.given))
         first = 0  # absolute index of the window's first frame
         while True:

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..errors import InputError, NonFiniteError
 
 SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
+ABSORBED = 512  # known tokens that are run at once
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,11 @@ class SolverSettings:
             return self.image_span
         return self.first_span if token < frame_tokens else self.span
 
+    @property
+    def widest(self) -> int:
+        """The most tokens of the deep block that are evaluated at once."""
+        return max(ABSORBED, self.image_span, self.first_span, self.span)
+
     def with_numbers(self, **numbers) -> SolverSettings:
         """The same settings with the given numbers changed; None leaves a number as it is."""
         return replace(self, **{k: v for k, v in numbers.items() if v is not None})
@@ -74,7 +80,7 @@ class Statistics:
     whatever the guidance; each frame of a shallow block counts.
 
     `deep_changes` has, for each sweep of the deep block, the first token's index in the whole clip and
-    the relative squared change of each token of the span (largest over the batch).
+    the relative squared change of each token of the span (largest over the batch), on the deep block's device.
     """
 
     deep_sweeps: int = 0
@@ -90,6 +96,8 @@ class Evaluate(Protocol):
     def start(self, tokens: Tensor) -> Tensor: ...
 
     def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]: ...
+
+    def horizon(self, start: int) -> int: ...
 
 
 class Window:
@@ -117,9 +125,9 @@ class Window:
 
 def absorb(evaluate: Evaluate, window: Window) -> None:
     """Run the known tokens, so that their keys and values are in the cache."""
-    if window.known:
-        inputs = window.inputs(evaluate, 0, window.known)
-        window.a[:, : window.known], window.b[:, : window.known] = evaluate(inputs, 0)
+    for start in range(0, window.known, ABSORBED):
+        stop = min(start + ABSORBED, window.known)
+        window.a[:, start:stop], window.b[:, start:stop] = evaluate(window.inputs(evaluate, start, stop), start)
 
 
 def solve_tokens(evaluate: Evaluate, window: Window) -> Iterator[int]:
@@ -147,13 +155,14 @@ def solve_span(
         warm_start(window, entered, stop)
         sweeps = torch.cat((sweeps, sweeps.new_zeros(stop - max(entered, settled)))) + 1
         output, change = _sweep(evaluate, window, settled, stop)
-        leading = _leading(change < settings.tolerance, sweeps >= settings.max_sweeps)
-        residual, leading = float(change.max()), int(leading)
+        aged = int((sweeps >= settings.max_sweeps).sum())  # they lead: who entered first is the oldest
+        leading, residual = decide(change, settings.tolerance, aged)
         if not math.isfinite(residual):
             raise_non_finite(window, output, settled)
+        leading = min(leading, evaluate.horizon(settled) - settled)
         statistics.deep_sweeps += 1
         statistics.deep_evaluations += stop - settled
-        statistics.deep_changes.append((window.first + settled, change.cpu()))
+        statistics.deep_changes.append((window.first + settled, change))
         following = secant.step(window.x[:, settled:stop], output)
         window.x[:, settled : settled + leading] = output[:, :leading]
         window.x[:, settled + leading : stop] = following[:, leading:]
@@ -219,10 +228,10 @@ def warm_start(window: Window, start: int, stop: int) -> None:
     else one row earlier, or else of the last token before them. A clip's first tokens start from noise alone."""
     if start in (0, stop):
         return
-    slots = torch.arange(start, stop)
+    slots = torch.arange(start, stop, device=window.z.device)
     source = _same_place(slots, start, window.frame_tokens)
     row = _same_place(slots, start, window.width)
-    source = torch.where(source >= 0, source, torch.where(row >= 0, row, start - 1)).to(window.z.device)
+    source = torch.where(source >= 0, source, torch.where(row >= 0, row, start - 1))
     window.x[:, start:stop] = window.a[:, source] * window.z[:, start:stop] + window.b[:, source]
 
 
@@ -237,10 +246,14 @@ def _change(new: Tensor, old: Tensor) -> Tensor:
     return ((new - old).square() / scale).mean(-1).amax(0)
 
 
-def _leading(small: Tensor, old: Tensor) -> Tensor:
-    """How many leading tokens may be committed, at least one."""
-    stays = ~(small | old.to(small.device))
-    return torch.where(stays.any(), stays.int().argmax(), len(stays)).clamp(min=1)
+def decide(change: Tensor, tolerance: float, aged: int) -> tuple[int, float]:
+    """How many leading tokens of a span may be committed, at least one, and the residual: a sweep's only question to
+    the device. The first `aged` may in any case."""
+    going = ~(change < tolerance)
+    going[:aged] = False
+    leading = torch.where(going.any(), going.int().argmax(), len(going)).clamp(min=1)
+    leading, residual = torch.stack((leading.to(change.dtype), change.max())).tolist()
+    return int(leading), residual
 
 
 def raise_non_finite(window: Window, output: Tensor, start: int) -> None:
@@ -276,11 +289,17 @@ def solve_frames(
         x[active] = output
         statistics.shallow_sweeps += 1
         statistics.shallow_evaluations += output.shape[0] * output.shape[1]
-        residual, going = float(change.max()), (~(change < settings.shallow_tolerance)).nonzero()[:, 0]
+        residual, going = still_going(change, settings.shallow_tolerance)
         report(len(z) - len(going), residual)
         if not len(going) or residual != residual:
             break
-        following = secant.step(current, output)
+        following, going = secant.step(current, output), going.to(z.device)
         current, active = following[going], active[going]
         secant.keep(going)
     return x
+
+
+def still_going(change: Tensor, tolerance: float) -> tuple[float, Tensor]:
+    """The residual, and the rows whose change (rows,) is not below the tolerance."""
+    change = change.cpu()  # a sweep's only question to the device
+    return float(change.max()), (~(change < tolerance)).nonzero()[:, 0]

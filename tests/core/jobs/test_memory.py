@@ -52,7 +52,7 @@ class Counted(TorchDispatchMode):
         self.now -= self.alive.pop(key)
 
     def set_cache_apart(self, cache: Cache) -> None:
-        sizes = [tensor.untyped_storage() for tensor in (cache.keys, cache.values)]
+        sizes = [cache.recent.untyped_storage()]
         for storage in sizes:
             self.now -= self.alive[storage._cdata]
             self.alive[storage._cdata] = 0
@@ -64,8 +64,8 @@ def counted(monkeypatch):
     """Bytes that are made in it are counted, those of caches by themselves."""
     count, make = Counted(), Cache.__init__
 
-    def init(self, *shape):
-        make(self, *shape)
+    def init(self, *shape, **settings):
+        make(self, *shape, **settings)
         count.set_cache_apart(self)
 
     monkeypatch.setattr(Cache, "__init__", init)

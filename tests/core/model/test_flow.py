@@ -7,7 +7,7 @@ import torch
 
 from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.rope import token_rotary
-from starflow_core.model.transformer import FinalNorm, causal_tail
+from starflow_core.model.transformer import FinalNorm
 from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.sampling import Sampler, sample
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
@@ -185,15 +185,6 @@ def test_final_norm_and_rotation_compute_in_float32():
     assert torch.equal(norm(x), norm(x.float()).bfloat16())
     rotary = token_rotary(1, 3, 3, length=5, head_dim=48, rounding="exact", device="cpu")
     assert torch.equal(rotary.rotate(x), rotary.rotate(x.float()).bfloat16())
-
-
-def test_the_mask_of_a_device_is_aligned_to_the_end():
-    """As the dense mask: the last slots of the sequence see all before them."""
-    q, k, v = models.randn(1, 2, 3, 8), models.randn(1, 2, 7, 8, seed=1), models.randn(1, 2, 7, 8, seed=2)
-    dense, device = (causal_tail(3, 7, torch.device(name))(q, k, v) for name in ("cpu", "cuda"))
-    torch.testing.assert_close(device, dense)
-    first = causal_tail(1, 5, torch.device("cpu"))(q[:, :, :1], k[:, :, :5], v[:, :, :5])
-    torch.testing.assert_close(dense[:, :, :1], first)
 
 
 def test_log_determinants_are_in_row_major_order():

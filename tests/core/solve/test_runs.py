@@ -46,13 +46,13 @@ def evaluated(run, batch=2):
 def test_rows_apart_are_the_rows_together():
     flow = models.flow()
     together, apart = deep_run(flow), deep_run(flow, devices=APART.deep)
-    assert [run.cache.keys.shape[1] for run in together.runs] == [4]
-    assert [run.cache.keys.shape[1] for run in apart.runs] == [2, 2]
+    assert [run.cache.shape.rows for run in together.runs] == [4]
+    assert [run.cache.shape.rows for run in apart.runs] == [2, 2]
     torch.testing.assert_close(evaluated(apart), evaluated(together), atol=1e-5, rtol=1e-5)
 
 
 def test_without_guidance_there_is_one_run():
-    assert [run.cache.keys.shape[1] for run in deep_run(models.flow(), 0.0, devices=APART.deep).runs] == [2]
+    assert [run.cache.shape.rows for run in deep_run(models.flow(), 0.0, devices=APART.deep).runs] == [2]
 
 
 @pytest.mark.parametrize("placement", [None, APART], ids=["together", "apart"])
@@ -87,7 +87,7 @@ def test_a_cache_is_handed_in():
     run = deep_run(flow, make_cache=make_cache)
     evaluated(run)
     assert [r.cache for r in run.runs] == made
-    assert made[0].keys.shape == (2, 4, 3, 5 + 18, 24)  # layers, rows, heads, slots, channels
+    assert made[0].recent.shape == (2, 2, 4, 3, 5 + 18, 24)  # keys and values, layers, rows, heads, slots, channels
     torch.testing.assert_close(evaluated(run), evaluated(deep_run(flow)))
 
 
