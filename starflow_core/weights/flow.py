@@ -159,11 +159,11 @@ def load_flow(
         for name in kept:
             replace_linear(flow, name.removesuffix(int8.WEIGHT), int8_linear)
         for name in _counted(checkpoint, expected, "load", progress):
-            home, stored = _device_of(name, config, placement), checkpoint.tensors[name]
+            home = _device_of(name, config, placement)
             if name in kept:
-                int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(stored, name, checkpoint)))
+                int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(checkpoint, name)))
                 continue
-            weight = cast(stored.read(), dtype, name, checkpoint.path).to(home)
+            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
             module, _, attribute = name.rpartition(".")
             setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     return flow.eval()
@@ -405,11 +405,10 @@ def _written(source: TensorFile, names: Iterable[str], dtype: str) -> Iterator[T
     """The tensors of `_layout`, made from weights of these names."""
     other = parse_dtype(dtype, WEIGHT_TYPES)
     for name in names:
-        stored = source.tensors[name]
         if dtype == INT8 and QUANTISED.fullmatch(name):
-            yield from (*int8.int8_weight(stored, name, source), int8.mark())
+            yield from (*int8.int8_weight(source, name), int8.mark())
         else:
-            yield cast(stored.read(), other, name, source.path)
+            yield cast(source.tensor(name), other, name, source.path)
 
 
 def _held(flow: Flow, names: Iterable[str]) -> dict[str, StoredTensor]:

@@ -100,8 +100,9 @@ def paired(weight: StoredTensor, read: Callable[[], tuple[Tensor, Tensor]]) -> S
     return replace(weight, int8=read, read=lambda: expand(*read(), torch.float32))
 
 
-def int8_weight(stored: StoredTensor, name: str, file: TensorFile) -> tuple[Tensor, Tensor]:
+def int8_weight(file: TensorFile, name: str) -> tuple[Tensor, Tensor]:
     """Values and scales of a weight: those of the file, or made from it. Errors as in `cast`."""
+    stored = file.tensors[name]
     return stored.int8() if stored.int8 else quantise(cast(stored.read(), torch.float32, name, file.path))
 
 
