@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.comparison import COSTS
-from benchmarks.solver import CASES, Case, machine, relative_error, timed, write_json
+from benchmarks.solver import CASES, Case, demo_case, machine, relative_error, timed, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.int8 import Int8Linear
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
@@ -72,10 +72,14 @@ def has_kitchen() -> bool:
     return True
 
 
-def measure(case: Case) -> dict:
-    """All kinds of weights on one case, ready for JSON."""
+def measure(model: str, *settings) -> dict:
+    """All kinds of weights on one case, ready for JSON. `settings` are kind, seeds and guidance."""
+    case = CASES[model](*settings)
     exact = torch.cat([latents for latents, _ in samples(case, case.flow, "autoregressive")])
     results = [result(name, case, flow, exact) for name, flow in variants(case.flow)]
+    if model == "demo":
+        whole = demo_case(*settings, quantise=True)
+        results.append(result("int8, text encoder too", whole, whole.flow, exact))
     return {
         "model": case.model,
         "kind": case.kind,
@@ -127,7 +131,7 @@ def main() -> None:
     cases = []
     for model in ("demo", "mid") if arguments.model == "all" else (arguments.model,):
         for kind in ("video", "image"):
-            cases.append(measure(CASES[model](kind, arguments.seeds, arguments.guidance)))
+            cases.append(measure(model, kind, arguments.seeds, arguments.guidance))
             print(text(cases[-1]), end="\n\n", flush=True)
     if arguments.json:
         settings = {"seeds": arguments.seeds, "guidance": arguments.guidance}

@@ -750,7 +750,7 @@ def test_inspect_forecasts(run):
     assert large["memory"]["bf16"]["total"] > small["memory"]["bf16"]["total"]
     for need in small["memory"].values():
         assert need["total"] == need["weights"] + need["cache"] + need["activations"]
-    assert set(small["memory"]) == {"bf16", "fp32"}
+    assert set(small["memory"]) == {"bf16", "fp32", "int8"}
     assert small["memory"]["fp32"]["weights"] == 4 * small["parameters"] == 2 * small["memory"]["bf16"]["weights"]
     assert set(json.loads(run("inspect", "--json", "--dtype", "fp16")[0])["memory"]) == {"fp16"}
     assert small["free"] > 0
