@@ -23,7 +23,7 @@ from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
-from .weights.flow import find_config, in_int8, load_flow, weight_bytes
+from .weights.flow import expanded_bytes, find_config, in_int8, load_flow, weight_bytes
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
 from .weights.vae import VAEFile, find_vae
@@ -214,8 +214,8 @@ class Parts:
     ) -> memory.Forecast:
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
-        weights = weight_bytes(self.config, dtype, self.in_int8)
-        return replace(need, weights=weights, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
+        need = in_8_bit(need, self.config, dtype) if self.in_int8 else need
+        return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
 
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
@@ -224,6 +224,12 @@ class Parts:
         vae = self.vae.load(dtype, placement.vae)
         flow = load_flow(self.checkpoint, dtype, placement, progress=progress, quantise=self.quantise)
         return Pipeline(flow, vae, self.text, placement, dtype)
+
+
+def in_8_bit(need: memory.Forecast, config: FlowConfig, dtype: torch.dtype) -> memory.Forecast:
+    """What a job needs if the flow's large weights are in 8 bit; one at a time is expanded to `dtype`."""
+    activations = need.activations + expanded_bytes(config, dtype)
+    return replace(need, weights=weight_bytes(config, dtype, in_int8=True), activations=activations)
 
 
 def find_parts(

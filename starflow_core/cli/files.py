@@ -6,7 +6,6 @@ import json
 import os
 from argparse import Namespace
 from collections import Counter
-from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -89,8 +88,8 @@ def _usual_types(in_int8: bool) -> tuple[str, ...]:
 def _forecast(config: FlowConfig, job: Job, name: str, in_int8: bool) -> memory.Forecast:
     """What a job needs with weights of that type; with int8 it computes in bf16."""
     dtype = parse_dtype(name, WEIGHT_TYPES)
-    weights = checkpoints.weight_bytes(config, dtype, in_int8 or name == INT8)
-    return replace(memory.forecast(config, job, dtype), weights=weights)
+    need = memory.forecast(config, job, dtype)
+    return pipeline.in_8_bit(need, config, dtype) if in_int8 or name == INT8 else need
 
 
 def _blocks(config: FlowConfig) -> list[dict[str, Any]]:
