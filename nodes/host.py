@@ -61,6 +61,30 @@ def best_dtype(device: torch.device) -> torch.dtype:
     return torch.float16 if management.should_use_fp16(device) else torch.float32
 
 
+def int8_linear(dtype: torch.dtype) -> type[nn.Module] | None:
+    """The host's layer for weights in 8 bit, which it can keep elsewhere; None where it has none, as 0.3.64."""
+    if not hasattr(comfy.ops, "mixed_precision_ops"):
+        return None
+    from comfy import quant_ops
+
+    if "int8_tensorwise" not in quant_ops.QUANT_ALGOS or quant_ops.get_layout_class("TensorWiseINT8Layout") is None:
+        return None
+    base = comfy.ops.mixed_precision_ops(compute_dtype=dtype).Linear
+
+    class Int8Linear(base):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+            # Not on meta: weights are loaded to where a layer was made. Nothing but the bias has memory before.
+            super().__init__(in_features, out_features, bias, dtype=dtype)
+
+        def _forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            # A product with a quantised weight would quantise the input, whatever the file says.
+            if isinstance(weight, quant_ops.QuantizedTensor):
+                weight = weight.dequantize()
+            return nn.functional.linear(input, weight, bias)
+
+    return Int8Linear
+
+
 def patcher(module: nn.Module, device: torch.device, offload: torch.device):
     """The host's handle on a module: it decides where the weights are."""
     kind = getattr(comfy.model_patcher, "CoreModelPatcher", comfy.model_patcher.ModelPatcher)

@@ -6,6 +6,9 @@ import argparse
 import re
 from fractions import Fraction
 
+from ..weights import WEIGHT_TYPES
+
+INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
 
@@ -105,7 +108,7 @@ def _score(command: argparse.ArgumentParser) -> None:
 def _convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help=".pth, .safetensors, an index of shards, or a folder")
     command.add_argument("target", metavar="TARGET", help="the .safetensors file to write")
-    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="(default: bf16)")
+    command.add_argument("--dtype", choices=WEIGHT_TYPES, default="bf16", help=f"{INT8_HELP} (default: bf16)")
     command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
 
 
@@ -119,7 +122,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     _add_size(job)
     job.add_argument("--batch", type=_whole, default=1, metavar="N")
     job.add_argument("--guidance", type=float, metavar="W")
-    job.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="only this type (default: bf16 and fp32)")
+    job.add_argument("--dtype", choices=WEIGHT_TYPES, help="only this type (default: all but fp16)")
     job.add_argument("--device", metavar="NAME", help=f"device whose free memory to show: {DEVICE_HELP}")
     _add_json(command)
 
@@ -176,9 +179,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
     group.add_argument(
         "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        choices=("auto", *WEIGHT_TYPES),
         default="auto",
-        help="type of the networks (auto: fp32 on a CPU, otherwise bf16)",
+        help=f"type of the networks (auto: fp32 on a CPU, otherwise bf16); {INT8_HELP}, in flow and text encoder, "
+        "computing as auto does",
     )
 
 

@@ -459,8 +459,8 @@ def test_impossible_targets(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             convert(source, target, overwrite=True)
-    with pytest.raises(InputError, match="dtype 'int8'; choose one of bf16, fp16, fp32"):
-        convert(source, tmp_path / "b.safetensors", "int8")
+    with pytest.raises(InputError, match="dtype 'int4'; choose one of bf16, fp16, fp32, int8"):
+        convert(source, tmp_path / "b.safetensors", "int4")
 
 
 class Interruption:
