@@ -31,7 +31,7 @@ log = logging.getLogger("starflow")
 
 OPERATIONS = comfy.ops.manual_cast  # layers whose weights the host may keep elsewhere
 OUT_OF_MEMORY = management.OOM_EXCEPTION
-PREVIEW_SIDE = 512
+PREVIEW_SIDE = 1024  # at most; the page labels a preview with the size that it gets
 
 
 def flow_device() -> torch.device:
@@ -146,7 +146,7 @@ class NodeProgress:
 
     def update(self, step: int, total: int, picture: Tensor | None = None) -> None:
         """`picture` (H, W, 3) in 0..1. Raises the host's exception on Cancel."""
-        preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+        preview = None if picture is None else ("JPEG", _pil(picture), min(max(picture.shape[:2]), PREVIEW_SIDE))
         self.bar.update_absolute(step, total, preview)
 
     def say(self, text: str) -> None:
