@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from starflow_core.errors import StarflowError
 from starflow_core.media import read_image, read_metadata, read_video, write_video
 
 from .case import Case
@@ -46,19 +47,14 @@ def whole(suffix: str) -> bytes:
 
 
 def read(folder: Path, data: bytes, suffix: str) -> None:
+    """Every reader is tried; one that gives pixels is enough."""
     path = folder / f"a{suffix}"
     path.write_bytes(data)
-    errors = []
-    for reader in (read_metadata, read_image, read_video):
+    refusals = []
+    for reader in (read_image, read_video, read_metadata):
         try:
             reader(path)
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise next((error for error in errors if not _told(error)), errors[0])
-
-
-def _told(error: Exception) -> bool:
-    from starflow_core.errors import StarflowError
-
-    return isinstance(error, StarflowError)
+        except StarflowError as error:
+            refusals.append(error)
+    if len(refusals) > 1:
+        raise refusals[0]
