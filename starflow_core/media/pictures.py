@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from .pixels import from_bytes
 from .targets import Recording, WriteFrame
 
 LARGEST_SIDE, LARGEST_AREA = 16384, 1 << 27
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without any, what it logs of a damaged file is printed
 
 
 def read_image(path: str | os.PathLike) -> Tensor:

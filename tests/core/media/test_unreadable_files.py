@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import suppress
 from itertools import islice
@@ -87,6 +88,18 @@ def test_a_clip_that_ends_early(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="should have 40 frames, but only 30 can be read"):
         read_video(path)
     assert len(read_video(path, 20).pixels) == 30
+
+
+def test_pillow_logs_nothing_to_the_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, which would take what is logged
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    samples = np.array([277, 3, 1, 0], "<u2").tobytes()  # SamplesPerPixel
+    assert samples + b"\3" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(samples + b"\3\0", samples + b"\3\1"))
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read_image(path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_picture_with_odd_tags_is_read_in_silence(tmp_path, capfd):
