@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache, partial
 from pathlib import Path
 
@@ -47,14 +50,31 @@ def whole(suffix: str) -> bytes:
 
 
 def read(folder: Path, data: bytes, suffix: str) -> None:
-    """Every reader is tried; one that gives pixels is enough."""
+    """Every reader is tried, and one that gives pixels is enough. Nothing may be printed."""
     path = folder / f"a{suffix}"
     path.write_bytes(data)
     refusals = []
-    for reader in (read_image, read_video, read_metadata):
-        try:
-            reader(path)
-        except StarflowError as error:
-            refusals.append(error)
+    with _listening(folder / "said"):
+        for reader in (read_image, read_video, read_metadata):
+            try:
+                reader(path)
+            except StarflowError as error:
+                refusals.append(error)
+    said = (folder / "said").read_text(errors="replace")
+    assert not said, said
     if len(refusals) > 1:
         raise refusals[0]
+
+
+@contextmanager
+def _listening(path: Path) -> Iterator[None]:
+    """What is printed as errors, by libraries in C as well, goes into a file."""
+    stderr = os.dup(2)
+    with open(path, "wb") as file:
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(stderr, 2)
+            os.close(stderr)
