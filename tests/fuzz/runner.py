@@ -107,7 +107,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
     from starflow_core.errors import StarflowError
 
     torch.set_num_threads(1)
-    module, executed = import_module(f"tests.fuzz.{subject}"), []
+    home, module, executed = os.getcwd(), import_module(f"tests.fuzz.{subject}"), []
     forbidden = getattr(module, "FORBIDDEN", FORBIDDEN)
     sys.addaudithook(lambda event, _: executed.append(event) if event in forbidden else None)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -134,7 +134,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
             if executed:
                 outcome = ("executed", ", ".join(executed))
             pipe.send(outcome)
-            os.chdir(top)
+            os.chdir(home)
             shutil.rmtree(folder, ignore_errors=True)
 
 

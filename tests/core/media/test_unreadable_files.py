@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -79,6 +80,23 @@ def test_a_gif_whose_header_says_that_it_is_huge(tmp_path, place):
     path.write_bytes(data)
     with pytest.raises(InputError, match=r"a\.gif says that it is .*32560.* Scale it down"):
         read_video(path)
+
+
+def test_an_animation_that_says_more_than_its_bytes_can_tell(tmp_path):
+    """Its frames are small, but would be put on a canvas of 16384 x 8192 each."""
+    path = tmp_path / "a.gif"
+    write_video(path, torch.zeros(3, 3, 16, 16), 10)
+    data = bytearray(path.read_bytes())
+    data[6:10] = (16384).to_bytes(2, "little") + (8192).to_bytes(2, "little")
+    path.write_bytes(data)
+    for read, count in ((read_video, 3), (partial(read_video, frames=2), 2), (read_image, 1)):
+        with pytest.raises(InputError, match=f"{count} x 16384 x 8192 pixels, but it has only {len(data)} bytes"):
+            read(path)
+
+
+def test_a_flat_picture_is_larger_than_its_file(tmp_path):
+    Image.new("RGB", (6000, 6000)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape == (3, 6000, 6000)
 
 
 def test_a_clip_that_ends_early(tmp_path, monkeypatch):
