@@ -231,12 +231,16 @@ def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[
 def quick_look(path: str | Path) -> str | None:
     """The name of the STARFlow in a safetensors file or index, or None if it is something else.
 
-    For lists of files: reads headers only and never raises.
+    For lists of files: reads headers only and never raises. A truncated or damaged file is shown, whatever it was
+    meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
     """
-    if not str(path).lower().endswith((".safetensors", INDEX)):
+    if not str(path).lower().endswith((".safetensors", INDEX)) or not os.path.isfile(path):
         return None
     try:
         checkpoint = TensorFile.open(path)
+    except CheckpointError:
+        return "damaged file"
+    try:
         _structure(checkpoint)
         try:
             return find_config(checkpoint).name

@@ -25,6 +25,7 @@ def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
 
 
 FAULTS = [
+    in_flow('return "damaged file"', "return None", "a truncated file vanishes from lists"),
     in_files('name.startswith("module.")', "False", "the prefix of a parallel wrapper is kept"),
     in_files("if shard and int(shard[1]) > 1:", "if False:", "one shard is taken for a checkpoint"),
     in_files("Path(name).name != name", "False", "an index may name files outside its folder"),
