@@ -171,9 +171,10 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=48)
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--guidance", type=float)
+    parser.add_argument("--int8", action="store_true", help="weights of flow and text encoder in 8 bit")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    pipeline, results = load_pipeline(), {}
+    pipeline, results = load_pipeline(quantise=options.int8), {}
     settings = {} if options.guidance is None else {"guidance": options.guidance}
     for task in options.tasks:
         began = time.monotonic()
@@ -185,7 +186,8 @@ def main() -> None:
             target = f"   goal {goal:.0%}" if goal else ""
             print(f"  {name:12} {share:6.1%}   shuffled {results[task]['shuffled'][name]:6.1%}{target}", flush=True)
     if options.json:
-        report = {"torch": torch.__version__, "settings": settings, "results": results}
+        weights = "int8" if options.int8 else str(pipeline.dtype).removeprefix("torch.")
+        report = {"torch": torch.__version__, "weights": weights, "settings": settings, "results": results}
         write_json(options.json, report)
 
 

@@ -29,7 +29,7 @@ from starflow_core.model.config import Denoiser, FlowConfig, PromptFormat
 from starflow_core.model.flow import Flow
 from starflow_core.model.placement import pick_device
 from starflow_core.model.vae.codec import VAE
-from starflow_core.model.vae.norms import with_fast_norms
+from starflow_core.model.vae.layers import with_fast_layers
 from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.solvers import SolverSettings, Statistics, Window, solve_span
 
@@ -209,7 +209,7 @@ def random_vae(small: bool, device: torch.device, dtype: torch.dtype) -> VAE:
     from diffusers import AutoencoderKLWan
 
     settings = WAN22 | ({"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1} if small else {})
-    return VAE(with_fast_norms(filled(AutoencoderKLWan, device, dtype, **settings)))
+    return VAE(with_fast_layers(filled(AutoencoderKLWan, device, dtype, **settings)))
 
 
 def filled(kind: type[nn.Module], device: torch.device, dtype: torch.dtype, *settings, **named) -> nn.Module:

@@ -31,7 +31,7 @@ log = logging.getLogger("starflow")
 
 OPERATIONS = comfy.ops.manual_cast  # layers whose weights the host may keep elsewhere
 OUT_OF_MEMORY = management.OOM_EXCEPTION
-PREVIEW_SIDE = 512
+PREVIEW_SIDE = 1024  # at most; the page labels a preview with the size that it gets
 
 
 def flow_device() -> torch.device:
@@ -59,6 +59,30 @@ def best_dtype(device: torch.device) -> torch.dtype:
     if management.should_use_bf16(device):
         return torch.bfloat16
     return torch.float16 if management.should_use_fp16(device) else torch.float32
+
+
+def int8_linear(dtype: torch.dtype) -> type[nn.Module] | None:
+    """The host's layer for weights in 8 bit, which it can keep elsewhere; None where it has none, as 0.3.64."""
+    if not hasattr(comfy.ops, "mixed_precision_ops"):
+        return None
+    from comfy import quant_ops
+
+    if "int8_tensorwise" not in quant_ops.QUANT_ALGOS or quant_ops.get_layout_class("TensorWiseINT8Layout") is None:
+        return None
+    base = comfy.ops.mixed_precision_ops(compute_dtype=dtype).Linear
+
+    class Int8Linear(base):
+        def __init__(self, in_features: int, out_features: int, bias: bool = True, device=None, dtype=None):
+            # Not on meta: weights are loaded to where a layer was made. Nothing but the bias has memory before.
+            super().__init__(in_features, out_features, bias, dtype=dtype)
+
+        def _forward(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+            # A product with a quantised weight would quantise the input, whatever the file says.
+            if isinstance(weight, quant_ops.QuantizedTensor):
+                weight = weight.dequantize()
+            return nn.functional.linear(input, weight, bias)
+
+    return Int8Linear
 
 
 def patcher(module: nn.Module, device: torch.device, offload: torch.device):
@@ -122,7 +146,7 @@ class NodeProgress:
 
     def update(self, step: int, total: int, picture: Tensor | None = None) -> None:
         """`picture` (H, W, 3) in 0..1. Raises the host's exception on Cancel."""
-        preview = None if picture is None else ("JPEG", _pil(picture), PREVIEW_SIDE)
+        preview = None if picture is None else ("JPEG", _pil(picture), min(max(picture.shape[:2]), PREVIEW_SIDE))
         self.bar.update_absolute(step, total, preview)
 
     def say(self, text: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -10,16 +11,19 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
-from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES
+from ..starflow_core.weights import FLOAT_TYPES, INT8, WEIGHT_TYPES
+from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES, TensorFile
 from . import host
 from .types import CATEGORY, SEARCH, ModelType, TextEncoderType
 
+log = logging.getLogger("starflow")
+
 Usable = Callable[[Path], bool]
-WEIGHT_TYPES = ("auto", *DTYPES)
 WEIGHT_TYPE_TIP = (
     "Data type of the weights and the computation. auto: bf16 if the graphics card supports it, otherwise fp16; "
     "fp32 on a CPU."
 )
+INT8_TIP = " int8: the large weights in 8 bit, half the memory of bf16; computes as auto does."
 
 
 @dataclass(frozen=True)
@@ -40,11 +44,12 @@ class WeightType(io.Combo.Input):
     """Checked by every host: 0.3.64 checks a list only where it is the type, and validate_inputs would blame this
     widget for a wrong file, too."""
 
-    def __init__(self):
-        super().__init__("weight_type", options=list(WEIGHT_TYPES), default="auto", tooltip=WEIGHT_TYPE_TIP)
+    def __init__(self, types: tuple[str, ...] = WEIGHT_TYPES):
+        tip = WEIGHT_TYPE_TIP + (INT8_TIP if INT8 in types else "")
+        super().__init__("weight_type", options=["auto", *types], default="auto", tooltip=tip)
 
     def get_io_type(self) -> Options:
-        return Options(WEIGHT_TYPES)
+        return Options(self.options)
 
 
 class STARFlowLoadModel(io.ComfyNode):
@@ -76,14 +81,20 @@ class STARFlowLoadModel(io.ComfyNode):
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
-        from ..starflow_core.weights.flow import load_flow
+        from ..starflow_core.weights.flow import in_int8, load_flow
 
-        device = host.flow_device()
+        checkpoint = TensorFile.open(_path("diffusion_models", model_name, FLOW_FILE))
+        dtype, quantise = _dtype(weight_type, host.flow_device()), weight_type == INT8
+        int8_linear = host.int8_linear(dtype)
+        if int8_linear is None and (quantise or in_int8(checkpoint)):
+            log.warning("STARFlow: this ComfyUI can't keep weights in 8 bit; %s is loaded in %s", model_name, dtype)
         flow = load_flow(
-            _path("diffusion_models", model_name, FLOW_FILE),
-            dtype=_dtype(weight_type, device),
+            checkpoint,
+            dtype=dtype,
             operations=host.OPERATIONS,
             progress=_progress(),
+            quantise=quantise,
+            int8_linear=int8_linear,
         )
         return io.NodeOutput(host.flow_patcher(flow))
 
@@ -120,7 +131,8 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
         from ..starflow_core.weights.text import load_text_encoder
 
         path = _path("text_encoders", encoder_name, TEXT_FILE)
-        encoder = load_text_encoder(path, host.tokenizer_for(path), dtype=_dtype(weight_type, host.text_device()))
+        dtype, quantise = _dtype(weight_type, host.text_device()), weight_type == INT8
+        encoder = load_text_encoder(path, host.tokenizer_for(path), dtype=dtype, quantise=quantise)
         return io.NodeOutput(LoadedText(encoder, host.text_patcher(encoder.model)))
 
 
@@ -141,7 +153,7 @@ class STARFlowLoadVAE(io.ComfyNode):
                     default=DEMO,
                     tooltip="Files in models/vae, and the demo's VAE.",
                 ),
-                WeightType(),
+                WeightType(FLOAT_TYPES),
             ],
             outputs=[io.Vae.Output(display_name="vae", tooltip="For this pack's nodes and ComfyUI's own.")],
         )
@@ -204,7 +216,8 @@ def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable
 
 
 def _dtype(name: str, device):
-    return host.best_dtype(device) if name == "auto" else DTYPES[name]
+    """The type to compute in."""
+    return DTYPES.get(name) or host.best_dtype(device)
 
 
 def _progress():

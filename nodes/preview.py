@@ -44,7 +44,7 @@ class Preview:
         return _grid(self._enlarged((colours + 1) / 2, columns), columns).movedim(0, -1)
 
     def _enlarged(self, pictures: Tensor, columns: int) -> Tensor:
-        """Smoothly, to their real size, or as far as the host shows of a grid with so many columns."""
+        """Smoothly, to their real size, or as far as a grid with so many columns may be shown."""
         height, width = pictures.shape[-2:]
         rows = math.ceil(len(pictures) / columns)
         scale = min(self.format.spatial, host.PREVIEW_SIDE / max(rows * height, columns * width))

@@ -23,7 +23,7 @@ from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
-from .weights.flow import find_config, load_flow
+from .weights.flow import expanded_bytes, find_config, in_int8, load_flow, weight_bytes
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
 from .weights.vae import VAEFile, find_vae
@@ -170,25 +170,34 @@ def load_pipeline(
     device: str | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
+    quantise: bool = False,
 ) -> Pipeline:
     """Load a model with its text encoder and VAE, or the bundled demo if no arguments are given.
 
     `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
-    CPU. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for
-    missing parts.
+    CPU. `quantise` brings the large weights of flow and text encoder to 8 bit. `progress` counts the
+    flow's bytes. Raises InputError for a device that isn't there and for missing parts.
     """
     place = pick_device(device)
-    return find_parts(model, text_encoder, vae).load(Placement.on(place), dtype or default_dtype(place), progress)
+    parts = find_parts(model, text_encoder, vae, quantise)
+    return parts.load(Placement.on(place), dtype or default_dtype(place), progress)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A flow with its text encoder and VAE, inspected, not loaded."""
+    """A flow with its text encoder and VAE, inspected, not loaded. `quantise` brings the flow's large weights to 8 bit
+    when they are loaded."""
 
     checkpoint: TensorFile
     config: FlowConfig
     text: TextEncoderFiles
     vae: VAEFile
+    quantise: bool = False
+
+    @property
+    def in_int8(self) -> bool:
+        """Whether the flow's large weights will be in 8 bit."""
+        return self.quantise or in_int8(self.checkpoint)
 
     def forecast(
         self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
@@ -205,6 +214,7 @@ class Parts:
     ) -> memory.Forecast:
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
+        need = in_8_bit(need, self.config, dtype) if self.in_int8 else need
         return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
 
     def load(
@@ -212,18 +222,28 @@ class Parts:
     ) -> Pipeline:
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
         vae = self.vae.load(dtype, placement.vae)
-        flow = load_flow(self.checkpoint, dtype=dtype, device=placement, progress=progress)
+        flow = load_flow(self.checkpoint, dtype, placement, progress=progress, quantise=self.quantise)
         return Pipeline(flow, vae, self.text, placement, dtype)
 
 
-def find_parts(model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None) -> Parts:
+def in_8_bit(need: memory.Forecast, config: FlowConfig, dtype: torch.dtype) -> memory.Forecast:
+    """What a job needs if the flow's large weights are in 8 bit; one at a time is expanded to `dtype`."""
+    activations = need.activations + expanded_bytes(config, dtype)
+    return replace(need, weights=weight_bytes(config, dtype, in_int8=True), activations=activations)
+
+
+def find_parts(
+    model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None, quantise: bool = False
+) -> Parts:
     """Find a flow, its text encoder and its VAE, and check that they fit; without arguments the bundled demo's.
 
-    Raises InputError for a missing part, CheckpointError for one that is something else.
+    `quantise` brings the large weights of flow and text encoder to 8 bit when they are loaded. Raises InputError for a
+    missing part, CheckpointError for one that is something else.
     """
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
-    parts = Parts(checkpoint, find_config(checkpoint), find_text_encoder(text_encoder), find_vae(vae))
+    text = find_text_encoder(text_encoder, quantise=quantise)
+    parts = Parts(checkpoint, find_config(checkpoint), text, find_vae(vae), quantise)
     parts.config.check_text_encoder(parts.text.dim)
     outline = parts.vae.outline
     parts.config.check_vae(outline.channels, outline.spatial, outline.temporal)

@@ -6,7 +6,7 @@ import importlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..errors import StarflowError
@@ -27,11 +27,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
     arguments = parser().parse_args(argv)
-    try:
+
+    def act() -> None:
         # What a command needs takes seconds to import, and help needs none of it.
         module = importlib.import_module(f".{arguments.module}", __package__)
+        getattr(module, arguments.command)(arguments)
+
+    return exit_code_of(act)
+
+
+def exit_code_of(act: Callable[[], object]) -> int:
+    """Do what a command does, tell what goes wrong in a line, and return the exit code."""
+    try:
         with _terminable():
-            getattr(module, arguments.command)(arguments)
+            act()
     except StarflowError as error:
         return _fail(str(error))
     except ModuleNotFoundError as error:

@@ -6,6 +6,9 @@ import argparse
 import re
 from fractions import Fraction
 
+from ..weights import WEIGHT_TYPES
+
+INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
 
@@ -40,14 +43,14 @@ def _generate(command: argparse.ArgumentParser) -> None:
     job = command.add_argument_group("what to make", "Defaults come from the model; `inspect` shows them.")
     job.add_argument(
         "--frames",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="1 makes an image; for extend this includes the frames kept; edit reads this much of its source",
     )
     _add_size(job)
     job.add_argument("--fps", type=_rate, metavar="RATE", help="frames per second, such as 16, 23.976 or 30000/1001")
     job.add_argument("--guidance", type=float, metavar="W", help="0 is off, like CFG 1 for a diffusion model")
-    job.add_argument("--seed", type=_whole, default=0, help="result i uses seed + i (default: 0)")
+    job.add_argument("--seed", type=whole, default=0, help="result i uses seed + i (default: 0)")
     job.add_argument(
         "--batch",
         type=_positive,
@@ -56,12 +59,12 @@ def _generate(command: argparse.ArgumentParser) -> None:
     )
     job.add_argument(
         "--window",
-        type=_whole,
+        type=whole,
         metavar="N",
         help="latent frames attended to at once; in longer clips the window slides",
     )
     job.add_argument(
-        "--keep", type=_whole, metavar="N", help="latent frames kept when the window slides, or seen by extend"
+        "--keep", type=whole, metavar="N", help="latent frames kept when the window slides, or seen by extend"
     )
     job.add_argument(
         "--denoise",
@@ -105,7 +108,7 @@ def _score(command: argparse.ArgumentParser) -> None:
 def _convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("source", metavar="SOURCE", help=".pth, .safetensors, an index of shards, or a folder")
     command.add_argument("target", metavar="TARGET", help="the .safetensors file to write")
-    command.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), default="bf16", help="(default: bf16)")
+    command.add_argument("--dtype", choices=WEIGHT_TYPES, default="bf16", help=f"{INT8_HELP} (default: bf16)")
     command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
 
 
@@ -115,11 +118,11 @@ def _inspect(command: argparse.ArgumentParser) -> None:
         "model", nargs="?", metavar="FILE", help="checkpoint, picture or clip (default: the bundled demo)"
     )
     job = command.add_argument_group("memory of a job")
-    job.add_argument("--frames", type=_whole, metavar="N")
+    job.add_argument("--frames", type=whole, metavar="N")
     _add_size(job)
-    job.add_argument("--batch", type=_whole, default=1, metavar="N")
+    job.add_argument("--batch", type=whole, default=1, metavar="N")
     job.add_argument("--guidance", type=float, metavar="W")
-    job.add_argument("--dtype", choices=("bf16", "fp16", "fp32"), help="only this type (default: bf16 and fp32)")
+    job.add_argument("--dtype", choices=WEIGHT_TYPES, help="only this type (default: all but fp16)")
     job.add_argument("--device", metavar="NAME", help=f"device whose free memory to show: {DEVICE_HELP}")
     _add_json(command)
 
@@ -137,8 +140,8 @@ COMMANDS = {
 def _add_size(group) -> None:
     group.add_argument("--aspect", metavar="W:H", help="aspect ratio, such as 16:9")
     group.add_argument("--size", type=_positive, metavar="PIXELS", help="side of a square of the same area")
-    group.add_argument("--height", type=_whole, metavar="PIXELS", help="with --width, instead of --aspect and --size")
-    group.add_argument("--width", type=_whole, metavar="PIXELS")
+    group.add_argument("--height", type=whole, metavar="PIXELS", help="with --width, instead of --aspect and --size")
+    group.add_argument("--width", type=whole, metavar="PIXELS")
 
 
 def _add_input(command: argparse.ArgumentParser) -> None:
@@ -153,14 +156,14 @@ def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
     group = command.add_argument_group("solver", "A preset sets all numbers; each can be overridden.")
     group.add_argument("--solver", choices=("jacobi", "autoregressive"), default="jacobi", help="(default: jacobi)")
     group.add_argument("--preset", choices=("fast", "balanced", "exact"), help=f"(default: {preset})")
-    group.add_argument("--image-span", type=_whole, metavar="N", help="tokens solved at once in an image")
-    group.add_argument("--first-span", type=_whole, metavar="N", help="the same for the first frame of a clip")
-    group.add_argument("--span", type=_whole, metavar="N", help="the same for the frames after it")
+    group.add_argument("--image-span", type=whole, metavar="N", help="tokens solved at once in an image")
+    group.add_argument("--first-span", type=whole, metavar="N", help="the same for the first frame of a clip")
+    group.add_argument("--span", type=whole, metavar="N", help="the same for the frames after it")
     group.add_argument(
         "--tolerance", type=float, metavar="X", help="relative squared change below which a token settles"
     )
     group.add_argument("--shallow-tolerance", type=float, metavar="X", help="the same for frames in shallow blocks")
-    group.add_argument("--max-sweeps", type=_whole, metavar="N", help="sweeps after which a token counts as settled")
+    group.add_argument("--max-sweeps", type=whole, metavar="N", help="sweeps after which a token counts as settled")
     command.set_defaults(default_preset=preset)
 
 
@@ -176,9 +179,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
     group.add_argument("--device", metavar="NAME", help=DEVICE_HELP)
     group.add_argument(
         "--dtype",
-        choices=("auto", "bf16", "fp16", "fp32"),
+        choices=("auto", *WEIGHT_TYPES),
         default="auto",
-        help="type of the networks (auto: fp32 on a CPU, otherwise bf16)",
+        help=f"type of the networks (auto: fp32 on a CPU, otherwise bf16); {INT8_HELP}, in flow and text encoder, "
+        "computing as auto does",
     )
 
 
@@ -189,22 +193,22 @@ def _add_video_output(command: argparse.ArgumentParser) -> None:
         help=".mp4, .webm, .gif, .webp, .png, .jpg, or a folder/ of pictures (default: in outputs/). "
         "Several results are called NAME-0, NAME-1, ..",
     )  # fmt: skip
-    group.add_argument("--quality", type=_whole, default=90, metavar="N", help="0 to 100 (default: 90)")
-    group.add_argument("--tile", type=_whole, metavar="N", help="decode in tiles of N x N latent cells, to save memory")
+    group.add_argument("--quality", type=whole, default=90, metavar="N", help="0 to 100 (default: 90)")
+    group.add_argument("--tile", type=whole, metavar="N", help="decode in tiles of N x N latent cells, to save memory")
 
 
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 20 digits")
     return int(text)
 
 
 def _positive(text: str) -> int:
-    value = _whole(text)
+    value = whole(text)
     if not 1 <= value <= 10**9:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {10**9}")
     return value

@@ -13,11 +13,13 @@ from typing import Any
 from .. import pipeline
 from ..jobs import memory
 from ..jobs.build import default_job
+from ..jobs.tasks import Job
 from ..media import read_metadata
 from ..model.config import FlowConfig
 from ..model.placement import pick_device
+from ..weights import INT8, WEIGHT_TYPES
 from ..weights import flow as checkpoints
-from ..weights.tensorfiles import DTYPES, PICKLES, TensorFile
+from ..weights.tensorfiles import PICKLES, parse_dtype
 from .progress import Meter
 from .settings import chosen, size_options
 
@@ -52,18 +54,13 @@ def _is_media(path: Path) -> bool:
 
 
 def _describe(args: Namespace, path: Path) -> dict[str, Any]:
-    checkpoint = TensorFile.open(path)
-    config = checkpoints.find_config(checkpoint)
-    shapes = checkpoints.check_keys(checkpoint, config)
+    checkpoint, config, shapes = checkpoints.resolve(path)
     stored = Counter()
     for name, shape in shapes.items():
         stored[str(checkpoint.dtypes[name]).removeprefix("torch.")] += prod(shape)
     job = default_job(config, batch=args.batch, **chosen(args, "frames", "guidance"), **size_options(args))
-    forecasts = {
-        name: memory.forecast(config, job, dtype)
-        for name, dtype in DTYPES.items()
-        if name == args.dtype or (args.dtype is None and name != "fp16")
-    }
+    types = (args.dtype,) if args.dtype else _usual_types(checkpoints.in_int8(checkpoint))
+    forecasts = {name: _forecast(config, job, name, checkpoints.in_int8(checkpoint)) for name in types}
     device = pick_device(args.device)
     return {
         "name": config.name,
@@ -81,6 +78,18 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
         "device": str(device),
         "free": memory.free(device),
     }
+
+
+def _usual_types(in_int8: bool) -> tuple[str, ...]:
+    """The types of weights to show needs for: what is in 8 bit stays so."""
+    return (INT8,) if in_int8 else tuple(name for name in WEIGHT_TYPES if name != "fp16")
+
+
+def _forecast(config: FlowConfig, job: Job, name: str, in_int8: bool) -> memory.Forecast:
+    """What a job needs with weights of that type; with int8 it computes in bf16."""
+    dtype = parse_dtype(name, WEIGHT_TYPES)
+    need = memory.forecast(config, job, dtype)
+    return pipeline.in_8_bit(need, config, dtype) if in_int8 or name == INT8 else need
 
 
 def _blocks(config: FlowConfig) -> list[dict[str, Any]]:

@@ -17,6 +17,7 @@ from ..jobs.tasks import Job, layout
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
 from ..solve import noise
+from ..weights import INT8
 from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver, warn
 
 
@@ -150,6 +151,7 @@ def metadata(args: Namespace, setup: Setup, given: Given, job: Job, prompt: str,
         **({"joined": True} if args.join else {}),
         "model": setup.config.name,
         "dtype": str(setup.dtype).removeprefix("torch."),
+        **({"weights": INT8} if setup.parts.in_int8 else {}),
         "noise_version": noise.VERSION,
         "version": __version__,
     }

@@ -20,6 +20,7 @@ from ..model.placement import Placement, default_dtype, pick_device
 from ..model.vae.tiles import LEAST_TILE
 from ..pipeline import Parts, Pipeline, find_parts
 from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from ..weights import INT8
 from ..weights.tensorfiles import DTYPES
 from .progress import Meter
 
@@ -38,7 +39,7 @@ class Setup:
     @classmethod
     def find(cls, args: Namespace) -> Setup:
         device = pick_device(args.device)
-        parts = find_parts(args.model, args.text_encoder, args.vae)
+        parts = find_parts(args.model, args.text_encoder, args.vae, quantise=args.dtype == INT8)
         return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
 
     @property

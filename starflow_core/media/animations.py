@@ -24,7 +24,7 @@ FASTEST = {".gif": 50, ".webp": 90}  # browsers play shorter frames at 10 a seco
 def read_animation(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of an animation or a picture."""
     notes: list[dict] = []
-    with opened(path) as file:
+    with opened(path, frames) as file:
         pixels = stacked(islice(frames_of(file, notes), frames), size)
     step = 10 if "version" in notes[0] else 1  # milliseconds; only a GIF has a version
     return Clip(pixels, _rate_of(len(notes), sum(note.get("duration", 0) for note in notes), step))

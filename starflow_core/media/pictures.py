@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterator
@@ -20,6 +21,8 @@ from .pixels import from_bytes
 from .targets import Recording, WriteFrame
 
 LARGEST_SIDE, LARGEST_AREA = 16384, 1 << 27
+LIKELY_AREA, DENSEST = 1 << 25, 2731  # what any file may hold; pixels of a byte, beyond that: the most that a GIF has
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # without any, what it logs of a damaged file is printed
 
 
 def read_image(path: str | os.PathLike) -> Tensor:
@@ -70,12 +73,12 @@ def encoded(frame: np.ndarray, suffix: str, quality: int, metadata: Metadata) ->
 
 
 @contextmanager
-def opened(path) -> Iterator[Any]:
-    """imageio's file of pictures; what goes wrong inside becomes InputError."""
+def opened(path, frames: int | None = 1) -> Iterator[Any]:
+    """imageio's file of pictures, of which `frames` will be read; what goes wrong inside becomes InputError."""
     import imageio.v3 as iio
 
     with decoding_errors(path, "picture"), _quiet():
-        _check_size(path)
+        _check_size(path, frames)
         try:
             file = iio.imopen(Path(os.path.abspath(path)), "r", plugin="pillow")
         except OSError as error:
@@ -92,16 +95,24 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _check_size(path) -> None:
-    """Raise InputError for a picture whose header says that it is larger than any; it would be made at that size."""
+def _check_size(path, frames: int | None) -> None:
+    """Raise InputError for a file that says it is larger than any, or than its bytes can tell; its pictures would be
+    made at that size."""
     from PIL import Image
 
     with Image.open(path) as image:
         width, height = image.size
+        count = 1 if frames == 1 else min(getattr(image, "n_frames", 1), frames or LARGEST_AREA)
     if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
         raise InputError(
             f"{path} says that it is {width} x {height} pixels; the largest read here are {LARGEST_SIDE} a side and "
             f"{LARGEST_AREA >> 20} million in all. Scale it down, or export it again if that is wrong"
+        )
+    size = os.path.getsize(path)
+    if count * width * height > max(LIKELY_AREA, DENSEST * size):
+        raise InputError(
+            f"{path} says that it holds {count} x {width} x {height} pixels, but it has only {size} bytes; scale it "
+            "down, or export it again if that is wrong"
         )
 
 

@@ -8,6 +8,7 @@ sooner. `solve_span` slides over a long sequence with a cache, `solve_frames` it
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -144,14 +145,14 @@ def solve_span(
     before it, so it is exact), and as many new ones enter, warm-started.
     """
     settled = entered = window.known
-    secant, sweeps = Secant(), torch.zeros(0, dtype=torch.int32)  # how often each token of the span was evaluated
+    secant, sweep, first_sweeps = Secant(), 0, []  # of each token of the span, in which it was first evaluated
     while settled < window.length:
         size = settings.span_at(settled, window.frame_tokens, window.length)
         stop = max(min(settled + size, window.length), entered)
         warm_start(window, entered, stop)
-        sweeps = torch.cat((sweeps, sweeps.new_zeros(stop - max(entered, settled)))) + 1
+        first_sweeps += [sweep] * (stop - max(entered, settled))
         output, change = _sweep(evaluate, window, settled, stop)
-        aged = int((sweeps >= settings.max_sweeps).sum())  # they lead: who entered first is the oldest
+        aged = bisect_right(first_sweeps, sweep + 1 - settings.max_sweeps)
         leading, residual = decide(change, settings.tolerance, aged)
         if not math.isfinite(residual):
             raise_non_finite(window, output, settled)
@@ -163,7 +164,8 @@ def solve_span(
         window.x[:, settled : settled + leading] = output[:, :leading]
         window.x[:, settled + leading : stop] = following[:, leading:]
         secant.drop(leading)
-        sweeps = sweeps[leading:]
+        del first_sweeps[:leading]
+        sweep += 1
         settled, entered = settled + leading, stop
         yield settled, residual
 

@@ -12,8 +12,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import InputError
-from .files import replacing
+from ..errors import InputError, NonFiniteError
+from .files import load_state, replacing
 
 LOG_EVERY = 20  # steps
 CLIP_NORM = 1.0  # of the gradient
@@ -78,7 +78,7 @@ class Loop:
         with self.autocast():
             loss, figures = step(index, rng, generator)
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"{name}: the loss is not finite at step {index}")
+            raise NonFiniteError(f"{name}: the loss is not finite at step {index}; try --dtype fp32 or another --seed")
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
@@ -89,7 +89,7 @@ class Loop:
         """Steps that are done. Raises InputError for the state of a run with other numbers."""
         if not path.exists():
             return 0
-        state = torch.load(path, map_location=self.device, weights_only=True)
+        state = load_state(path, self.device)
         if state.get("run") != run:
             raise InputError(f"{path} is of a run with {state.get('run')}, this one has {run}; use another folder")
         for name, part in parts.items():

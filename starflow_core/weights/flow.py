@@ -10,25 +10,29 @@ import math
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ..control import Progress
 from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
+from ..model.int8 import Int8Linear, replace_linear
 from ..model.placement import Placement
 from ..model.schema import read_json
+from . import INT8, WEIGHT_TYPES, int8
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
 from .tensorfiles import (
     DTYPES,
     INDEX,
+    Layout,
     Report,
+    StoredTensor,
     TensorFile,
     cast,
     check_space,
@@ -36,7 +40,6 @@ from .tensorfiles import (
     hash_files,
     parse_dtype,
     reading,
-    save_tensors,
     write_tensors,
 )
 
@@ -53,6 +56,8 @@ BLOCK = re.compile(r"blocks\.(\d{1,4})\.")
 LAYER = re.compile(r"blocks\.(\d{1,4})\.attn_blocks\.(\d{1,4})\.")
 DENOISER = "learnable_self_denoiser."
 DENOISER_LAYER = re.compile(r"learnable_self_denoiser\.attn_blocks\.(\d{1,4})\.")
+# What may be in 8 bit: nearly all weights, but neither the first nor the last layer of a block.
+QUANTISED = re.compile(r".*\battn_blocks\.\d+\.(attention\.(qkv|proj)|mlp\.main\.[02])\.weight")
 # Other models that are kept in the same folders; the first match counts.
 FOREIGN = (
     (("lora_", ".lora.", "hada_w1"), "a LoRA"),
@@ -110,6 +115,22 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
     return expected
 
 
+def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) -> int:
+    """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit."""
+    return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
+
+
+def expanded_bytes(config: FlowConfig, dtype: torch.dtype) -> int:
+    """Memory that the largest weight in 8 bit takes while it is used in `dtype`."""
+    shapes = expected_shapes(config).items()
+    return dtype.itemsize * max(math.prod(shape) for name, shape in shapes if QUANTISED.fullmatch(name))
+
+
+def in_int8(checkpoint: TensorFile) -> bool:
+    """Whether a checkpoint has weights in 8 bit."""
+    return any(QUANTISED.fullmatch(name) and kind == torch.int8 for name, kind in checkpoint.dtypes.items())
+
+
 def load_flow(
     source: str | Path | TensorFile,
     dtype: torch.dtype | None = None,
@@ -117,14 +138,18 @@ def load_flow(
     operations=torch.nn,
     config: FlowConfig | None = None,
     progress: Report | None = None,
+    quantise: bool = False,
+    int8_linear: type[nn.Module] | None = Int8Linear,
 ) -> Flow:
     """A flow with a checkpoint's weights, frozen and in eval mode, never twice in memory.
 
     `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
-    weights. `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an
-    unusable type or device, and NonFiniteError naming the first tensor with NaN or infinity.
+    weights that aren't in 8 bit. `quantise` brings the large weights to 8 bit while they are loaded; those that are in
+    8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None all are expanded to `dtype`.
+    `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an unusable type
+    or device, and NonFiniteError naming the first tensor with NaN or infinity.
     """
-    checkpoint, config, expected = _resolve(source, config)
+    checkpoint, config, expected = resolve(source, config)
     placement = device if isinstance(device, Placement) else Placement.on(device)
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
@@ -133,11 +158,18 @@ def load_flow(
         raise InputError("the deep block can't be loaded onto several devices yet; give one")
     for part in {placement.deep[0], placement.shallow, placement.denoiser}:
         _check_device(part, dtype)
+    kept = {name for name in expected if int8_linear and _stays_int8(checkpoint.tensors[name], name, quantise)}
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
     with torch.inference_mode(False), torch.no_grad():
         flow = Flow(config, operations, dtype=dtype, device="meta")
+        for name in kept:
+            replace_linear(flow, name.removesuffix(int8.WEIGHT), int8_linear)
         for name in _counted(checkpoint, expected, "load", progress):
-            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(_device_of(name, config, placement))
+            home = _device_of(name, config, placement)
+            if name in kept:
+                int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(checkpoint, name)))
+                continue
+            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
             module, _, attribute = name.rpartition(".")
             setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     return flow.eval()
@@ -151,19 +183,22 @@ def convert(
     overwrite: bool = False,
     progress: Report | None = None,
 ) -> None:
-    """Write a checkpoint as one safetensors file in `dtype` ("bf16", "fp16" or "fp32").
+    """Write a checkpoint as one safetensors file in `dtype`: "bf16", "fp16", "fp32" or "int8".
 
-    One tensor is in memory at a time. The source's metadata is kept; added are the configuration
-    (`starflow_config`), `source_name`, `source_sha256` (for shards a JSON object of names and hashes),
+    "int8" is for the large weights, all others are in bf16 then. Weights that are in 8 bit already are kept for it, and
+    expanded for the other types. One tensor is in memory at a time. The source's metadata is kept; added are the
+    configuration (`starflow_config`), `source_name`, `source_sha256` (for shards a JSON object of names and hashes),
     `license` and `converter_version`. `progress` counts bytes in two phases, "hash" and "convert"; it
     may raise to stop. Nothing is left behind on an error. Raises CheckpointError, NonFiniteError, and
     InputError for a target that exists or cannot be written.
     """
-    torch_dtype, target = parse_dtype(dtype), Path(target)
+    parse_dtype(dtype, WEIGHT_TYPES)
+    target = Path(target)
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
     check_target(target, checkpoint, overwrite)
-    checkpoint, config, expected = _resolve(checkpoint, config)
-    check_space(target, expected, torch_dtype)
+    checkpoint, config, expected = resolve(checkpoint, config)
+    layout = _layout(expected, dtype)
+    check_space(target, layout)
     metadata = {
         **checkpoint.metadata,
         **_own_metadata(config),
@@ -172,29 +207,40 @@ def convert(
     }
     if CONFIG_KEY not in checkpoint.metadata:  # else the file itself states its licence
         metadata.setdefault("license", APPLE_LICENSE)
-    names = _counted(checkpoint, expected, "convert", progress)
-    weights = (cast(checkpoint.tensor(name), torch_dtype, name, checkpoint.path) for name in names)
+    names = _counted(checkpoint, [name for name in layout if name in expected], "convert", progress)
     # safetensors gives a file's metadata in an order of its own, another one each time.
-    write_tensors(target, expected, torch_dtype, dict(sorted(metadata.items())), weights)
+    write_tensors(target, layout, dict(sorted(metadata.items())), _written(checkpoint, names, dtype))
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:
-    """Write a flow's weights and configuration; errors are those of `save_tensors`.
+    """Write a flow's weights and configuration over an earlier file; `dtype` as in `convert`.
 
-    `metadata` is added to the file's own; state the `license` there.
+    `metadata` is added to the file's own; state the `license` there. Raises InputError if the file cannot be written,
+    NonFiniteError for NaN or infinity, CheckpointError on overflow. Nothing is left behind on an error.
     """
-    save_tensors(flow.state_dict(), path, dtype, {**(metadata or {}), **_own_metadata(flow.config)})
+    parse_dtype(dtype, WEIGHT_TYPES)
+    path, expected = Path(path), expected_shapes(flow.config)
+    check_target(path, None, overwrite=True)
+    layout = _layout(expected, dtype)
+    check_space(path, layout)
+    held = TensorFile(path, [path], _held(flow, expected), {})
+    metadata = {**(metadata or {}), **_own_metadata(flow.config)}
+    write_tensors(path, layout, metadata, _written(held, [name for name in layout if name in expected], dtype))
 
 
 def quick_look(path: str | Path) -> str | None:
     """The name of the STARFlow in a safetensors file or index, or None if it is something else.
 
-    For lists of files: reads headers only and never raises.
+    For lists of files: reads headers only and never raises. A truncated or damaged file is shown, whatever it was
+    meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
     """
-    if not str(path).lower().endswith((".safetensors", INDEX)):
+    if not str(path).lower().endswith((".safetensors", INDEX)) or not os.path.isfile(path):
         return None
     try:
         checkpoint = TensorFile.open(path)
+    except CheckpointError:
+        return "damaged file"
+    try:
         _structure(checkpoint)
         try:
             return find_config(checkpoint).name
@@ -337,21 +383,54 @@ def _value(value: Any) -> str:
 # Loading and converting
 
 
-def _resolve(source, config: FlowConfig | None) -> tuple[TensorFile, FlowConfig, Shapes]:
-    """The opened checkpoint, its configuration and its weights' shapes, all in agreement."""
+def resolve(source, config: FlowConfig | None = None) -> tuple[TensorFile, FlowConfig, Shapes]:
+    """The opened checkpoint, its configuration and its weights' shapes, all in agreement. Weights in 8 bit are one
+    tensor each."""
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
     if config:
         _check_structure(checkpoint, config, f"configuration {config.name}")
     else:
         config = find_config(checkpoint)
+    checkpoint = int8.joined(checkpoint, QUANTISED)
     return checkpoint, config, check_keys(checkpoint, config)
 
 
 def _main_dtype(checkpoint: TensorFile, names) -> torch.dtype:
     sizes = Counter()
     for name in names:
-        sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])
+        if not checkpoint.tensors[name].int8:
+            sizes[checkpoint.dtypes[name]] += math.prod(checkpoint.shapes[name])
     return loading_dtype(sizes.most_common(1)[0][0])
+
+
+def _stays_int8(stored: StoredTensor, name: str, quantise: bool) -> bool:
+    return stored.int8 is not None or (quantise and QUANTISED.fullmatch(name) is not None)
+
+
+def _layout(shapes: Shapes, dtype: str) -> Layout:
+    return int8.layout(shapes, parse_dtype(dtype, WEIGHT_TYPES), QUANTISED if dtype == INT8 else None)
+
+
+def _written(source: TensorFile, names: Iterable[str], dtype: str) -> Iterator[Tensor]:
+    """The tensors of `_layout`, made from weights of these names."""
+    other = parse_dtype(dtype, WEIGHT_TYPES)
+    for name in names:
+        if dtype == INT8 and QUANTISED.fullmatch(name):
+            yield from (*int8.int8_weight(source, name), int8.mark())
+        else:
+            yield cast(source.tensor(name), other, name, source.path)
+
+
+def _held(flow: Flow, names: Iterable[str]) -> dict[str, StoredTensor]:
+    """A flow's weights as those of a file."""
+    found = {}
+    for name in names:
+        weight = flow.get_parameter(name).detach()
+        found[name] = StoredTensor(tuple(weight.shape), weight.dtype, weight.cpu)
+        if weight.dtype == torch.int8:
+            scale = flow.get_parameter(name.removesuffix(int8.WEIGHT) + int8.SCALE).detach()
+            found[name] = int8.paired(found[name], lambda weight=weight, scale=scale: (weight.cpu(), scale.cpu()))
+    return found
 
 
 def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.device:

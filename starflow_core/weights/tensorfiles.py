@@ -30,9 +30,10 @@ from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
 from ..model.schema import shown
 from ..parts import clear_stale, part_of, real, remove
+from . import FLOAT_TYPES
 from .pickles import ArchivedTensor, open_archive
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+DTYPES = dict(zip(FLOAT_TYPES, (torch.bfloat16, torch.float16, torch.float32), strict=True))
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -50,15 +51,20 @@ MAPS = tuple(map(int, safetensors.__version__.split(".")[:2])) < (0, 8)
 BACKEND = {} if MAPS else {"backend": "pread"}
 
 Report = Callable[[Progress], None]
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and types of a file's tensors, in their order
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """A tensor in a file. `dtype` is None for a type not known here; `read` gives a copy, on the CPU."""
+    """A tensor in a file. `dtype` is None for a type not known here; `read` gives a copy, on the CPU.
+
+    For a weight in 8 bit `int8` reads its values and scales, and `read` gives them multiplied, in float32.
+    """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     read: Callable[[], Tensor]
+    int8: Callable[[], tuple[Tensor, Tensor]] | None = None
 
     def flatten(self) -> StoredTensor:
         """The same values with two axes."""
@@ -307,29 +313,23 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, dtype: str, metad
     """
     torch_dtype, path = parse_dtype(dtype), Path(path)
     check_target(path, None, overwrite=True)
-    check_space(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, torch_dtype)
+    check_space(path, {name: (tuple(tensor.shape), torch_dtype) for name, tensor in tensors.items()})
     ready = {name: cast(tensor.cpu(), torch_dtype, name, path).contiguous() for name, tensor in tensors.items()}
     with _replacing(path) as part:
         save_file(ready, part, metadata)
 
 
-def write_tensors(
-    path: Path,
-    shapes: dict[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    metadata: dict[str, str],
-    tensors: Iterable[Tensor],
-) -> None:
+def write_tensors(path: Path, layout: Layout, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
     """Write a safetensors file, over an earlier one, with one tensor in memory at a time.
 
-    `tensors` come in the order and shapes of `shapes`, in `dtype` and on the CPU. Raises InputError if the
+    `tensors` come in the order, shapes and types of `layout`, on the CPU. Raises InputError if the
     file cannot be written; nothing is left behind on an error, be it one of `tensors` themselves.
 
     safetensors' `save_file` needs all tensors at once: converting a checkpoint of 1.4 GB to bf16 takes
     829 MB with it (1384 MB before 0.8) and 245 MB here, see benchmarks/convert_memory.py.
     """
     with _replacing(path) as part, open(part, "wb") as file:
-        file.write(_header(shapes, dtype, metadata))
+        file.write(_header(layout, metadata))
         file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
 
 
@@ -359,11 +359,12 @@ def _replacing(path: Path) -> Iterator[Path]:
         remove(part)
 
 
-def parse_dtype(name: str) -> torch.dtype:
-    """The type of one of the names in DTYPES. Raises InputError for another."""
-    if name not in DTYPES:
-        raise InputError(f"dtype {name!r}; choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:
+    """The type of a name that is `known`; for int8 that of the weights that aren't in 8 bit. Raises InputError for
+    another name."""
+    if name not in known:
+        raise InputError(f"dtype {name!r}; choose one of {', '.join(known)}")
+    return DTYPES.get(name, torch.bfloat16)
 
 
 def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> None:
@@ -384,9 +385,9 @@ def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> No
         raise InputError(f"{target} exists; give another name, or allow overwriting")
 
 
-def check_space(target: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Raise InputError unless there is room for tensors of these shapes where `target` will be."""
-    needed = sum(math.prod(shape) for shape in shapes.values()) * dtype.itemsize
+def check_space(target: Path, layout: Layout) -> None:
+    """Raise InputError unless there is room for these tensors where `target` will be."""
+    needed = sum(math.prod(shape) * dtype.itemsize for shape, dtype in layout.values())
     free = shutil.disk_usage(_folder(target)).free
     if free < needed:
         raise InputError(f"{target} needs {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; make room first")
@@ -420,12 +421,12 @@ def _bytes(tensor: Tensor) -> memoryview:
     return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
 
 
-def _header(shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, metadata: dict[str, str]) -> bytes:
-    type_name = next(name for name, known in SAFETENSORS_DTYPES.items() if known == dtype)
+def _header(layout: Layout, metadata: dict[str, str]) -> bytes:
+    type_names = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
     entries, end = {"__metadata__": metadata}, 0
-    for name, shape in shapes.items():
+    for name, (shape, dtype) in layout.items():
         start, end = end, end + math.prod(shape) * dtype.itemsize
-        entries[name] = {"dtype": type_name, "shape": shape, "data_offsets": (start, end)}
+        entries[name] = {"dtype": type_names[dtype], "shape": shape, "data_offsets": (start, end)}
     text = json.dumps(entries, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text

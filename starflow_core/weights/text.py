@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,10 @@ import torch
 from torch import nn
 
 from ..errors import CheckpointError
+from ..model.int8 import replace_linear
 from ..model.schema import WIDEST, check_fields, completed, number, read_object, shown
 from ..model.text import EOS, PAD, TextEncoder
+from . import int8
 from .keys import Shapes, check_tensors, count_numbers, loading_dtype, module_shapes
 from .tensorfiles import TensorFile
 
@@ -26,6 +29,10 @@ T5_CONFIG_KEY = "starflow_t5_config"  # metadata of a single file: T5Config's ar
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
 EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 FIRST_BLOCK = "encoder.block.0.layer."
+# What may be in 8 bit: the linear layers of the blocks.
+QUANTISED = re.compile(
+    r"encoder\.block\.\d+\.layer\.\d+\.(SelfAttention\.[qkvo]|DenseReluDense\.(wi|wi_0|wi_1|wo))\.weight"
+)
 EXPECTED_ENCODER = "expected the encoder of flan-t5-xl or another T5"
 REMEDY = "Use the whole encoder of flan-t5-xl or another T5, in bf16, fp16 or fp32."
 # T5 pads its embedding to a round number of rows; beyond this it is another model's tokenizer.
@@ -56,19 +63,22 @@ def load_text_encoder(
     tokenizer: str | Path | None = None,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
+    quantise: bool = False,
 ) -> TextEncoder:
     """The T5 encoder that `find_text_encoder` finds; `dtype` None keeps the file's type."""
-    return find_text_encoder(path, tokenizer).load(dtype, device)
+    return find_text_encoder(path, tokenizer, quantise).load(dtype, device)
 
 
 @dataclass(frozen=True)
 class TextEncoderFiles:
     """A T5 encoder that was inspected, not loaded: the `weights` in their file, by T5EncoderModel's names, the
-    `outline` of the model, without memory, and the tokenizer."""
+    `outline` of the model, without memory, and the tokenizer. `quantise` brings the large weights to 8 bit when they
+    are loaded; those that are in 8 bit stay so."""
 
     weights: TensorFile
     outline: nn.Module
     tokenizer: Tokenizer
+    quantise: bool = False
 
     @property
     def dim(self) -> int:
@@ -77,33 +87,51 @@ class TextEncoderFiles:
 
     def weight_bytes(self, dtype: torch.dtype) -> int:
         """Memory that the weights will take."""
-        return sum(_weight_dtype(name, dtype).itemsize * math.prod(s) for name, s in self.weights.shapes.items())
+        eight, shapes = self._in_int8(dtype), self.weights.shapes
+        others = sum(_weight_dtype(name, dtype).itemsize * math.prod(shapes[name]) for name in shapes.keys() - eight)
+        return others + int8.weight_bytes({name: shapes[name] for name in eight}, dtype, QUANTISED)
+
+    def _in_int8(self, dtype: torch.dtype | None) -> set[str]:
+        """The weights that will be in 8 bit; the layer that overflows in float16 is none of them."""
+        return {
+            name
+            for name, stored in self.weights.tensors.items()
+            if (stored.int8 or self.quantise) and QUANTISED.fullmatch(name) and not _overflows(name, dtype)
+        }
 
     def load(self, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> TextEncoder:
         """Read the weights; `dtype` None keeps the file's type."""
         # Weights outlive the caller's inference mode: training may go on from them.
         with torch.inference_mode(False), torch.no_grad():
-            model, state = copy.deepcopy(self.outline), {}
+            model, state, eight = copy.deepcopy(self.outline), {}, self._in_int8(dtype)
             for name in self.weights.tensors:
-                weight = self.weights.tensor(name)
-                state[name] = weight.to(device, _weight_dtype(name, dtype or loading_dtype(weight.dtype)))
+                if name in eight:
+                    layer = name.removesuffix(int8.WEIGHT)
+                    replace_linear(model, layer)
+                    values, scales = int8.int8_weight(self.weights, name)
+                    state |= {name: values.to(device), layer + int8.SCALE: scales.to(device)}
+                else:
+                    weight = self.weights.tensor(name)
+                    state[name] = weight.to(device, _weight_dtype(name, dtype or loading_dtype(weight.dtype)))
             state[EMBEDDING_ALIAS] = state[EMBEDDING]
             model.load_state_dict(state, assign=True)
         return TextEncoder(model.eval(), self.tokenizer)
 
 
-def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> TextEncoderFiles:
+def find_text_encoder(
+    path: str | Path, tokenizer: str | Path | None = None, quantise: bool = False
+) -> TextEncoderFiles:
     """A T5 encoder in a transformers folder (or one with `text_encoder/` and `tokenizer/`) or a single file.
 
     The decoder of a full T5 is skipped. `tokenizer` is a folder with tokenizer.json or spiece.model,
-    by default the weights' own or a folder `tokenizer` in or beside it. Nothing is downloaded, no
-    weights are read. Raises CheckpointError for anything else, and for missing, unexpected, wrongly
-    shaped or quantised tensors.
+    by default the weights' own or a folder `tokenizer` in or beside it. `quantise` as in
+    `TextEncoderFiles`. Nothing is downloaded, no weights are read. Raises CheckpointError for anything
+    else, and for missing, unexpected or wrongly shaped tensors and quantised ones that can't be read.
     """
     path = Path(path)
     if os.path.isdir(path) and os.path.isdir(path / "text_encoder"):
         path = path / "text_encoder"
-    weights = _encoder_weights(TensorFile.open(path))
+    weights = int8.joined(_encoder_weights(TensorFile.open(path)), QUANTISED)
     outline = _make_t5(_find_t5_config(path, weights))
     expected = {name: shape for name, shape in module_shapes(outline).items() if name != EMBEDDING_ALIAS}
     check_tensors(weights.tensors, expected, weights.path.name, "a T5 encoder", REMEDY)
@@ -116,7 +144,7 @@ def find_text_encoder(path: str | Path, tokenizer: str | Path | None = None) -> 
             f"the tokenizer in {folder} knows {loaded_tokenizer.get_vocab_size()} tokens, {weights.path.name} "
             f"{rows}: give the tokenizer that belongs to it"
         )
-    return TextEncoderFiles(weights, outline, loaded_tokenizer)
+    return TextEncoderFiles(weights, outline, loaded_tokenizer, quantise)
 
 
 def load_tokenizer(folder: str | Path) -> Tokenizer:
@@ -241,5 +269,9 @@ def _make_t5(config: T5Config) -> nn.Module:
 
 
 def _weight_dtype(name: str, dtype: torch.dtype) -> torch.dtype:
-    # T5 leaves float16's range in this layer; transformers keeps it in float32 too.
-    return torch.float32 if dtype == torch.float16 and name.endswith(".wo.weight") else dtype
+    return torch.float32 if _overflows(name, dtype) else dtype
+
+
+def _overflows(name: str, dtype: torch.dtype | None) -> bool:
+    """T5 leaves float16's range in this layer; transformers keeps it in float32 too."""
+    return dtype == torch.float16 and name.endswith(".wo.weight")

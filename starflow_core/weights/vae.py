@@ -15,7 +15,7 @@ from torch import nn
 from ..errors import CheckpointError, NonFiniteError
 from ..model.schema import check_fields, completed, number, read_object, shown
 from ..model.vae.codec import VAE
-from ..model.vae.norms import with_fast_norms
+from ..model.vae.layers import with_fast_layers
 from .keys import check_tensors, count_numbers, module_shapes
 from .tensorfiles import StoredTensor, TensorFile
 from .vae_names import with_diffusers_names
@@ -144,7 +144,7 @@ def _make_vae(weights: TensorFile, config: dict[str, Any] | None) -> nn.Module:
         raise CheckpointError(f"{file} lacks the tensor {error.args[0]}; {EXPECTED_VAE}") from None
     except Exception as error:  # whatever its constructor says to numbers that make no model
         raise CheckpointError(f"{file}: no {model.__name__} has such a configuration: {error}") from None
-    return with_fast_norms(module) if video else module
+    return with_fast_layers(module) if video else module
 
 
 def _describe_other(tensors: dict[str, StoredTensor]) -> str:

@@ -90,8 +90,8 @@ async function run() {
   await sleep(700)
 }
 
-/** The small map lies over the graph. */
-const HIDE = '[class*="minimap" i], [data-testid*="minimap" i] { display: none !important }'
+/** The small map lies over the graph, and a player's bar is drawn late when the scale changes. */
+const HIDE = '[class*="minimap" i], [data-testid*="minimap" i], video::-webkit-media-controls { display: none !important }'
 
 /** Brings a rectangle of the graph to the middle of the page and gives its place there. */
 async function show(box, scale) {

@@ -16,8 +16,11 @@ from starflow_core.control import Control
 from starflow_core.errors import Cancelled, CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast
+from starflow_core.model.int8 import Int8Linear
+from starflow_core.model.placement import Placement
 from starflow_core.model.text import EncodedText
 from starflow_core.pipeline import Pipeline, find_parts, load_pipeline
+from starflow_core.weights.flow import convert
 from tests.core import models, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -93,6 +96,26 @@ def test_the_forecast_counts_all_parts(folder, pipeline):
     assert parts.forecast(replace(job, batch=3), kind).vae - weights == 3 * (whole.vae - weights)
     assert parts.forecast(job, kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
     assert parts.forecast_encode(job, kind).vae == whole.vae
+
+
+def test_weights_in_8_bit(folder, tmp_path):
+    """Asked for, or those of the file; the text encoder's too if asked for."""
+    model, text, vae = files(folder)
+    convert(model, tmp_path / "int8.safetensors", "int8")
+    job, kind = default_job(find_parts(model, text, vae).config, height=32, width=32), torch.bfloat16
+    whole = find_parts(model, text, vae).forecast(job, kind)
+    for quantise, path in ((True, model), (False, tmp_path / "int8.safetensors")):
+        parts = find_parts(path, text, vae, quantise)
+        pipeline = parts.load(Placement.on("cpu"), kind)
+        assert isinstance(pipeline.flow.deep.attn_blocks[0].attention.qkv, Int8Linear)
+        need = parts.forecast(job, kind)
+        assert need.weights == sum(weight.nbytes for weight in pipeline.flow.parameters())
+        assert need.activations == whole.activations + 2 * 4 * parts.config.deep_width**2
+        encoder = pipeline.text.load(kind)
+        assert any(isinstance(layer, Int8Linear) for layer in encoder.model.modules()) == quantise
+        assert need.text == sum(weight.nbytes for weight in encoder.model.parameters())
+    output = load_pipeline(model, text, vae, quantise=True).text_to_image("a ring", height=32, width=32)
+    assert output.pixels.isfinite().all()
 
 
 def test_a_vae_of_another_compression_in_time_is_refused(pipeline):

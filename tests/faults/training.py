@@ -61,6 +61,18 @@ FAULTS: list[Fault] = [
         "starflow_core/training/files.py", "remove(part)", "pass",
         "a half-written file stays", GENERAL + "test_a_file_is_replaced_whole_or_not_at_all",
     ),
+    Fault(
+        "starflow_core/training/files.py", "except Exception as error:", "except KeyError as error:",
+        "a damaged state ends in a traceback", GENERAL + "test_a_damaged_state_is_named",
+    ),
+    Fault(
+        "starflow_core/training/__main__.py", "exit_code_of(main)", "main()",
+        "an interrupted training ends in a traceback", RECIPE + "test_an_interruption_is_told_in_a_line",
+    ),
+    Fault(
+        MAIN, "if not 0 < options.scale <= 100:", "if options.scale <= 0:",
+        "a schedule's share may be NaN", RECIPE + "test_bad_options_are_told_in_a_line",
+    ),
     # The optimizer
     Fault(
         OPTIMISER, "lerp_(parameter.grad, 1 - beta)", "lerp_(parameter.grad, beta)",

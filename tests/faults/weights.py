@@ -25,6 +25,7 @@ def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
 
 
 FAULTS = [
+    in_flow('return "damaged file"', "return None", "a truncated file vanishes from lists"),
     in_files('name.startswith("module.")', "False", "the prefix of a parallel wrapper is kept"),
     in_files("if shard and int(shard[1]) > 1:", "if False:", "one shard is taken for a checkpoint"),
     in_files("Path(name).name != name", "False", "an index may name files outside its folder"),
@@ -62,7 +63,7 @@ FAULTS = [
     in_flow("Flow(config, operations, dtype=dtype", "Flow(config, dtype=dtype", "the host's layers aren't used"),
     in_flow("progress(Progress(phase, done, total))", "progress(Progress(phase, total, total))",
             "every tensor is reported as the last"),
-    in_text("return torch.float32 if dtype == torch.float16 and name", "return torch.float32 if False and name",
+    in_text("return dtype == torch.float16 and name", "return False and name",
             "T5's wo is left in fp16"),
     in_text('if not name.startswith(("decoder.", "lm_head."))', 'if not name.startswith("decoder.")',
             "the head of a full T5 is no surprise"),

@@ -3,7 +3,8 @@
     python -m tests.fuzz [SUBJECT ..] [--cases N] [--seed S] [--only I] [--jobs J]
 
 Subjects are the modules beside this one that have `cases`; all without any. Prints a row for each class of input, and
-exits with 1 if any case ended in a traceback, hung, crashed or took gigabytes. `--only I` runs one case again, here.
+exits with 1 if any case ended in a traceback, hung, crashed, took gigabytes or ran code. `--only I` runs one case
+again, here.
 """
 
 from __future__ import annotations

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import pickle
 import random
+import subprocess
 import tempfile
+import warnings
 import zipfile
 from collections.abc import Callable, Iterator
 from functools import lru_cache, partial
 from pathlib import Path
 
+import torch
 from safetensors.torch import load, save
 
 from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
@@ -134,6 +139,52 @@ def listing(rng: random.Random) -> Case:
     return _pickle("pickle's list", data)
 
 
+def unusual(rng: random.Random) -> Case:
+    """A .pth of PyTorch's older format, or with tensors that aren't plain."""
+    return _pickle("pickle of another kind", _pickles()[rng.randrange(len(_pickles()))], rng)
+
+
+def program(rng: random.Random) -> Case:
+    """A pickle that would run a command."""
+    act = rng.choice(((os.system, "true"), (eval, "__import__('os').system('true')"), (subprocess.Popen, "true")))
+    tensors: dict = {"a": torch.zeros(2), "b": _Program(*act)}
+    file = io.BytesIO()
+    if rng.random() < 0.3:
+        pickle.dump(tensors, file, rng.randrange(6))
+    else:
+        torch.save(
+            tensors, file, _use_new_zipfile_serialization=rng.random() < 0.7, pickle_protocol=rng.randrange(2, 6)
+        )
+    return _pickle("pickle that would run code", file.getvalue(), rng)
+
+
+class _Program:
+    """Pickled as a call of `function`."""
+
+    def __init__(self, function: Callable, argument: str):
+        self.call = function, (argument,)
+
+    def __reduce__(self):
+        return self.call
+
+
+@lru_cache
+def _pickles() -> list[bytes]:
+    """What torch.save can make that isn't a list of plain tensors, in both formats."""
+    warnings.simplefilter("ignore")  # most are deprecated or in development
+    plain, found = torch.ones(4, 4), []
+    tensors = (
+        plain, plain.to_sparse(), plain.to_sparse_csr(), plain.to("meta"), plain.to(torch.complex64),
+        torch.quantize_per_tensor(plain, 0.1, 0, torch.qint8), torch.nested.nested_tensor([plain, plain[:2]]),
+        torch.zeros(1).expand(1 << 20, 1 << 10),
+    )  # fmt: skip
+    for tensor in tensors:
+        for archive in (True, False):
+            torch.save({"a": tensor}, file := io.BytesIO(), _use_new_zipfile_serialization=archive)
+            found.append(file.getvalue())
+    return found
+
+
 def index(rng: random.Random) -> Case:
     """An index of shards."""
     name = "shards/model.safetensors.index.json"
@@ -142,7 +193,10 @@ def index(rng: random.Random) -> Case:
     return Case("index of shards", partial(read, files=files, reader=load_flow, name=name))
 
 
-def _pickle(name: str, data: bytes) -> Case:
+def _pickle(name: str, data: bytes, rng: random.Random | None = None) -> Case:
+    """`rng` damages it now and then."""
+    if rng and rng.random() < 0.3:
+        data = wrong_bytes(data, rng)
     files = {"a.pth": data, "a.json": METADATA[CONFIG_KEY].encode()}
     return Case(name, partial(read, files=files, reader=load_flow, name="a.pth"))
 
@@ -166,4 +220,4 @@ def _repacked(data: bytes, change: Callable[[bytes], bytes], compression: int) -
     return result.getvalue()
 
 
-KINDS = (configuration, configuration, beside, entries, header, pickled, listing, index)
+KINDS = (configuration, configuration, beside, entries, header, pickled, listing, unusual, program, index)

@@ -6,6 +6,8 @@ import itertools
 import multiprocessing
 import os
 import resource
+import shutil
+import sys
 import tempfile
 import traceback
 from collections import Counter
@@ -19,11 +21,13 @@ from .case import Case
 
 MODULES = Path(__file__).parent.glob("*.py")
 SUBJECTS = tuple(sorted(path.stem for path in MODULES if "\ndef cases(seed: int" in path.read_text(encoding="utf-8")))
-OUTCOMES = ("worked", "refused", "traceback", "hang", "crash", "memory")
+OUTCOMES = ("worked", "refused", "traceback", "hang", "crash", "memory", "executed")
 BAD = OUTCOMES[2:]
 LONGEST = 20  # seconds of a case, unless its module has a LONGEST of its own
 START = 120  # seconds of the first in a process, which loads libraries
 MOST = 1 << 30  # bytes that a case may take
+# What Python tells of that no case may do, unless its module has a FORBIDDEN of its own.
+FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
 
 
 @dataclass(frozen=True)
@@ -103,8 +107,11 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
     from starflow_core.errors import StarflowError
 
     torch.set_num_threads(1)
+    home, module, executed = os.getcwd(), import_module(f"tests.fuzz.{subject}"), []
+    forbidden = getattr(module, "FORBIDDEN", FORBIDDEN)
+    sys.addaudithook(lambda event, _: executed.append(event) if event in forbidden else None)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    stream = enumerate(import_module(f"tests.fuzz.{subject}").cases(seed))
+    stream = enumerate(module.cases(seed))
     with tempfile.TemporaryDirectory() as top:
         for index in indices:
             case = next(case for i, case in stream if i == index)
@@ -112,6 +119,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
             folder.mkdir()
             pipe.send(case.name)
             before = _peak()
+            executed.clear()
             try:
                 case.run(folder)
                 outcome = ("worked", "")
@@ -123,7 +131,11 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
                 outcome = ("traceback", traceback.format_exc(limit=-3).strip().replace("\n", " | "))
             if _peak() - before > MOST:
                 outcome = ("memory", f"{(_peak() - before) / 1e9:.1f} GB")
+            if executed:
+                outcome = ("executed", ", ".join(executed))
             pipe.send(outcome)
+            os.chdir(home)
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _peak() -> int:

@@ -56,12 +56,22 @@ def test_lists_show_what_can_be_loaded(model_folders):
     found = listed("STARFlowLoadModel")
     assert found[0] == DEMO
     shards = [name for name in found if name.startswith("sharded/")]
-    assert set(found) - set(shards) == {DEMO, "below/ours.safetensors", "apple.pth", "sharded"}
+    assert set(found) - set(shards) == {DEMO, "below/ours.safetensors", "apple.pth", "broken.safetensors", "sharded"}
     assert listed("STARFlowLoadTextEncoder") == [DEMO, "t5.safetensors", "flan", "whole"]
     assert listed("STARFlowLoadVAE") == [DEMO, "wan.pth"]
     for name, (given, _, _) in LOADERS.items():
         for option in listed(name):
             assert refusal(name, **{given: option}) is True
+
+
+def test_a_truncated_model_is_listed_and_says_so(model_folders):
+    file = model_folders / "diffusion_models" / "cut.safetensors"
+    weightfiles.write_safetensors(file)
+    file.write_bytes(file.read_bytes()[:-1])
+    assert listed("STARFlowLoadModel") == [DEMO, "cut.safetensors"]
+    assert refusal("STARFlowLoadModel", model_name="cut.safetensors") is True
+    with pytest.raises(Exception, match=r"cut\.safetensors is truncated: expected \d+ bytes, found \d+; get it"):
+        NODES["STARFlowLoadModel"].execute("cut.safetensors", "fp32")
 
 
 def test_a_file_that_was_exchanged_is_looked_at_again(model_folders):

@@ -62,9 +62,9 @@ def test_a_batch_is_shown_as_a_grid(batch, columns, rows):
 
 def test_a_preview_is_no_larger_than_it_is_shown():
     host = pack.module("nodes.host")
-    one = preview.Preview(config(4)).picture(randn(1, 4, 30, 400))
+    one = preview.Preview(config(4)).picture(randn(1, 4, 30, 800))
     many = preview.Preview(config(4)).picture(randn(256, 4, 30, 40))
-    assert one.shape == (38, 512, 3)
+    assert one.shape == (38, 1024, 3)
     assert max(many.shape) <= host.PREVIEW_SIDE + 16 * 2 * preview.GAP
 
 

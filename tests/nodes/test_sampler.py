@@ -152,7 +152,7 @@ def test_the_run_is_shown(monkeypatch, demo, latent, plain, told):
     for image, wanted in zip((shown[1], shown[2], shown[-1]), expected, strict=True):
         assert np.abs(image - wanted).max() <= 1
     assert len(shown) > 5
-    assert {(kind, side) for kind, _, side in told.previews} == {("JPEG", 512)}
+    assert {(kind, side) for kind, _, side in told.previews} == {("JPEG", 48)}  # its real size
     sweeps = re.search(r"deep block: (\d+) sweeps", report)[1]
     assert re.fullmatch(rf"48 x 32, 13 frames in \d+\.\d s, {sweeps} sweeps", told.texts[-1])
 

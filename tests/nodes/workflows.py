@@ -29,7 +29,7 @@ WIDTH, GAP, ROW_GAP = 340, 120, 70
 COLUMN = WIDTH + GAP
 TITLE, EDGE, LANE = 30, 20, 24  # of a node; around a group's nodes; between two links that run above the groups
 GROUPS = {  # by the last kind of node that a group holds, from left to right
-    "Models": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
+    "Loaders": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
     "Size, input and prompt": ("#5b9bd5", ("STARFlowTextEncode",)),
     "Sampling": ("#d0a04a", ("STARFlowSampler",)),
     "Result": ("#6fbf73", ()),
@@ -131,7 +131,7 @@ class Graph:
             node.column = 1 + max((source.column for source, _ in node.links.values()), default=-1)
         for node in reversed(self.nodes):
             used = [n.column for n in self.nodes if any(source is node for source, _ in n.links.values())]
-            if used and node.type not in GROUPS["Models"][1]:
+            if used and node.type not in GROUPS["Loaders"][1]:
                 node.column = min(used) - 1
 
     def _groups(self, drawn: list[dict]) -> list[dict]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..files import replacing
+from ..files import load_state, replacing
 from ..loop import Loop
 from . import clips
 
@@ -88,9 +88,9 @@ def _encode_batch(
 
 def _load(path: Path, loop: Loop) -> Bank:
     """Raises InputError for a bank of another run."""
-    state = torch.load(path, weights_only=True)
-    found = (state.pop("seed", None), len(state["scenes"]))
-    wanted = (loop.seed, loop.scaled(COUNTS[state["aspect"]]))
+    state = load_state(path)
+    found = (state.pop("seed", None), len(state.get("scenes", ())))
+    wanted = (loop.seed, loop.scaled(COUNTS.get(state.get("aspect"), 0)))
     if found != wanted:
         raise InputError(f"{path} has (seed, clips) {found}, this run needs {wanted}; use another folder")
     state["scenes"] = [clips.Scene(**s) for s in state["scenes"]]

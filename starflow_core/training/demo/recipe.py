@@ -10,8 +10,10 @@ import time
 from pathlib import Path
 
 from ...bundled import BUNDLED
+from ...cli.arguments import whole
 from ...model.placement import pick_device
 from ...weights.tensorfiles import DTYPES
+from ..files import make_folder
 from ..loop import Loop
 from .bank import make_banks
 from .bundle import write_bundle
@@ -34,11 +36,17 @@ def main() -> None:
     )
     parser.add_argument("--device", help="default: the best there is")
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16", help="type of the matrix products")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=whole, default=0)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the schedule, to try things out")
     options = parser.parse_args()
+    if not 0 < options.scale <= 100:
+        parser.error(f"--scale is {options.scale}: expected a number above 0, up to 100")
+    if not 0 <= options.seed < 1 << 63:
+        parser.error(f"--seed is {options.seed}: expected 0 to {(1 << 63) - 1}")
     if options.scale != 1 and options.output == BUNDLED:
         parser.error("a shortened schedule would replace the shipped demo; give --output")
+    for folder in (options.work, options.output):
+        make_folder(folder)
     began = time.monotonic()
 
     def log(line: str) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...model.vae.codec import VAE
-from ...model.vae.norms import with_fast_norms
+from ...model.vae.layers import with_fast_layers
 from ..loop import Loop
 from ..optimiser import Muon
 from . import clips
@@ -54,7 +54,7 @@ def fresh_vae():
     from diffusers import AutoencoderKLWan
 
     unit = {"latents_mean": [0.0] * CONFIG["z_dim"], "latents_std": [1.0] * CONFIG["z_dim"]}
-    return with_fast_norms(AutoencoderKLWan(**CONFIG, **unit))
+    return with_fast_layers(AutoencoderKLWan(**CONFIG, **unit))
 
 
 def draw_clips(rng: random.Random, frames: int, batch: int) -> Tensor:

@@ -726,6 +726,36 @@ def test_convert(run, demo):
     run("convert", demo / pipeline.TEXT_FILE, "b.safetensors", code=2, err="it looks like a T5 text encoder")
 
 
+def test_int8(run, demo):
+    """The same picture from a file of it as from one that is brought to it; results say what they were made with."""
+    options = ("--frames", 1, "--height", 32, "--width", 32, "--seed", 3)
+    others = [word for word in parts(demo) if word not in ("--model", str(demo / pipeline.FLOW_FILE))]
+    run("convert", demo / pipeline.FLOW_FILE, "bf16.safetensors")
+    run("convert", "bf16.safetensors", "int8.safetensors", "--dtype", "int8")
+    for source, target in (("bf16", "a.png"), ("int8", "b.png")):
+        model = ("--model", f"{source}.safetensors", *others)
+        run("generate", PROMPT, *model, *options, "--dtype", "int8", "-o", target)
+    assert torch.equal(pixels("a.png"), pixels("b.png"))
+    found = json.loads(run("inspect", "a.png", "--json")[0])
+    assert (found["weights"], found["dtype"]) == ("int8", "float32")
+    run("generate", PROMPT, *options, "-o", "c.png")
+    assert "weights" not in json.loads(run("inspect", "c.png", "--json")[0])
+
+
+def test_inspect_of_8_bit(run, demo):
+    run("convert", demo / pipeline.FLOW_FILE, "int8.safetensors", "--dtype", "int8")
+    flow = load_flow("int8.safetensors")
+    held = sum(weight.nbytes for weight in flow.parameters())
+    found = json.loads(run("inspect", "int8.safetensors", "--json")[0])
+    assert set(found["dtypes"]) == {"int8", "bfloat16"}
+    assert found["parameters"] == sum(weight.numel() for weight in load_flow(demo / pipeline.FLOW_FILE).parameters())
+    assert {name: need["weights"] for name, need in found["memory"].items()} == {"int8": held}
+    of_others = json.loads(run("inspect", "--json")[0])["memory"]
+    assert of_others["int8"] == found["memory"]["int8"]
+    asked = json.loads(run("inspect", "int8.safetensors", "--json", "--dtype", "bf16")[0])["memory"]
+    assert asked == {"bf16": found["memory"]["int8"]}  # what is in 8 bit stays so
+
+
 def test_inspect_reads_the_header_alone(run, monkeypatch):
     monkeypatch.setattr(TensorFile, "tensor", lambda *_: pytest.fail("weights were read"))
     text = "\n".join(run("inspect"))
@@ -750,7 +780,7 @@ def test_inspect_forecasts(run):
     assert large["memory"]["bf16"]["total"] > small["memory"]["bf16"]["total"]
     for need in small["memory"].values():
         assert need["total"] == need["weights"] + need["cache"] + need["activations"]
-    assert set(small["memory"]) == {"bf16", "fp32"}
+    assert set(small["memory"]) == {"bf16", "fp32", "int8"}
     assert small["memory"]["fp32"]["weights"] == 4 * small["parameters"] == 2 * small["memory"]["bf16"]["weights"]
     assert set(json.loads(run("inspect", "--json", "--dtype", "fp16")[0])["memory"]) == {"fp16"}
     assert small["free"] > 0

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from contextlib import suppress
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from PIL import Image
 
 from starflow_core.errors import InputError
-from starflow_core.media import read_image, read_metadata, read_video, videos, write_video
+from starflow_core.media import pictures, read_image, read_metadata, read_video, videos, write_video
 from tests.core.media.samples import noise
 
 
@@ -80,6 +82,24 @@ def test_a_gif_whose_header_says_that_it_is_huge(tmp_path, place):
         read_video(path)
 
 
+def test_an_animation_that_says_more_than_its_bytes_can_tell(tmp_path):
+    """Its frames are small, but would be put on a canvas of 16384 x 8192 each."""
+    path = tmp_path / "a.gif"
+    write_video(path, torch.zeros(3, 3, 16, 16), 10)
+    data = bytearray(path.read_bytes())
+    data[6:10] = (16384).to_bytes(2, "little") + (8192).to_bytes(2, "little")
+    path.write_bytes(data)
+    for read, count in ((read_video, 3), (partial(read_video, frames=2), 2), (read_image, 1)):
+        with pytest.raises(InputError, match=f"{count} x 16384 x 8192 pixels, but it has only {len(data)} bytes"):
+            read(path)
+
+
+def test_a_flat_picture_is_larger_than_its_file(tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "LIKELY_AREA", 0)
+    Image.new("RGB", (600, 600)).save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png").shape == (3, 600, 600)
+
+
 def test_a_clip_that_ends_early(tmp_path, monkeypatch):
     path = tmp_path / "a.mp4"
     write_video(path, torch.zeros(40, 3, 32, 32), 10)
@@ -87,6 +107,18 @@ def test_a_clip_that_ends_early(tmp_path, monkeypatch):
     with pytest.raises(InputError, match="should have 40 frames, but only 30 can be read"):
         read_video(path)
     assert len(read_video(path, 20).pixels) == 30
+
+
+def test_pillow_logs_nothing_to_the_terminal(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(logging.root, "handlers", [])  # pytest's, which would take what is logged
+    path = tmp_path / "a.tif"
+    Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(path)
+    samples = np.array([277, 3, 1, 0], "<u2").tobytes()  # SamplesPerPixel
+    assert samples + b"\3" in path.read_bytes()
+    path.write_bytes(path.read_bytes().replace(samples + b"\3\0", samples + b"\3\1"))
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        read_image(path)
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_picture_with_odd_tags_is_read_in_silence(tmp_path, capfd):

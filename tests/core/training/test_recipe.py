@@ -373,12 +373,20 @@ def test_the_files_are_a_demo(made, tmp_path):
 # The command
 
 
+def command() -> int:
+    """Its exit code, with the options in sys.argv."""
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_module("starflow_core.training", run_name="__main__")
+    return leaving.value.code
+
+
 def test_the_command_trains_the_demo(tmp_path, monkeypatch):
     started = []
     monkeypatch.setattr(recipe, "train_demo", lambda loop, output: started.append((loop, output)))
     options = ["--work", str(tmp_path), "--output", "demo", "--device", "cpu", "--dtype", "fp32", "--seed", "3"]
     monkeypatch.setattr("sys.argv", ["training", *options, "--scale", "0.5"])
-    runpy.run_module("starflow_core.training", run_name="__main__")
+    monkeypatch.chdir(tmp_path)
+    assert command() == 0
     ((loop, output),) = started
     assert (loop.folder, loop.device, loop.dtype, loop.seed, loop.scale) == (tmp_path, CPU, torch.float32, 3, 0.5)
     assert str(output) == "demo"
@@ -391,3 +399,33 @@ def test_a_shortened_schedule_does_not_replace_the_demo(monkeypatch, capsys):
         recipe.main()
     assert leaving.value.code == 2
     assert "would replace the shipped demo; give --output" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--scale", "nan", "--output", "a"), "--scale is nan: expected a number above 0, up to 100"),
+        (("--scale", "0", "--output", "a"), "--scale is 0.0: expected"),
+        (("--seed", "-1"), "--seed is -1: expected 0 to 9223372036854775807"),
+        (("--seed", "9" * 400), "at most 20 digits"),
+        (("--output", "file"), "error: file can't be a folder to write to (File exists); choose another"),
+        (("--work", "file/a", "--output", "a"), "can't be a folder to write to (Not a directory)"),
+    ],
+)
+def test_bad_options_are_told_in_a_line(tmp_path, monkeypatch, capsys, options, message):
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(recipe, "train_demo", lambda *_: pytest.fail("it was started"))
+    monkeypatch.setattr("sys.argv", ["training", *options])
+    assert command() == 2
+    assert message in capsys.readouterr().err
+
+
+def test_an_interruption_is_told_in_a_line(tmp_path, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(recipe, "train_demo", stop)
+    monkeypatch.setattr("sys.argv", ["training", "--work", str(tmp_path), "--output", str(tmp_path / "demo")])
+    assert command() == 130
+    assert capsys.readouterr().err == "interrupted; nothing unfinished was left behind\n"

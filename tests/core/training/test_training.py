@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from starflow_core.errors import InputError
+from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
 from starflow_core.solve.denoising import denoise, score_denoise
@@ -218,10 +218,24 @@ def test_the_state_of_another_run_is_refused(tmp_path):
         loop.run("fit", module, Muon(module.parameters()), None, total=10)
 
 
+def test_a_damaged_state_is_named(tmp_path):
+    for damage in (
+        lambda data: data[:1000],
+        lambda data: b"",
+        lambda data: data.replace(b"collections", b"subprocesss"),
+    ):
+        regression(tmp_path)
+        path = tmp_path / "fit.state.pt"
+        path.write_bytes(damage(path.read_bytes()))
+        with pytest.raises(InputError, match=r"fit\.state\.pt is damaged \(.+\); remove it"):
+            regression(tmp_path)
+        path.unlink()
+
+
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     module = nn.Linear(2, 2)
     loop = Loop(tmp_path, CPU, torch.float32)
-    with pytest.raises(FloatingPointError, match="step 0"):
+    with pytest.raises(NonFiniteError, match="step 0"):
         loop.run("fit", module, Muon(module.parameters()), lambda *_: (module.weight.sum() * float("nan"), {}), 3)
 
 

@@ -459,8 +459,8 @@ def test_impossible_targets(tmp_path):
     ):
         with pytest.raises(InputError, match=message):
             convert(source, target, overwrite=True)
-    with pytest.raises(InputError, match="dtype 'int8'; choose one of bf16, fp16, fp32"):
-        convert(source, tmp_path / "b.safetensors", "int8")
+    with pytest.raises(InputError, match="dtype 'int4'; choose one of bf16, fp16, fp32, int8"):
+        convert(source, tmp_path / "b.safetensors", "int4")
 
 
 class Interruption:
@@ -579,14 +579,23 @@ def test_quick_look(tmp_path):
     assert quick_look(bare) == "STARFlow without a configuration"
 
 
+def test_damaged_files_are_shown(tmp_path):
+    """Else a download that broke off would vanish from a list without a word."""
+    whole = write_safetensors(tmp_path / "a.safetensors").read_bytes()
+    index = write_shards(tmp_path)
+    next(path for path in tmp_path.glob("*-of-*.safetensors")).unlink()
+    for number, data in enumerate((whole[:-1], whole[:100], b"x", b"")):
+        (tmp_path / f"{number}.safetensors").write_bytes(data)
+        assert quick_look(tmp_path / f"{number}.safetensors") == "damaged file"
+    assert quick_look(index) == "damaged file"
+
+
 def test_quick_look_never_raises(tmp_path):
     other = write_safetensors(tmp_path / "other.safetensors", {"double_blocks.0.weight": torch.ones(1)}, None)
-    broken, pickled = tmp_path / "broken.safetensors", write_pickle(tmp_path / "a.pth")
-    broken.write_bytes(b"\xff" * 20)
+    pickled = write_pickle(tmp_path / "a.pth")
     (tmp_path / "folder.safetensors").mkdir()
     for path in (
         other,
-        broken,
         pickled,
         tmp_path / "folder.safetensors",
         tmp_path / "none.safetensors",

@@ -462,7 +462,8 @@ def test_written_tensors_are_in_memory_one_at_a_time(tmp_path):
             yield tensor
             del tensor
 
-    write_tensors(tmp_path / "a.safetensors", shapes, torch.float32, {"title": "x"}, tensors())
+    layout = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    write_tensors(tmp_path / "a.safetensors", layout, {"title": "x"}, tensors())
     written = TensorFile.open(tmp_path / "a.safetensors")
     assert written.shapes == shapes
     assert written.metadata == {"title": "x"}

@@ -10,18 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import starflow_core
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.jobs.prompts import wrap
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
+from starflow_core.model.int8 import Int8Linear, quantise
 from starflow_core.training.demo.clips import caption, edit_caption, random_scene
 from starflow_core.training.demo.tokenizer import build_tokenizer
+from starflow_core.weights.int8 import mark
 from starflow_core.weights.tensorfiles import TensorFile
 from starflow_core.weights.text import (
     EMBEDDING,
     EMBEDDING_ALIAS,
+    QUANTISED,
     T5_CONFIG_KEY,
     find_text_encoder,
     load_text_encoder,
@@ -309,6 +312,42 @@ def test_float16_keeps_the_layer_that_overflows_in_float32(tmp_path, single_file
     exact = load_text_encoder(tmp_path / "large.safetensors").encode(TEXTS, 20).embeddings
     half = load_text_encoder(tmp_path / "large.safetensors", dtype=torch.float16).encode(TEXTS, 20).embeddings
     assert (half.float() - exact).norm() < 0.03 * exact.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("projection", ["gated-gelu", "relu"])
+def test_in_8_bit(tmp_path, tokenizer_folder, dtype, projection):
+    """The blocks' linear layers, but in float16 not the one that overflows in it."""
+    path = tmp_path / "t5.safetensors"
+    save_file(weights(tiny_t5(feed_forward_proj=projection)), path)
+    expected = load_text_encoder(path).encode(TEXTS, 20).embeddings
+    found = find_text_encoder(path, quantise=True)
+    encoder = found.load(dtype)
+    embeddings = encoder.encode(TEXTS, 20).embeddings
+    assert embeddings.dtype == dtype
+    assert (embeddings.float() - expected).norm() < 0.05 * expected.norm()
+    model = encoder.model
+    kinds = {name.rpartition(".")[2] for name, layer in model.named_modules() if isinstance(layer, Int8Linear)}
+    wide = {"wi_0", "wi_1"} if projection == "gated-gelu" else {"wi"}
+    assert kinds == {"q", "k", "v", "o", *wide, *(() if dtype == torch.float16 else ("wo",))}
+    assert found.weight_bytes(dtype) == sum(weight.nbytes for weight in model.parameters())
+    assert found.weight_bytes(dtype) < find_text_encoder(path).weight_bytes(dtype)
+
+
+def test_a_file_in_8_bit(tmp_path, single_file):
+    state, expected = load_file(single_file), load_text_encoder(single_file, quantise=True)
+    for name in [name for name in state if QUANTISED.fullmatch(name)]:
+        layer = name.removesuffix(".weight")
+        state[name], state[f"{layer}.weight_scale"] = quantise(state[name])
+        state[f"{layer}.comfy_quant"] = mark()
+    save_file(state, tmp_path / "int8.safetensors", TensorFile.open(single_file).metadata)
+    found = find_text_encoder(tmp_path / "int8.safetensors")
+    assert torch.equal(found.load().encode(TEXTS, 20).embeddings, expected.encode(TEXTS, 20).embeddings)
+    assert found.weight_bytes(torch.float32) == sum(weight.nbytes for weight in found.load().model.parameters())
+    state.pop(f"{layer}.weight_scale")
+    save_file(state, tmp_path / "int8.safetensors")
+    with pytest.raises(CheckpointError, match=f"{layer} of int8.safetensors, a layer in 8 bit, has no weight_scale"):
+        find_text_encoder(tmp_path / "int8.safetensors")
 
 
 def test_width_is_checked_against_the_model(single_file):

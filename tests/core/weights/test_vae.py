@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import json
 import re
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.model.latent import WAN22_VAE
 from starflow_core.model.vae.codec import VAE
-from starflow_core.model.vae.norms import ChannelNorm, with_fast_norms
+from starflow_core.model.vae.layers import ChannelNorm, with_fast_layers
 from starflow_core.model.vae.tiles import TiledStream
 from starflow_core.weights.vae import METADATA_KEY, _kl_config, _wan_config, find_vae, load_vae
 
@@ -455,10 +456,33 @@ def test_fast_norms_are_the_librarys(dtype, axes):
     x = torch.randn(2, 8, *range(3, 3 + axes), generator=draw).to(dtype)
     x[:, :, 0] = 0
     expected = norm(x)
-    fast = with_fast_norms(torch.nn.Sequential(norm))[0]
+    fast = with_fast_layers(torch.nn.Sequential(norm))[0]
     assert isinstance(fast, ChannelNorm)
     assert fast(x).dtype == dtype
     torch.testing.assert_close(fast(x), expected, rtol=8 * torch.finfo(dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "taken"), [(torch.float32, True), (torch.bfloat16, False)])
+def test_fast_convolutions_are_the_librarys(monkeypatch, dtype, taken):
+    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+    calls, convolve = [], torch.mkldnn_convolution
+    monkeypatch.setattr(torch, "mkldnn_convolution", lambda *given: calls.append(given) or convolve(*given))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    draw = torch.Generator().manual_seed(0)
+    for settings in ({"kernel_size": 3, "padding": 1}, {"kernel_size": (3, 1, 1), "stride": (2, 1, 1)}):
+        slow = WanCausalConv3d(4, 6, **settings).to(dtype)
+        fast = with_fast_layers(copy.deepcopy(slow))
+        x = torch.randn(1, 4, 5, 6, 7, generator=draw).to(dtype)
+        expected, found = slow(x), fast(x)
+        torch.testing.assert_close(found, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+        torch.testing.assert_close(
+            *(
+                torch.autograd.grad(y.float().square().sum(), layer.weight)[0]
+                for y, layer in ((found, fast), (expected, slow))
+            )
+        )
+    assert bool(calls) == taken
 
 
 def test_a_file_is_looked_at_without_reading_weights(video):
