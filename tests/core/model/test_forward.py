@@ -44,7 +44,7 @@ def only_in_forward(module) -> None:
 
 
 @pytest.mark.parametrize("use", USES)
-@pytest.mark.parametrize("kind, count", [(Layer, 6), (Block, 3), (DenoiserNet, 1)])
+@pytest.mark.parametrize(("kind", "count"), [(Layer, 6), (Block, 3), (DenoiserNet, 1)])
 def test_weights_are_used_in_the_forward_of_their_module_alone(kind, count, use):
     x, flow = models.randn(2, 7, 4, 2, 3), models.flow()
     expected = USES[use](flow, x, models.text(flow, 2))
