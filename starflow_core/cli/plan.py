@@ -148,7 +148,7 @@ def metadata(args: Namespace, setup: Setup, given: Given, job: Job, prompt: str,
         "keep": plan.keep,
         "solver": asdict(job.solver),
         **given.files,
-        **({"joined": True} if args.join else {}),
+        **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
         "model": setup.config.name,
         "dtype": str(setup.dtype).removeprefix("torch."),
         **({"weights": INT8} if setup.parts.in_int8 else {}),
@@ -157,11 +157,14 @@ def metadata(args: Namespace, setup: Setup, given: Given, job: Job, prompt: str,
     }
 
 
+def file_frames(setup: Setup, job: Job, source: Tensor | None) -> int:
+    """Frames of a result's file, which may begin with the `source`."""
+    return job.frames if source is None else job.frames + len(source) - job.context.overlap(setup.config.latent)
+
+
 def name_outputs(args: Namespace, setup: Setup, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
     """A writable path for each result."""
-    frames = job.frames
-    if source is not None:
-        frames += len(source) - job.context.overlap(setup.config.latent)
+    frames = file_frames(setup, job, source)
     if args.output is None:
         paths = [default_output(f"{slug(c)}-{job.seed + i}", frames) for i, c in enumerate(captions)]
     elif len(captions) == 1:

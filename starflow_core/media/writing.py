@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
 from ..parts import clear_stale, part_of, remove
-from .animations import FASTEST, gif_recorder, webp_recorder
+from .animations import MAX_FPS, gif_recorder, webp_recorder
 from .failures import encoding_errors, reason
 from .metadata import Metadata, check_metadata, encode_exif
 from .pictures import still_recorder
@@ -183,7 +183,7 @@ def _publish(part: Path, target: Path) -> None:
 def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:
     if not fps and suffix in (*STILLS, ".webp"):
         return Fraction(0)
-    fastest = FASTEST.get(suffix, 1000)
+    fastest = MAX_FPS.get(suffix, 1000)
     try:
         rate = Fraction(fps).limit_denominator(65535)
     except (TypeError, ValueError, OverflowError):

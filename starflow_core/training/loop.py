@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from .files import load_state, replacing
+from ..parts import replacing
+from .files import load_state
 
 LOG_EVERY = 20  # steps
 CLIP_NORM = 1.0  # of the gradient

@@ -39,7 +39,7 @@ from .tensorfiles import (
     check_target,
     hash_files,
     parse_dtype,
-    reading,
+    reading_errors,
     write_tensors,
 )
 
@@ -260,7 +260,7 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
             yield f"metadata {key} of {checkpoint.path.name}", checkpoint.metadata[key]
     for file in (config_file(checkpoint), checkpoint.path.with_name("config.json")):
         if os.path.isfile(file):
-            with reading(file):
+            with reading_errors(file):
                 text = file.read_text(encoding="utf-8", errors="replace")
             yield file.name, text
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
 from ..model.schema import shown
-from ..parts import clear_stale, part_of, real, remove
+from ..parts import replacing
 from . import FLOAT_TYPES
 from .pickles import ArchivedTensor, open_archive
 
@@ -97,7 +97,7 @@ class TensorFile:
             path = _only_file_in(path)
         if not os.path.isfile(path):
             raise CheckpointError(f"no checkpoint at {path}; check the path")
-        with reading(path):
+        with reading_errors(path):
             if path.name.endswith(INDEX):
                 file = _open_shards(path)
             elif path.suffix.lower() == ".safetensors":
@@ -133,7 +133,7 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_errors(path: Path) -> Iterator[None]:
     """Turns the system's errors in reading `path` into CheckpointError."""
     try:
         yield
@@ -146,7 +146,7 @@ def hash_files(files: list[Path], progress: Report | None) -> str:
     done, total, hashes = 0, sum(file.stat().st_size for file in files), {}
     for path in files:
         digest = hashlib.sha256()
-        with reading(path), open(path, "rb") as file:
+        with reading_errors(path), open(path, "rb") as file:
             while chunk := file.read(HASH_CHUNK):
                 digest.update(chunk)
                 done += len(chunk)
@@ -214,7 +214,7 @@ def _open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, st
 
 def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
     """A tensor of an open safetensors file of `size` bytes, in memory of its own."""
-    with reading(path):
+    with reading_errors(path):
         try:
             if path.stat().st_size != size:
                 raise SafetensorError("it has another size now")
@@ -273,7 +273,7 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _read_archived(tensor: ArchivedTensor) -> Tensor:
-    with reading(tensor.record.path):
+    with reading_errors(tensor.record.path):
         return tensor.read()
 
 
@@ -315,7 +315,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, dtype: str, metad
     check_target(path, None, overwrite=True)
     check_space(path, {name: (tuple(tensor.shape), torch_dtype) for name, tensor in tensors.items()})
     ready = {name: cast(tensor.cpu(), torch_dtype, name, path).contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as part:
+    with _writing(path) as part:
         save_file(ready, part, metadata)
 
 
@@ -328,35 +328,20 @@ def write_tensors(path: Path, layout: Layout, metadata: dict[str, str], tensors:
     safetensors' `save_file` needs all tensors at once: converting a checkpoint of 1.4 GB to bf16 takes
     829 MB with it (1384 MB before 0.8) and 245 MB here, see benchmarks/convert_memory.py.
     """
-    with _replacing(path) as part, open(part, "wb") as file:
+    with _writing(path) as part, open(part, "wb") as file:
         file.write(_header(layout, metadata))
         file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders, and clears
-    what killed processes left.
-
-    Raises InputError for errors of the system.
-    """
-    path = real(path)
-    part = part_of(path)
+def _writing(path: Path) -> Iterator[Path]:
+    """As `replacing`. Raises InputError for errors of the system."""
     try:
-        clear_stale(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # save_file of safetensors 0.8 writes files that only their owner can read
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be written: {reason}") from None
-    finally:
-        remove(part)
 
 
 def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:

@@ -26,7 +26,7 @@ from tests.core import models, tiny
 ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled CheckpointError Context Control Encoding Flow FlowConfig Generation InputError Inversion Job
-NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Progress Sampler SolverSettings StarflowError
+NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress Sampler SolverSettings StarflowError
 VideoWriter convert decode_from_noise denoise encode_to_noise fit load_flow load_pipeline load_text_encoder load_vae
 read_image read_metadata read_video sample score_denoise write_video
 """
@@ -243,6 +243,28 @@ def test_a_text_encoder_that_does_not_fit_is_refused(pipeline, monkeypatch):
 def test_tasks_that_lack_something_are_refused(pipeline, task, message):
     with pytest.raises(InputError, match=message):
         pipeline.with_context(task, frames=9)
+
+
+@pytest.mark.parametrize(("task", "given", "message"), [
+    ("first_frame", {"image": (32, 48, 3)}, r"image has the shape \(32, 48, 3\); expected \(3, H, W\), or \(B"),
+    ("last_frame", {"last": (48, 3)}, r"last has the shape \(48, 3\)"),
+    ("extend", {"clip": (9, 32, 48, 3)}, r"clip has the shape \(9, 32, 48, 3\); expected \(F, 3, H, W\)"),
+])  # fmt: skip
+def test_pixels_of_another_layout_are_refused(pipeline, task, given, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.with_context(task, **{name: torch.zeros(shape) for name, shape in given.items()})
+
+
+def test_an_image_of_several_frames_is_refused(pipeline):
+    with pytest.raises(InputError, match="text_to_image makes one frame, not 9; use text_to_video"):
+        pipeline.text_to_image("a ring", frames=9)
+
+
+def test_a_pipeline_is_loaded_onto_a_placement(folder):
+    placement = replace(Placement.on("cpu"), vae=torch.device("meta"))
+    pipeline = load_pipeline(*files(folder), device=placement)
+    assert pipeline.placement is placement
+    assert {weight.device.type for weight in pipeline.vae.module.parameters()} == {"meta"}
 
 
 @pytest.mark.parametrize("fps", [0, -3, float("nan"), float("inf"), 1e6])

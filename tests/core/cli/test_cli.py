@@ -207,7 +207,10 @@ def test_the_given_frames_are_shown(run, given):
     assert len(alone) == 9
     torch.testing.assert_close(joined[:9], source, atol=1 / 127, rtol=0)
     assert torch.equal(joined[9:], alone[5:])
-    assert read_metadata("joined/")["joined"] is True
+    told = read_metadata("joined/")
+    assert told["joined"] is True
+    assert told["frames"] == len(joined)
+    assert read_metadata("alone/")["frames"] == len(alone)
 
 
 def test_size_follows_what_is_given(run, tmp_path):
@@ -393,7 +396,8 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--solver autoregressive --span 3", "autoregressive solver has no settings"),
     ("--device cuda:99", "device 'cuda:99' isn't there; this machine has .*cpu"),
     ("--device toaster", "device 'toaster' isn't there"),
-    ("--model nowhere.safetensors", r"needs a text encoder \(flan-t5-xl\) and a VAE; only the bundled demo"),
+    ("--model nowhere.safetensors", "no checkpoint at nowhere.safetensors; check the path"),
+    ("--model {demo}/flow.safetensors", r"needs a text encoder \(flan-t5-xl\) and a VAE; only the bundled demo"),
     ("--model a.pth --vae b --text-encoder c", "no checkpoint at a.pth; check the path"),
     ("--vae b", "no VAE at b; check the path"),
     ("--tile 3", "tile is 3 latent cells; the minimum is 4"),
@@ -418,8 +422,8 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--video {given}/picture.png --task extend", "extend needs a clip of at least 5 frames"),
     ("--last-image {given}/picture.png --frames 41", "longest result is 13 frames"),
 ])  # fmt: skip
-def test_impossible_jobs(refused, given, options, message):
-    refused("generate", PROMPT, *options.format(given=given).split(), err=message)
+def test_impossible_jobs(refused, given, demo, options, message):
+    refused("generate", PROMPT, *options.format(given=given, demo=demo).split(), err=message)
 
 
 @pytest.mark.parametrize(("words", "message"), [
@@ -692,7 +696,8 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
     ("encode {given}/clip.mp4 -o noise.bin", "does not end in .safetensors"),
     ("encode {given}/clip.mp4 -o {given}/clip.mp4/n.safetensors", "cannot be written"),
     ("decode missing.safetensors", "no checkpoint at missing.safetensors"),
-    ("decode {demo}/flow.safetensors", "flow.safetensors holds no noise; make it with encode"),
+    ("decode {demo}/flow.safetensors", "flow.safetensors isn't a noise file; create one with `encode`"),
+    ("decode {given}/noise.png", "noise.png isn't a noise file; create one with `encode`"),
     ("score {given}/clip.mp4 --height 30 --width 30", "height 30 .* nearest are 16 and 32"),
 ])  # fmt: skip
 def test_what_cannot_be_inverted(refused, given, demo, words, message):

@@ -11,8 +11,8 @@ from torch import nn
 from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
+from starflow_core.parts import replacing
 from starflow_core.solve.denoising import denoise, score_denoise
-from starflow_core.training.files import replacing
 from starflow_core.training.loop import Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
 from starflow_core.training.optimiser import Muon, orthogonalised

@@ -237,6 +237,13 @@ def test_corrupt_pickle(tmp_path):
         TensorFile.open(path)
 
 
+def test_a_list_far_longer_than_any_is_refused_unread(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/data.pkl", b"]" * 20_000_000)
+    with pytest.raises(CheckpointError, match="its list of tensors has 20000000 bytes"):
+        TensorFile.open(tmp_path / "a.pth")
+
+
 def test_pickle_without_tensors(tmp_path):
     with pytest.raises(CheckpointError, match="a dictionary of 'epoch', 'lr'"):
         TensorFile.open(write_pickle(tmp_path / "a.pth", {"epoch": 1, "lr": 2.0}))
