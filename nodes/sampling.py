@@ -238,7 +238,7 @@ def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Te
 
 class Watch:
     """Shows a run on its node: the bar counts settled tokens, the text says how far it is and how long it will take,
-    and the picture plays the frames that are there, over and over, up to the one that is being solved."""
+    and the picture loops over the frames so far, up to the one that is being solved."""
 
     def __init__(self, node_id: str | None, preview: Preview):
         self.bar, self.preview = host.NodeProgress(node_id), preview
@@ -260,7 +260,7 @@ class Watch:
         self._play()
 
     def show(self, piece: Piece) -> None:
-        """Frames that are there, or there again without noise; the last of them is shown at once."""
+        """Add finished frames, or put denoised ones in place of noisy ones, and show the last of them now."""
         frames = piece.latents.cpu().unbind(2)
         self.frames[piece.first : piece.first + len(frames)] = frames
         self._picture(frames[-1])

@@ -46,7 +46,7 @@ def check_text(caption: str) -> None:
         caption.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"a prompt holds what is no character, at position {error.start}; give it as UTF-8 text"
+            f"a prompt contains an invalid character at position {error.start}; give it as UTF-8 text"
         ) from None
 
 

@@ -44,7 +44,7 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
     if suffix not in _RECORDERS:
         raise InputError(f"{path}: unknown format {suffix!r}; known are {_FORMATS}")
     if not target.pattern and suffix in STILLS and frames not in (None, 1):
-        raise InputError(f"{path}: {suffix} holds one picture, not {frames}; write .mp4 or a name such as %05d.png")
+        raise InputError(f"{path}: {suffix} takes one picture, not {frames}; write .mp4 or a name such as %05d.png")
     _check_encoder(path, suffix)
     try:
         if target.pattern:
@@ -148,7 +148,7 @@ class VideoWriter:
         finite = frames.isfinite().flatten(1).all(1)
         if not finite.all():
             bad = self._frames + int(finite.logical_not().nonzero()[0])
-            raise NonFiniteError(f"frame {bad} holds NaN or infinity; {self.path} was not written")
+            raise NonFiniteError(f"frame {bad} contains NaN or infinity; {self.path} was not written")
         return frames
 
 
@@ -216,7 +216,7 @@ def _check_sound(sound: Sound) -> None:
     if not 1000 <= sound.rate <= 384000:
         raise InputError(f"sound of {sound.rate} samples a second: expected 1000 to 384000")
     if not torch.isfinite(samples).all():
-        raise NonFiniteError("the sound holds NaN or infinity; check where it is from, or leave it out")
+        raise NonFiniteError("the sound contains NaN or infinity; check where it is from, or leave it out")
 
 
 def _check_encoder(path, suffix: str) -> None:

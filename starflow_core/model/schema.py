@@ -44,18 +44,18 @@ def check_kinds(settings: Any) -> None:
 
 
 def read_json(text: str, where: str) -> Any:
-    """What a configuration's text says. Raises CheckpointError if it is no JSON, or nested too deeply."""
+    """What a configuration's text says. Raises CheckpointError if it isn't JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}; get the file again") from None
+        raise CheckpointError(f"{where} isn't JSON: {error}; download the file again") from None
 
 
 def read_object(text: str, where: str) -> dict[str, Any]:
     """As `read_json`, of text that has to be a JSON object."""
     values = read_json(text, where)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is no JSON object; get the file again")
+        raise CheckpointError(f"{where} isn't a JSON object; download the file again")
     return values
 
 

@@ -27,4 +27,4 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as error:  # a damaged archive can fail anywhere in its readers
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}); remove it, and its stage begins anew") from None
+        raise InputError(f"{path} is damaged ({reason}); remove it, and its stage starts over") from None

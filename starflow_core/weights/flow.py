@@ -75,7 +75,7 @@ FOREIGN = (
 def find_config(checkpoint: TensorFile) -> FlowConfig:
     """The configuration from the file's metadata, a JSON beside it, or the known models' shapes.
 
-    Raises CheckpointError if the file is no STARFlow (and says what it looks like), if a configuration
+    Raises CheckpointError if the file isn't a STARFlow (and says what it looks like), if a configuration
     contradicts the tensors, or if none is found.
     """
     structure = _structure(checkpoint)
@@ -110,7 +110,7 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
     """The model's `expected_shapes`. Raises CheckpointError unless the checkpoint has exactly these."""
     expected = expected_shapes(config)
     weights = {name: tensor for name, tensor in checkpoint.tensors.items() if not IGNORED.fullmatch(name)}
-    remedy = "Get the file again, or correct its configuration."
+    remedy = "Download the file again, or correct its configuration."
     check_tensors(weights, expected, checkpoint.path.name, config.name, remedy)
     return expected
 
@@ -291,7 +291,7 @@ def _from_reference(values: dict[str, Any]) -> FlowConfig:
 
 def _structure(checkpoint: TensorFile) -> dict[str, Any]:
     """What the shapes say about the model, None where a tensor is missing. Raises CheckpointError if
-    it is no STARFlow."""
+    it isn't one."""
     shapes = checkpoint.shapes
     blocks = sorted({int(match[1]) for name in shapes if (match := BLOCK.match(name))})
     layers = {match.groups() for name in shapes if (match := LAYER.match(name))}
@@ -360,7 +360,7 @@ def _foreign(checkpoint: TensorFile) -> str:
     names = list(checkpoint.shapes)
     kind = next((kind for marks, kind in FOREIGN if any(mark in name for name in names for mark in marks)), None)
     return (
-        f"{checkpoint.path.name} is no STARFlow checkpoint: it looks like {kind or 'something else'} "
+        f"{checkpoint.path.name} isn't a STARFlow checkpoint: it looks like {kind or 'something else'} "
         f"({len(names)} tensors: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}). Expected tensors such as "
         "blocks.0.sos_embed and blocks.0.attn_blocks.0.attention.qkv.weight."
     )

@@ -106,7 +106,7 @@ class TensorFile:
                 file = _open_pickle(path)
             else:
                 raise CheckpointError(
-                    f"{path.name} is no checkpoint; give a .safetensors, {INDEX} or {', '.join(PICKLES)} file"
+                    f"{path.name} isn't a checkpoint; give a .safetensors, {INDEX} or {', '.join(PICKLES)} file"
                 )
         if file.tensors and all(name.startswith("module.") for name in file.tensors):  # of a parallel wrapper
             return replace(file, tensors={name.removeprefix("module."): t for name, t in file.tensors.items()})
@@ -162,7 +162,7 @@ def _only_file_in(folder: Path) -> Path:
         return found[0]
     names = ", ".join(file.name for file in found[:5])
     raise CheckpointError(
-        f"folder {folder} holds {f'several checkpoints ({names}): choose one' if found else 'no safetensors file'}"
+        f"folder {folder} contains {f'several checkpoints ({names}): choose one' if found else 'no safetensors file'}"
     )
 
 
@@ -179,13 +179,13 @@ def _open_shards(index: Path) -> TensorFile:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index.name} is no index of shards; get it again") from None
+        raise CheckpointError(f"{index.name} isn't an index of shards; download it again") from None
     if outside:
-        raise CheckpointError(f"{index.name} names a file outside its folder, {outside[0]}; get it again")
+        raise CheckpointError(f"{index.name} names a file outside its folder, {outside[0]}; download it again")
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
-        raise CheckpointError(f"{index.name} lacks {', '.join(missing[:5])}; get all of its {len(files)} shards")
+        raise CheckpointError(f"{index.name} lacks {', '.join(missing[:5])}; download all of its {len(files)} shards")
     found, metadata = {}, {}
     for file in files:
         tensors, shard_metadata = _open_safetensors(file)
@@ -193,7 +193,7 @@ def _open_shards(index: Path) -> TensorFile:
         metadata.update(shard_metadata)
     lost = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in found[shard]]
     if lost:
-        raise CheckpointError(f"{index.name} lists tensors that aren't there: {', '.join(lost[:5])}; get it again")
+        raise CheckpointError(f"{index.name} lists tensors that aren't there: {', '.join(lost[:5])}; download it again")
     return TensorFile(index, files, {name: found[shard][name] for name, shard in weight_map.items()}, metadata)
 
 
@@ -217,7 +217,7 @@ def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
     with reading_errors(path):
         try:
             if path.stat().st_size != size:
-                raise SafetensorError("it has another size now")
+                raise SafetensorError("its size has changed")
             tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(
@@ -228,7 +228,7 @@ def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
 
 def _fault(path: Path, reason: str) -> str:
     """What is wrong with a file that safetensors refuses; it doesn't give the sizes."""
-    size, kind = path.stat().st_size, "truncated or no safetensors file"
+    size, kind = path.stat().st_size, "truncated, or isn't a safetensors file"
     with open(path, "rb") as file:
         end = 8 + int.from_bytes(file.read(8), "little")
         header = file.read(min(end - 8, LARGEST_HEADER))
@@ -238,9 +238,9 @@ def _fault(path: Path, reason: str) -> str:
     elif size >= end:
         return (
             f"safetensors {safetensors.__version__} cannot open {path.name} ({reason}): the header of the file is "
-            "corrupt or of a newer format; get the file again, or a newer safetensors"
+            "corrupt or of a newer format; download the file again, or install a newer safetensors"
         )
-    return f"{path.name} is {kind}: expected {end} bytes, found {size}; get it again"
+    return f"{path.name} is {kind}: expected {end} bytes, found {size}; download it again"
 
 
 def _last_byte(header: bytes) -> int | None:
@@ -269,7 +269,7 @@ def _open_pickle(path: Path) -> TensorFile:
         if isinstance(content, dict)
         else f"a {type(content).__name__}"
     )
-    raise CheckpointError(f"{path.name} holds no state_dict of tensors, but {kind}; save its state_dict alone")
+    raise CheckpointError(f"{path.name} contains {kind}, not a state_dict of tensors; save its state_dict alone")
 
 
 def _read_archived(tensor: ArchivedTensor) -> Tensor:
@@ -284,7 +284,9 @@ def _check_archive(path: Path) -> None:
         archive = file.read(4) == b"PK\x03\x04"
     size = path.stat().st_size
     if archive and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path.name} is truncated: found {size} bytes, but no end of the archive; get it again")
+        raise CheckpointError(
+            f"{path.name} is truncated: found {size} bytes, but no end of the archive; download it again"
+        )
     if not archive:
         raise CheckpointError(
             f"{path.name} ({size} bytes) is damaged, or a pickle from before PyTorch 1.6, which cannot be read "
@@ -353,7 +355,7 @@ def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:
 
 
 def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> None:
-    """Raise InputError unless `target` can be written, is no file of `source`, and is new or may be replaced."""
+    """Raise InputError unless `target` can be written, isn't a file of `source`, and is new or may be replaced."""
     if target.suffix.lower() != ".safetensors":
         raise InputError(f"{target.name} does not end in .safetensors, the format that is written")
     if os.path.isdir(target):

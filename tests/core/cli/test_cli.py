@@ -404,7 +404,7 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--quality 101", "quality 101: expected 0 to 100"),
     ("--fps 99 -o a.gif", "frame rate 99.*: .gif takes"),
     ("-o a.xyz", "a.xyz: unknown format '.xyz'"),
-    ("-o a.png", "a.png: .png holds one picture, not 9"),
+    ("-o a.png", "a.png: .png takes one picture, not 9"),
     ("-o {given}/clip.mp4/a.mp4", "cannot be written"),
     ("--image missing.png", "missing.png: no such file"),
     ("--image {given}/noise.png", "noise.png cannot be read as a picture"),
@@ -534,7 +534,7 @@ def test_interruption(run, monkeypatch, tmp_path, moment):
             raise KeyboardInterrupt
 
     monkeypatch.setattr(Sampling, moment, interrupt)
-    out = run("generate", PROMPT, "-o", "a.mp4", code=130, err="^interrupted; nothing unfinished was left behind\n$")
+    out = run("generate", PROMPT, "-o", "a.mp4", code=130, err="^interrupted; no partial files were left\n$")
     assert out == []
     assert list(tmp_path.iterdir()) == []
 
@@ -879,5 +879,5 @@ def test_sigterm_is_as_ctrl_c(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr("starflow_core.cli.files.convert", lambda *_: signal.raise_signal(signal.SIGTERM))
     before = signal.getsignal(signal.SIGTERM)
     assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == 143
-    assert "nothing unfinished was left behind" in capsys.readouterr().err
+    assert "no partial files were left" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before

@@ -64,7 +64,7 @@ def test_missing_things(tmp_path):
                 read(f"{tmp_path}/{name}")
     with pytest.raises(InputError, match="is a folder"):
         read_image(tmp_path)
-    with pytest.raises(InputError, match="holds no pictures"):
+    with pytest.raises(InputError, match="contains no pictures"):
         read_video(tmp_path)
     with pytest.raises(InputError, match="at least 1"):
         read_video(tmp_path / "a.mp4", frames=0)

@@ -214,7 +214,7 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     regression(tmp_path)
     loop = Loop(tmp_path, CPU, torch.float32, seed=1)
     module = nn.Linear(4, 2)
-    with pytest.raises(InputError, match=r"fit\.state\.pt is of a run with .*'seed': 0"):
+    with pytest.raises(InputError, match=r"fit\.state\.pt belongs to a run with .*'seed': 0"):
         loop.run("fit", module, Muon(module.parameters()), None, total=10)
 
 

@@ -212,7 +212,7 @@ def test_other_architectures(tmp_path, name, kind):
     path = write_safetensors(tmp_path / "a.safetensors", {name: torch.ones(2)}, None)
     for use in (load_flow, lambda p: convert(p, tmp_path / "b.safetensors")):
         with pytest.raises(
-            CheckpointError, match=f"a.safetensors is no STARFlow.*{kind}.*Expected .*sos_embed"
+            CheckpointError, match=f"a.safetensors isn't a STARFlow.*{kind}.*Expected .*sos_embed"
         ) as error:
             use(path)
         assert name in str(error.value)

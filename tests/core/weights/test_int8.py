@@ -237,14 +237,14 @@ def test_bytes(converted, source):
             {"comfy_quant": marked(format="int8_tensorwise", params={"convrot": True})},
             r"is in a variant of int8_tensorwise \(params\) that can't be read",
         ),
-        ({"comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "has a comfy_quant that is no JSON object"),
-        ({"comfy_quant": torch.tensor(list(b"[1]"), dtype=torch.uint8)}, "has a comfy_quant that is no JSON object"),
-        ({"comfy_quant": torch.ones(3)}, "has a comfy_quant that is no JSON object"),
+        ({"comfy_quant": torch.tensor([1, 2, 3], dtype=torch.uint8)}, "has a comfy_quant that isn't a JSON object"),
+        ({"comfy_quant": torch.tensor(list(b"[1]"), dtype=torch.uint8)}, "has a comfy_quant that isn't a JSON object"),
+        ({"comfy_quant": torch.ones(3)}, "has a comfy_quant that isn't a JSON object"),
     ],
 )
 def test_layers_that_cannot_be_read(tmp_path, converted, changes, problem):
     path = damaged(converted, **changes)
-    message = rf"^{LAYER} of int8\.safetensors, a layer in 8 bit, {problem}.*\. Get the file again, or convert"
+    message = rf"^{LAYER} of int8\.safetensors, a layer in 8 bit, {problem}.*\. Download the file again, or convert"
     for use in (load_flow, resolve, lambda p: convert(p, tmp_path / "c.safetensors")):
         with pytest.raises(CheckpointError, match=message):
             use(path)
