@@ -62,12 +62,12 @@ def iterate_chunks(
     while start < z.shape[1]:
         size = settings.chunk * (GROWTH if frame_tokens and start >= frame_tokens else 1)
         stop = min(start + size, z.shape[1])
-        left = x[:, start - 1 : start] if start else evaluate.start(x)
+        left = x[:, max(start - 1, 0) : start]  # nothing is before the first
         guess = torch.cat((left, x[:, start:stop]), 1)
         if frame_tokens and start > frame_tokens:
             earlier = x[:, start - 1 - frame_tokens : min(start, stop - frame_tokens)]
             guess[:, : earlier.shape[1]] = earlier
-        inputs, old = guess[:, :-1], guess[:, 1:]
+        inputs, old = guess[:, :-1], guess[:, left.shape[1] :]
         for _ in range(settings.max_sweeps):
             a, b = evaluate(inputs, start)
             new = a * z[:, start:stop] + b

@@ -11,6 +11,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import pipeline
 from ..errors import OutOfMemoryForecast
 from ..jobs import memory

@@ -19,8 +19,8 @@ STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer,
 
 @dataclass(frozen=True)
 class MemoryOptions:
-    """What a user fixes; the planner chooses the rest. `budget` is in bytes (None: what is free), `cache` one of CACHES,
-    `offload` one of OFFLOADS. Raises InputError for other values."""
+    """What a user fixes; the planner chooses the rest. `budget` is in bytes (None: what is free), `cache` one of CACHES
+    and `offload` one of OFFLOADS. Raises InputError for other values."""
 
     budget: int | None = None
     cache: str = "auto"

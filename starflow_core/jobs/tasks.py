@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..control import Control, Progress
+from ..control import Control
 from ..errors import InputError
 from ..model.cache import RESIDENT, CacheSettings
 from ..model.config import FlowConfig
@@ -206,7 +206,7 @@ class Generation:
         for frames in self.sampler.stream():
             if denoiser:
                 yield from self._piece(first, frames, False)
-                final = self._push(denoiser, frames, first)
+                final = self._fed(denoiser, frames)
             else:
                 final = frames
             first += frames.shape[1]
@@ -275,18 +275,14 @@ class Generation:
         if not self.job.denoise:
             return latents
         if self._learned:
-            return self._push(self._denoise_stream(), latents, 0)
+            return self._fed(self._denoise_stream(), latents)
         return score_denoise(self.flow, latents, self.text.to(self.placement.deep[0]), self.control)
 
     def _denoise_stream(self) -> DenoiseStream:
         text = self.text.to(self.placement.denoiser)
-        return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window)
+        return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window, control=self.control)
 
-    def _push(self, stream: DenoiseStream, frames: Tensor, first: int) -> Tensor:
-        """Give the denoiser the frames of the deep sequence from `first` on, one by one; return those that are done."""
-        total, done = self.layout.total, []
-        for index, frame in enumerate(self.flow.tokens(frames).split(1, 1), first + 1):
-            self.control.report(Progress("denoise", index - 1, total))
-            done.append(stream.push(frame.to(self.placement.denoiser), last=index == total))
-        self.control.report(Progress("denoise", first + frames.shape[1], total))
-        return self.flow.latents(torch.cat(done, 1), self.sampler.grid).to(self.placement.shallow)
+    def _fed(self, stream: DenoiseStream, frames: Tensor) -> Tensor:
+        """Give the denoiser the next frames of the deep sequence; return those that are done."""
+        done = stream.feed(self.flow.tokens(frames).to(self.placement.denoiser))
+        return self.flow.latents(done, self.sampler.grid).to(self.placement.shallow)

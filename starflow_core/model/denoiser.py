@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from .config import Denoiser, FlowConfig
-from .rope import Rotary, joined
+from .rope import Rotary
 from .transformer import FinalNorm, Layer
 
 
@@ -49,15 +49,15 @@ class DenoiserNet(nn.Module):
 
 
 class DenoiserRun:
-    """One pass over text (B, L, D) and at most as many frames of `frame_tokens` as `rotary` has positions for."""
+    """One pass over text (B, L, D) and at most as many frames of `frame_tokens` as `rotary`, which begins with the
+    text's, has positions for."""
 
     def __init__(
-        self, net: DenoiserNet, config: Denoiser, text: Tensor, frame_tokens: int, text_rotary: Rotary, rotary: Rotary,
-        dtype: torch.dtype,
-    ):  # fmt: skip
+        self, net: DenoiserNet, config: Denoiser, text: Tensor, frame_tokens: int, rotary: Rotary, dtype: torch.dtype
+    ):
         self.net, self.dtype, self.text = net, dtype, text.to(dtype)
-        whole, final = joined(text_rotary, rotary), len(net.attn_blocks) - 1
-        self.bands = [Band(config, whole, text.shape[1], frame_tokens, i < final) for i in range(final + 1)]
+        final = len(net.attn_blocks) - 1
+        self.bands = [Band(config, rotary, text.shape[1], frame_tokens, i < final) for i in range(final + 1)]
         self.taken = 0  # frames
 
     def push(self, tokens: Tensor, last: bool) -> Tensor:
@@ -84,9 +84,8 @@ class Band:
         self.text: tuple[Tensor, Tensor, Tensor] | None = None  # queries, keys, values
         self.frames: dict[int, tuple[Tensor, Tensor]] = {}  # keys and values by index
         self.queries: list[Tensor] = []  # of the frames that wait
-        self.hidden: list[Tensor] = []  # of all that waits
+        self.hidden: list[Tensor] = []  # of all that waits, in one piece
         self.slots = self.taken = self.given = 0  # slots that came in, frames that came in, frames that went out
-        self.leaving = 0  # entries of `hidden` that `attend` has computed attention for
 
     def next_rotary(self, slots: int) -> Rotary:
         """Positions of the next slots to come in."""
@@ -101,17 +100,17 @@ class Band:
             done.append(self._attended(self.text[0], 0))
         ready, self.queries = self.queries[: until - self.given], self.queries[until - self.given :]
         done += [self._attended(piece, frame) for frame, piece in enumerate(ready, self.given)]
-        self.given, self.leaving = until, len(done) - 1
+        self.given = until
         self.frames = {i: kv for i, kv in self.frames.items() if i >= until - self.behind}
         return torch.cat(done, 2)
 
-    def residual(self, hidden: Tensor) -> Tensor:
-        """Take the hidden states of the slots `attend` took; return those of the slots it returned."""
-        pieces = self._pieces(hidden, 1)
-        self.hidden += pieces if self.slots or self.passes_text else pieces[1:]
+    def residual(self, hidden: Tensor, leaving: int) -> Tensor:
+        """Take the hidden states of the slots `attend` took; return those of the `leaving` slots it returned."""
+        skipped = 0 if self.slots or self.passes_text else self.text_tokens
         self.slots += hidden.shape[1]
-        leaving, self.hidden = self.hidden[: self.leaving], self.hidden[self.leaving :]
-        return torch.cat((hidden[:, :0], *leaving), 1)
+        waiting = torch.cat((*self.hidden, hidden[:, skipped:]), 1)
+        self.hidden = [waiting[:, leaving:]]
+        return waiting[:, :leaving]
 
     def _pieces(self, x: Tensor, dim: int) -> list[Tensor]:
         """New slots split by frame; the text, which comes with the first frame, is a piece of its own."""

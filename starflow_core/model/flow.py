@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
 from .config import FlowConfig
-from .denoiser import DenoiserNet
+from .denoiser import DenoiserNet, DenoiserRun
 from .rope import Rotary, joined, text_rotary, token_rotary
 from .transformer import Attend, FinalNorm, Layer, causal
 
@@ -75,7 +75,7 @@ class Block(nn.Module):
         deep = index == len(config.layers) - 1
         width = config.deep_width if deep else config.width
         channels = config.token_channels
-        self.width, self.soft_clip = width, config.soft_clip
+        self.width, self.channels, self.soft_clip = width, channels, config.soft_clip
         self.recompute = False  # for a gradient: keep one hidden state a layer, not its activations
         self.reverses = (index % 2 == 0) == (config.seq_order == "L2R")
         self.sos_embed = nn.Parameter(torch.zeros(1, 1, channels, **factory))
@@ -92,23 +92,17 @@ class Block(nn.Module):
         """Tokens (..., N, c) into this block's order, or back: reversal is its own inverse."""
         return tokens.flip(-2) if self.reverses else tokens
 
-    def start(self, tokens: Tensor) -> Tensor:
-        """The start token, (rows, 1, c) for tokens (rows, L, c)."""
-        return self.sos_embed.to(tokens).expand(len(tokens), 1, -1)
-
-    def shifted(self, tokens: Tensor) -> Tensor:
-        """Inputs of the slots: the token before each, the start token first."""
-        return torch.cat((self.start(tokens), tokens[:, :-1]), 1)
-
     def forward(
-        self, inputs: Tensor, rotary: Rotary, attend: Callable[[int], Attend] = lambda layer: causal,
-        text: Tensor | None = None,
+        self, before: Tensor, rotary: Rotary, attend: Callable[[int], Attend] = lambda layer: causal,
+        text: Tensor | None = None, first: bool = False,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         """Scale a > 0 and shift b, float32 (rows, n, c), of n slots (STARFlow, section 3.1).
 
-        `inputs` (rows, n, c) are the tokens before each slot, in the compute type. `text` (rows, L, D) goes before
-        them in the same causal sequence. `attend(i)` is layer i's attention.
+        `before` (rows, n, c) are the tokens before each slot, in the compute type. If the slots are the `first` of
+        their sequence, it is (rows, n - 1, c): nothing is before the first slot, which reads the start token. `text`
+        (rows, L, D) goes in front in the same causal sequence. `attend(i)` is layer i's attention.
         """
+        inputs = torch.cat((self.sos_embed.to(before).expand(len(before), 1, -1), before), 1) if first else before
         hidden = self.proj_in(inputs)
         if text is not None:
             hidden = torch.cat((self.proj_txt(text), hidden), 1)
@@ -184,12 +178,20 @@ class Flow(nn.Module):
         c = self.config
         return text_rotary(tokens, length=c.rope_length, head_dim=c.head_dim, rounding=c.rounding, device=device)
 
+    def denoiser_run(self, text: Tensor, grid: Grid, net: DenoiserNet | None = None) -> DenoiserRun:
+        """A pass of the denoiser, or of another `net` in its place, over text (B, L, D) and at most the grid's
+        frames."""
+        rotary = joined(self.text_rotary(text.shape[1], text.device), self.rotary(grid, text.device))
+        net = net or self.learnable_self_denoiser
+        return DenoiserRun(net, self.config.denoiser, text, grid.frame_tokens, rotary, self.compute_dtype)
+
     def shallow_affine(
         self, block: Block, tokens: Tensor, rotary: Rotary, control: Control | None = None
     ) -> tuple[Tensor, Tensor]:
         """a, b of frames (rows, N, c) in the block's order, each frame a sequence of its own."""
         rows, attend = max(1, SHALLOW_TOKENS // tokens.shape[1]), self._reporting(block, control)
-        parts = [block(block.shifted(part).to(self.compute_dtype), rotary, attend) for part in tokens.split(rows)]
+        before = tokens[:, :-1].to(self.compute_dtype)
+        parts = [block(part, rotary, attend, first=True) for part in before.split(rows)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
     def deep_affine(
@@ -198,8 +200,8 @@ class Flow(nn.Module):
         """a, b of a whole clip (B, T N, c) in the deep block's order, after text (B, L, D)."""
         block, device = self.deep, tokens.device
         rotary = joined(self.text_rotary(text.shape[1], device), self.rotary(grid, device))
-        inputs, text = block.shifted(tokens).to(self.compute_dtype), text.to(self.compute_dtype)
-        return block(inputs, rotary, self._reporting(block, control), text)
+        before, text = tokens[:, :-1].to(self.compute_dtype), text.to(self.compute_dtype)
+        return block(before, rotary, self._reporting(block, control), text, first=True)
 
     def _reporting(self, block: Block, control: Control | None) -> Callable[[int], Attend]:
         """Causal attention in each layer; the layers that are done are reported before."""

@@ -12,7 +12,8 @@ from .rope import Rotary
 
 # (queries, keys, values), each (rows, heads, slots, head_dim) -> (rows, heads, slots, head_dim)
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-Residual = Callable[[Tensor], Tensor]  # hidden states in, (rows, slots, width); hidden states out, maybe other slots
+# Hidden states (rows, slots, width), and how many slots attention was computed for; the hidden states of these slots.
+Residual = Callable[[Tensor, int], Tensor]
 
 
 class Attention(nn.Module):
@@ -59,7 +60,8 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend, residual: Residual | None = None) -> Tensor:
         """`residual` returns the hidden states that go with `attend`'s result, for a pipeline that delays them."""
         attended = attend(*self.attention.project(hidden, rotary))
-        hidden = (residual(hidden) if residual else hidden) + self.attention.output(attended)
+        kept = residual(hidden, attended.shape[2]) if residual else hidden
+        hidden = kept + self.attention.output(attended)
         return hidden + self.mlp(hidden)
 
 

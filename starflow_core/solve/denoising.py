@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from ..control import Control, Progress
 from ..errors import InputError
-from ..model.denoiser import DenoiserRun
 from ..model.flow import Flow, Grid, require_finite
 
 STEP = 0.3  # share of the denoiser's output that is taken off, trained with the model
@@ -20,28 +21,38 @@ class DenoiseStream:
 
     Clips longer than the window are denoised in chunks of `window` frames; each later chunk starts with the last frames
     of the one before, as they were sampled, and only its new frames are kept. With `overlap` "denoised" it starts with
-    their denoised versions, as in the reference.
+    their denoised versions, as in the reference. `grid` is the whole clip's.
     """
 
-    def __init__(self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy"):
+    def __init__(
+        self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy",
+        control: Control | None = None,
+    ):  # fmt: skip
         config = flow.config
         if config.denoiser is None:
             raise InputError(f"{config.name} has no learned denoiser; use score_denoise")
         if overlap not in ("noisy", "denoised"):
             raise InputError(f"overlap is {overlap!r}, expected noisy or denoised")
-        self.flow, self.text, self.overlap = flow, text, overlap
+        self.flow, self.text, self.overlap, self.control = flow, text, overlap, control or Control()
         self.window = window or config.window
         self.lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
-        self.frame_tokens = grid.frame_tokens
-        self.text_rotary = flow.text_rotary(text.shape[1], text.device)
-        self.rotary = flow.rotary(grid.with_frames(self.window), text.device)
         self.recent = deque(maxlen=self.lead)  # the frames that the next chunk begins with
-        self.grid, self.done = grid, 0  # frames that were returned
+        self.grid, self.taken, self.done = grid, 0, 0  # frames that came in, and that were returned
         self._begin()
+
+    def feed(self, tokens: Tensor) -> Tensor:
+        """As `push`, one frame at a time, each of which is reported; the clip ends by itself."""
+        done = [tokens[:, :0]]
+        for frame in tokens.split(1, 1):
+            self.control.report(Progress("denoise", self.taken, self.grid.frames))
+            done.append(self.push(frame, last=self.taken + 1 == self.grid.frames))
+        self.control.report(Progress("denoise", self.taken, self.grid.frames))
+        return torch.cat(done, 1)
 
     def push(self, tokens: Tensor, last: bool = False) -> Tensor:
         """Take sampled frames (B, n, N, c); return the denoised frames that are final, in order."""
         done = [tokens[:, :0]]
+        self.taken += tokens.shape[1]
         while tokens.shape[1]:
             if self.run.taken == self.window:
                 self._begin()
@@ -56,9 +67,7 @@ class DenoiseStream:
         return clean
 
     def _begin(self) -> None:
-        config = self.flow.config
-        net, dtype = self.flow.learnable_self_denoiser, self.flow.compute_dtype
-        self.run = DenoiserRun(net, config.denoiser, self.text, self.frame_tokens, self.text_rotary, self.rotary, dtype)
+        self.run = self.flow.denoiser_run(self.text, self.grid.with_frames(self.window))
         self.pending, self.known = [], len(self.recent)
         if self.recent:
             self._run(torch.stack(list(self.recent), 1), False)
@@ -82,11 +91,10 @@ class DenoiseStream:
         return torch.stack(new, 1) - STEP * output if new else output
 
 
-def denoise(flow: Flow, latents: Tensor, text: Tensor, *, window=None, overlap="noisy") -> Tensor:
-    """Learned denoising of a whole clip (B, T, C, H, W), conditional text (B, L, D)."""
+def denoise(flow: Flow, latents: Tensor, text: Tensor, **options) -> Tensor:
+    """Learned denoising of a whole clip (B, T, C, H, W), conditional text (B, L, D); options as in `DenoiseStream`."""
     grid = flow.grid(latents)
-    stream = DenoiseStream(flow, grid, text, window, overlap)
-    return flow.latents(stream.push(flow.tokens(latents), last=True), grid)
+    return flow.latents(DenoiseStream(flow, grid, text, **options).feed(flow.tokens(latents)), grid)
 
 
 def score_denoise(flow: Flow, latents: Tensor, text: Tensor, control: Control | None = None) -> Tensor:
@@ -114,16 +122,14 @@ def _require_finite_score(flow: Flow, score: Tensor, index: int) -> None:
     require_finite(flow.tokens(clip), f"the score step of batch element {index}", flow.grid(clip))
 
 
-class _recomputing:
+@contextmanager
+def _recomputing(flow: Flow) -> Iterator[None]:
     """While this context is open, blocks recompute their activations for the gradient instead of keeping them."""
-
-    def __init__(self, flow: Flow):
-        self.blocks = flow.blocks
-
-    def __enter__(self):
-        for block in self.blocks:
-            block.recompute = True
-
-    def __exit__(self, *_):
-        for block in self.blocks:
-            block.recompute = False
+    before = [block.recompute for block in flow.blocks]
+    for block in flow.blocks:
+        block.recompute = True
+    try:
+        yield
+    finally:
+        for block, recompute in zip(flow.blocks, before, strict=True):
+            block.recompute = recompute

@@ -24,25 +24,21 @@ class BlockRun:
     def device(self) -> torch.device:
         return self.rotary.cos.device
 
-    def start(self, tokens: Tensor) -> Tensor:
-        """The start token, (rows, 1, c) for tokens (rows, L, c)."""
-        return self.block.start(tokens)
-
     def fill(self, text: Tensor) -> None:
         """Run the text prefix (rows, L, D), so that its keys and values are in the cache.
 
         May be called again with other text: what follows has to be run again, too.
         """
         text = text.to(self.device, self.dtype)
-        nothing = text.new_empty(len(text), 0, self.block.sos_embed.shape[-1])
+        nothing = text.new_empty(len(text), 0, self.block.channels)
         self.block(nothing, self.rotary[: self.prefix], self.cache.at(0), text)
 
-    def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """a, b of the slots from `start` on, given what is before each: inputs (rows, n, c) are the
-        tokens of slots start - 1 .. start + n - 2. Their keys and values overwrite the cache."""
-        first = self.prefix + start
-        stop = first + inputs.shape[1]
-        return self.block(inputs.to(self.dtype), self.rotary[first:stop], self.cache.at(first))
+    def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """a, b (rows, n, c) of n slots from `start` on, given the tokens `before` each (as in `Block.forward`: n, or
+        n - 1 where `start` is 0). Their keys and values overwrite the cache."""
+        at, first = self.prefix + start, start == 0
+        stop = at + before.shape[1] + first
+        return self.block(before.to(self.dtype), self.rotary[at:stop], self.cache.at(at), first=first)
 
     def horizon(self, start: int) -> int:
         """As `Cache.horizon`, in tokens."""
@@ -85,9 +81,6 @@ class DeepRun:
             self.runs.append(block_run(flow, flow.deep, rotary, self.copies * len(text), prefix, widest, make_cache))
         self.fill(text, uncond)
 
-    def start(self, tokens: Tensor) -> Tensor:
-        return self.runs[0].start(tokens)
-
     def horizon(self, start: int) -> int:
         return self.runs[0].horizon(start)
 
@@ -97,10 +90,10 @@ class DeepRun:
         for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
             run.fill(part)
 
-    def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]:
-        """a, b (B, n, c), guided, on the inputs' device; `inputs` and `start` as in `BlockRun`."""
-        parts = [run(inputs.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
-        a, b = (torch.cat([part.to(inputs.device) for part in both]) for both in zip(*parts, strict=True))
+    def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]:
+        """a, b (B, n, c), guided, on the tokens' device; `before` and `start` as in `BlockRun`."""
+        parts = [run(before.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
+        a, b = (torch.cat([part.to(before.device) for part in both]) for both in zip(*parts, strict=True))
         if not self.guidance:
             return a, b
         (a_c, a_u), (b_c, b_u) = a.chunk(2), b.chunk(2)

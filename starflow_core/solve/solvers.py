@@ -94,9 +94,7 @@ class Statistics:
 class Evaluate(Protocol):
     """A block with a cache: see `runs.BlockRun`."""
 
-    def start(self, tokens: Tensor) -> Tensor: ...
-
-    def __call__(self, inputs: Tensor, start: int) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]: ...
 
     def horizon(self, start: int) -> int: ...
 
@@ -117,24 +115,22 @@ class Window:
     def length(self) -> int:
         return self.z.shape[1]
 
-    def inputs(self, evaluate: Evaluate, start: int, stop: int) -> Tensor:
-        """Inputs of the slots start .. stop - 1: the token before each."""
-        if start:
-            return self.x[:, start - 1 : stop - 1]
-        return torch.cat((evaluate.start(self.x), self.x[:, : stop - 1]), 1)
+    def before(self, start: int, stop: int) -> Tensor:
+        """The tokens before the slots start .. stop - 1, which the block reads for them: none for slot 0."""
+        return self.x[:, max(start - 1, 0) : stop - 1]
 
 
 def absorb(evaluate: Evaluate, window: Window) -> None:
     """Run the known tokens, so that their keys and values are in the cache."""
     for start in range(0, window.known, ABSORBED):
         stop = min(start + ABSORBED, window.known)
-        window.a[:, start:stop], window.b[:, start:stop] = evaluate(window.inputs(evaluate, start, stop), start)
+        window.a[:, start:stop], window.b[:, start:stop] = evaluate(window.before(start, stop), start)
 
 
 def solve_tokens(evaluate: Evaluate, window: Window) -> Iterator[int]:
     """Autoregressive: one token after the other. Yields how many are settled after each."""
     for token in range(window.known, window.z.shape[1]):
-        a, b = evaluate(window.inputs(evaluate, token, token + 1), token)
+        a, b = evaluate(window.before(token, token + 1), token)
         now = slice(token, token + 1)
         window.x[:, now] = a * window.z[:, now] + b
         yield token + 1
@@ -177,7 +173,7 @@ def solve_span(
 def _sweep(evaluate: Evaluate, window: Window, start: int, stop: int) -> tuple[Tensor, Tensor]:
     """One evaluation: the new tokens, and how much each changed."""
     now = slice(start, stop)
-    a, b = evaluate(window.inputs(evaluate, start, stop), start)
+    a, b = evaluate(window.before(start, stop), start)
     window.a[:, now], window.b[:, now] = a, b
     output = a * window.z[:, now] + b
     return output, _change(output, window.x[:, now])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ..model.denoiser import DenoiserNet, DenoiserRun
+from ..model.denoiser import DenoiserNet
 from ..model.flow import Flow
 from ..solve.denoising import STEP
 
@@ -54,6 +54,5 @@ def _score(flow: Flow, latents: Tensor, text: Tensor) -> Tensor:
 
 def _denoiser_output(flow: Flow, denoiser: DenoiserNet, latents: Tensor, text: Tensor) -> Tensor:
     grid = flow.grid(latents)
-    rotary, text_rotary = flow.rotary(grid, latents.device), flow.text_rotary(text.shape[1], latents.device)
-    run = DenoiserRun(denoiser, flow.config.denoiser, text, grid.frame_tokens, text_rotary, rotary, flow.compute_dtype)
-    return flow.latents(run.push(flow.tokens(latents), last=True), grid)
+    output = flow.denoiser_run(text, grid, denoiser).push(flow.tokens(latents), last=True)
+    return flow.latents(output, grid)

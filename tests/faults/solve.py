@@ -41,7 +41,7 @@ FAULTS = [
           f"{RUNS} tests/core/test_golden.py"),
     Fault(f"{SOLVE}/runs.py", "len(text), prefix, make_cache))", "len(text), prefix))",
           "the cache handed in is not used", RUNS),
-    Fault(f"{SOLVE}/runs.py", "torch.cat([part.to(inputs.device) for part in both])", "torch.cat(list(both)[:1])",
+    Fault(f"{SOLVE}/runs.py", "torch.cat([part.to(before.device) for part in both])", "torch.cat(list(both)[:1])",
           "rows of the second run dropped", RUNS),
     Fault(f"{SOLVE}/runs.py", "text = text.to(self.device, self.dtype)", "text = text.to(self.dtype)",
           "text stays on its device", RUNS),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from starflow_core.model.denoiser import DenoiserNet
 from starflow_core.model.flow import Block
 from starflow_core.model.transformer import Layer
 from starflow_core.solve.denoising import denoise, score_denoise
@@ -24,7 +25,7 @@ USES = {
 
 
 def only_in_forward(module) -> None:
-    """Take the module's weights away but for the time of its forward."""
+    """Take the module's weights away but for the time of its forward, and of the gradient through it."""
     kept = [weight.detach().clone() for weight in module.parameters()]
 
     def lend(*_):
@@ -38,16 +39,19 @@ def only_in_forward(module) -> None:
     take()
     module.register_forward_pre_hook(lend)
     module.register_forward_hook(take)
+    module.register_full_backward_pre_hook(lend)
+    module.register_full_backward_hook(take)
 
 
 @pytest.mark.parametrize("use", USES)
-def test_a_layers_weights_are_used_in_its_forward_alone(use):
+@pytest.mark.parametrize(("kind", "count"), [(Layer, 6), (Block, 3), (DenoiserNet, 1)])
+def test_weights_are_used_in_the_forward_of_their_module_alone(kind, count, use):
     x, flow = models.randn(2, 7, 4, 2, 3), models.flow()
     expected = USES[use](flow, x, models.text(flow, 2))
-    layers = [module for module in flow.modules() if isinstance(module, Layer)]
-    assert len(layers) == 6
-    for layer in layers:
-        only_in_forward(layer)
+    modules = [module for module in flow.modules() if isinstance(module, kind)]
+    assert len(modules) == count
+    for module in modules:
+        only_in_forward(module)
     torch.testing.assert_close(USES[use](flow, x, models.text(flow, 2)), expected)
 
 

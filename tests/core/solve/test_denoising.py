@@ -145,6 +145,24 @@ def test_the_denoiser_can_be_cancelled_within_a_clip(frame):
         Generation(flow, job, models.text(flow), control=at("denoise", frame)).run()
 
 
+def test_denoising_by_itself_can_be_followed_and_cancelled():
+    flow, seen = models.flow(), []
+    x, text = models.randn(1, 3, 4, 2, 2), models.text(flow)
+    denoise(flow, x, text, control=Control(seen.append))
+    assert [(p.phase, p.step, p.total) for p in seen] == [("denoise", i, 3) for i in range(4)]
+    with pytest.raises(Cancelled):
+        denoise(flow, x, text, control=at("denoise", 1))
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_score_step_leaves_blocks_as_they_were(recompute):
+    flow = models.flow(kind="image")
+    for block in flow.blocks:
+        block.recompute = recompute
+    score_denoise(flow, models.randn(1, 4, 3, 3), models.text(flow))
+    assert [block.recompute for block in flow.blocks] == [recompute] * 3
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_the_denoisers_nan_is_named(value):
     flow = models.flow()

@@ -38,8 +38,8 @@ def move(module, device):
 
 
 def evaluated(run, batch=2):
-    inputs = models.randn(batch, 18, 4, seed=3)
-    parts = [run(inputs[:, i : i + 6], i) for i in (0, 6, 12)]
+    tokens = models.randn(batch, 18, 4, seed=3)
+    parts = [run(tokens[:, max(i - 1, 0) : i + 5], i) for i in (0, 6, 12)]
     return torch.cat([torch.cat(part, -1) for part in parts], 1)
 
 

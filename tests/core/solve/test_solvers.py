@@ -136,10 +136,7 @@ def test_impossible_settings_are_refused(numbers):
         SolverSettings(**numbers)
 
 
-def test_a_windows_inputs_keep_the_left_neighbour():
-    flow = models.flow()
+def test_a_slot_reads_its_left_neighbour():
     window = Window(models.randn(1, 6, 4), frame_tokens=3, width=3)
-    assert torch.equal(window.inputs(flow.deep, 2, 5), window.x[:, 1:4])
-    first = window.inputs(flow.deep, 0, 3)
-    assert torch.equal(first[:, :1], flow.deep.sos_embed)
-    assert torch.equal(first[:, 1:], window.x[:, :2])
+    assert torch.equal(window.before(2, 5), window.x[:, 1:4])
+    assert torch.equal(window.before(0, 3), window.x[:, :2])

@@ -45,10 +45,8 @@ def test_work_on_a_random_model(kind, frames, recorded):
 class Linear:
     """A block whose shift is half the token before: x_j = z_j + x_(j-1) / 2, with a = 1."""
 
-    def start(self, tokens):
-        return torch.zeros_like(tokens[:, :1])
-
-    def __call__(self, inputs, start):
+    def __call__(self, before, start):
+        inputs = before if start else torch.cat((torch.zeros_like(before[:, :1]), before), 1)
         return torch.ones_like(inputs), inputs / 2
 
     def horizon(self, start):
@@ -95,14 +93,14 @@ def test_known_tokens_leave_their_scale_and_shift():
 
 
 class Recorded(Linear):
-    """Notes the inputs of each sweep."""
+    """Notes the tokens that each sweep reads."""
 
     def __init__(self):
         self.seen = []
 
-    def __call__(self, inputs, start):
-        self.seen.append(inputs.clone())
-        return super().__call__(inputs, start)
+    def __call__(self, before, start):
+        self.seen.append(before.clone())
+        return super().__call__(before, start)
 
 
 def test_tokens_that_enter_the_span_are_warm_started():
