@@ -32,8 +32,8 @@ class Forecast:
 
     On the device: the flow's `weights`, the deep block's keys and values (`cache`), the `activations` of the largest
     step of sampling, and those of denoising where that comes after it (`denoise`); the `text` encoder, which is freed
-    before the flow starts, and the `vae` with its step, which is there all the time, or in its turn. `host` is kept in main
-    memory meanwhile. `text` and `vae` are 0 where they aren't counted.
+    before the flow starts, and the `vae` with its step, which is there all the time or in its turn. `host` stays in
+    main memory. `text` and `vae` are 0 where they aren't counted.
     """
 
     weights: int
