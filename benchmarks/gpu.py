@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from benchmarks.baseline import Baseline, iterate_chunks
 from benchmarks.solver import GAIN, machine, write_json
 from starflow_core.jobs.build import default_job
-from starflow_core.jobs.memory import parameters
 from starflow_core.jobs.tasks import Generation, Job
 from starflow_core.model.config import KNOWN_MODELS as MODELS
 from starflow_core.model.config import Denoiser, FlowConfig, PromptFormat
@@ -312,7 +311,11 @@ def main(arguments: list[str] | None = None) -> None:
     results = {}
     for name in options.jobs:
         work = WORKS[name]
-        results[name] = {**asdict(work), **bench.run(work), "parameters": parameters(bench.flow.config)}
+        results[name] = {
+            **asdict(work),
+            **bench.run(work),
+            "parameters": sum(weight.numel() for weight in bench.flow.parameters()),
+        }
         print(line(name, work, results[name], reached["tflops"]), flush=True)
     if options.json:
         place = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)

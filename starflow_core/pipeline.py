@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,15 +17,17 @@ from .control import Control, Progress
 from .errors import InputError
 from .jobs import memory
 from .jobs.build import default_job, job_with_context
+from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose
 from .jobs.prompts import wrapped
-from .jobs.tasks import Generation, Job
+from .jobs.tasks import PLAIN, Generation, Job, Means
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
-from .weights.flow import expanded_bytes, find_config, in_int8, load_flow, weight_bytes
+from .weights.flow import find_config, in_int8, load_flow
+from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
 from .weights.vae import VAEFile, find_vae
@@ -50,11 +54,16 @@ OPTIONS = ("negative", "control", "keep_text_encoder", "noise")  # of `Pipeline.
 class Pipeline:
     """A flow with its text encoder and VAE.
 
-    The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one.
+    The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one. `means` says
+    how jobs are fitted to the device.
     """
 
-    def __init__(self, flow: Flow, vae: VAE, text: TextEncoderFiles, placement: Placement, dtype: torch.dtype):
+    def __init__(
+        self, flow: Flow, vae: VAE, text: TextEncoderFiles, placement: Placement, dtype: torch.dtype,
+        means: Means = PLAIN,
+    ):  # fmt: skip
         self.flow, self.vae, self.text, self.placement, self.dtype = flow, vae, text, placement, dtype
+        self.means = means
         self._encoder: TextEncoder | None = None
         self.config.check_vae(vae.channels, vae.spatial, vae.temporal)
 
@@ -86,10 +95,10 @@ class Pipeline:
     ) -> tuple[Generation, list[str]]:  # fmt: skip
         """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
         Raises OutOfMemoryForecast if the job or the text encoder won't fit on the deep block's device."""
-        self.require(memory.forecast(self.config, job, self.dtype), "this job", keep_text_encoder)
+        self.require(memory.forecast(self.config, job, self.dtype, self.means), "this job", keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        return Generation(self.flow, job, text, uncond, control, noise, self.placement), cut
+        return Generation(self.flow, job, text, uncond, control, noise, self.placement, self.means), cut
 
     def require(self, need: memory.Forecast, what: str, keep_text_encoder: bool = False) -> None:
         """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
@@ -154,15 +163,31 @@ class Pipeline:
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor, control: Control | None = None) -> Tensor:
         """VAE latents (B, C, T, h, w) of clips (B, 3, F, H, W); an image VAE takes F = 1."""
-        if self.vae.kind == "image":
-            return self.vae.encode(pixels.squeeze(2), control=control).unsqueeze(2)
-        return self.vae.encode(pixels, control=control)
+        with self._vae_in_place():
+            if self.vae.kind == "image":
+                return self.vae.encode(pixels.squeeze(2), control=control).unsqueeze(2)
+            return self.vae.encode(pixels, control=control)
 
     def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
-        for done, frames in enumerate(self.vae.decode_frames(latents, tile=tile), 1):
-            generation.control.report(Progress("decode", done, generation.layout.frames))
-            yield frames.transpose(1, 2).float().cpu()
+        latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in self._waiting(pieces))
+        with self._vae_in_place():
+            for done, frames in enumerate(self.vae.decode_frames(latents, tile=tile), 1):
+                generation.control.report(Progress("decode", done, generation.layout.frames))
+                yield frames.transpose(1, 2).float().cpu()
+
+    def _waiting(self, pieces: Iterable[Tensor]) -> Iterable[Tensor]:
+        """The pieces, or where parts take turns all of them once the sampler's memory is free again."""
+        return list(pieces) if self.means.in_turn else pieces
+
+    @contextmanager
+    def _vae_in_place(self) -> Iterator[None]:
+        """Where parts take turns, the VAE is on its device only while it computes."""
+        self.vae.module.to(self.placement.vae)
+        try:
+            yield
+        finally:
+            if self.means.in_turn:
+                self.vae.module.to("cpu")
 
 
 def load_pipeline(
@@ -201,37 +226,48 @@ class Parts:
         """Whether the flow's large weights will be in 8 bit."""
         return self.quantise or in_int8(self.checkpoint)
 
+    def plan(
+        self, job: Job, dtype: torch.dtype, device: torch.device, options: MemoryOptions = AUTO,
+        may_quantise: bool = False, tile: int | None = None, keep_text_encoder: bool = False,
+    ) -> MemoryPlan:  # fmt: skip
+        """The means to fit a job to one device; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
+        bit if nothing else fits. Raises OutOfMemoryForecast for a job that can't be made to fit."""
+        weights = (self.in_int8, True) if may_quantise else (self.in_int8,)
+        need = partial(self.forecast, dtype=dtype, tile=tile, keep_text_encoder=keep_text_encoder)
+        return choose(job, device, options, tuple(dict.fromkeys(weights)), lambda job, means: need(job, means=means))
+
     def forecast(
-        self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False
-    ) -> memory.Forecast:
+        self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False,
+        means: Means | None = None,
+    ) -> memory.Forecast:  # fmt: skip
         """What a job needs with all parts on one device; `tile` is the VAE's when decoding."""
-        return self._with_others(memory.forecast(self.config, job, dtype), job, dtype, tile, keep_text_encoder)
+        need = memory.forecast(self.config, job, dtype, means or Means(self.in_int8))
+        return self._with_others(need, job, dtype, tile, keep_text_encoder)
 
     def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
         """What encoding such a job's clip to noise needs."""
-        return self._with_others(memory.forecast_encode(self.config, job, dtype), job, dtype)
+        need = memory.forecast_encode(self.config, job, dtype, Means(self.in_int8))
+        return self._with_others(need, job, dtype)
 
     def _with_others(
         self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text: bool = False
     ) -> memory.Forecast:
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
-        need = in_8_bit(need, self.config, dtype) if self.in_int8 else need
         return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
 
     def load(
-        self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None
-    ) -> Pipeline:
+        self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None,
+        means: Means | None = None,
+    ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
-        vae = self.vae.load(dtype, placement.vae)
-        flow = load_flow(self.checkpoint, dtype, placement, progress=progress, quantise=self.quantise)
-        return Pipeline(flow, vae, self.text, placement, dtype)
-
-
-def in_8_bit(need: memory.Forecast, config: FlowConfig, dtype: torch.dtype) -> memory.Forecast:
-    """What a job needs if the flow's large weights are in 8 bit; one at a time is expanded to `dtype`."""
-    activations = need.activations + expanded_bytes(config, dtype)
-    return replace(need, weights=weight_bytes(config, dtype, in_int8=True), activations=activations)
+        means, cpu = means or Means(self.in_int8), Placement.on("cpu")
+        vae = self.vae.load(dtype, cpu.vae if means.in_turn else placement.vae)
+        home = cpu if means.streamed else placement
+        flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=means.int8)
+        if means.streamed:
+            stream_layers(flow, placement)
+        return Pipeline(flow, vae, self.text, placement, dtype, means)
 
 
 def find_parts(

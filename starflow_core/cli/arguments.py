@@ -6,6 +6,7 @@ import argparse
 import re
 from fractions import Fraction
 
+from ..jobs import CACHES, OFFLOADS
 from ..weights import WEIGHT_TYPES
 
 INT8_HELP = "int8: the large weights in 8 bit"
@@ -75,6 +76,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
 
     _add_solver(command, "balanced")
     _add_model(command)
+    _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)
 
 
@@ -95,6 +97,7 @@ def _decode(command: argparse.ArgumentParser) -> None:
     command.add_argument("input", metavar="NOISE", help="file written by encode")
     _add_solver(command, "exact")
     _add_model(command)
+    _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)
 
 
@@ -123,6 +126,7 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     job.add_argument("--batch", type=whole, default=1, metavar="N")
     job.add_argument("--guidance", type=float, metavar="W")
     job.add_argument("--dtype", choices=WEIGHT_TYPES, help="only this type (default: all but fp16)")
+    _add_memory(job)
     job.add_argument("--device", metavar="NAME", help=f"device whose free memory to show: {DEVICE_HELP}")
     _add_json(command)
 
@@ -197,6 +201,20 @@ def _add_video_output(command: argparse.ArgumentParser) -> None:
     group.add_argument("--tile", type=whole, metavar="N", help="decode in tiles of N x N latent cells, to save memory")
 
 
+def _add_memory(group) -> None:
+    group.add_argument(
+        "--memory", type=_bytes, metavar="SIZE", help="of the device to use, as 12GB (default: what is free)"
+    )
+    group.add_argument(
+        "--cache", choices=tuple(CACHES), default="auto",
+        help="keys and values in full or in 8 bit (default: 8 bit if nothing else fits)",
+    )  # fmt: skip
+    group.add_argument(
+        "--offload", choices=tuple(OFFLOADS), default="auto",
+        help="keep weights, or weights and settled keys and values, in main memory (default: if nothing else fits)",
+    )  # fmt: skip
+
+
 def _add_json(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", action="store_true", help="print JSON")
 
@@ -212,6 +230,14 @@ def _positive(text: str) -> int:
     if not 1 <= value <= 10**9:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {10**9}")
     return value
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([MGT])(i?)B?", text.strip(), re.IGNORECASE)
+    if not match:
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 12GB or 11.5GiB")
+    base, power = 1024 if match[3] else 1000, "MGT".index(match[2].upper()) + 2
+    return int(float(match[1]) * base**power)
 
 
 def _rate(text: str) -> Fraction:

@@ -6,17 +6,22 @@ import json
 import os
 from argparse import Namespace
 from collections import Counter
+from functools import partial
 from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from .. import pipeline
+from ..errors import OutOfMemoryForecast
 from ..jobs import memory
 from ..jobs.build import default_job
-from ..jobs.tasks import Job
+from ..jobs.planner import MemoryOptions, choose
+from ..jobs.tasks import Job, Means
 from ..media import read_metadata
 from ..model.config import FlowConfig
-from ..model.placement import pick_device
+from ..model.placement import default_dtype, pick_device
 from ..weights import INT8, WEIGHT_TYPES
 from ..weights import flow as checkpoints
 from ..weights.tensorfiles import PICKLES, parse_dtype
@@ -62,6 +67,7 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
     types = (args.dtype,) if args.dtype else _usual_types(checkpoints.in_int8(checkpoint))
     forecasts = {name: _forecast(config, job, name, checkpoints.in_int8(checkpoint)) for name in types}
     device = pick_device(args.device)
+    options = MemoryOptions(args.memory, args.cache, args.offload)
     return {
         "name": config.name,
         "kind": config.kind,
@@ -75,6 +81,7 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
         "metadata": {k: v for k, v in checkpoint.metadata.items() if k not in (checkpoints.CONFIG_KEY, "format")},
         "job": {name: getattr(job, name) for name in ("frames", "height", "width", "batch", "guidance")},
         "memory": {name: {part: getattr(f, part) for part in COUNTED} for name, f in forecasts.items()},
+        "plan": _plan(config, job, device, options, args.dtype, checkpoints.in_int8(checkpoint)),
         "device": str(device),
         "free": memory.free(device),
     }
@@ -87,9 +94,20 @@ def _usual_types(in_int8: bool) -> tuple[str, ...]:
 
 def _forecast(config: FlowConfig, job: Job, name: str, in_int8: bool) -> memory.Forecast:
     """What a job needs with weights of that type; with int8 it computes in bf16."""
-    dtype = parse_dtype(name, WEIGHT_TYPES)
-    need = memory.forecast(config, job, dtype)
-    return pipeline.in_8_bit(need, config, dtype) if in_int8 or name == INT8 else need
+    return memory.forecast(config, job, parse_dtype(name, WEIGHT_TYPES), Means(in_int8 or name == INT8))
+
+
+def _plan(
+    config: FlowConfig, job: Job, device: torch.device, options: MemoryOptions, name: str | None, in_int8: bool
+) -> str:
+    """How the flow by itself would be fitted to the device, in words."""
+    dtype = parse_dtype(name, WEIGHT_TYPES) if name else default_dtype(device)
+    weights = (in_int8 or name == INT8,) if name or in_int8 else (False, True)
+    need = partial(memory.forecast, config, dtype=dtype)
+    try:
+        return str(choose(job, device, options, weights, lambda job, means: need(job, means=means)))
+    except OutOfMemoryForecast as error:
+        return f"doesn't fit: {error}"
 
 
 def _blocks(config: FlowConfig) -> list[dict[str, Any]]:
@@ -124,4 +142,5 @@ def _text(found: dict[str, Any]) -> str:
     for name, need in found["memory"].items():
         parts = ", ".join(f"{part} {memory.readable(need[part])}" for part in COUNTED[:-1])
         text.append(f"  {name:18} {memory.readable(need['total'])} ({parts})")
-    return "\n".join([*text, f"  {'free on ' + found['device']:18} {free}"])
+    text.append(f"  {'free on ' + found['device']:18} {free}")
+    return "\n".join([*text, f"  {'plan':18} {found['plan']}"])

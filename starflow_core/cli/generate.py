@@ -16,15 +16,16 @@ from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
 from .plan import Plan
 from .progress import Meter, Sampling
-from .settings import warn_of_cut
+from .settings import tell, warn_of_cut
 
 
 def generate(args: Namespace) -> None:
     """Check everything, load the model, and make the files."""
     began = time.monotonic()
     plan, statistics = Plan.make(args), []
+    tell(str(plan.memory))
     with Meter() as meter:
-        pipeline = plan.setup.load(meter)
+        pipeline = plan.setup.load(meter, plan.memory)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
         for first in range(0, len(plan.captions), job.batch):
             chunk = slice(first, first + job.batch)

@@ -17,7 +17,7 @@ from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
-from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, warn, warn_of_cut
+from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell, warn, warn_of_cut
 
 
 def encode(args: Namespace) -> None:
@@ -61,9 +61,10 @@ def decode(args: Namespace) -> None:
         "version": __version__,
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
-    setup.require(setup.parts.forecast(job, setup.dtype, args.tile), "decoding this")
+    plan = setup.plan(args, job)
+    tell(str(plan))
     with Meter() as meter:
-        pipeline = setup.load(meter)
+        pipeline = setup.load(meter, plan)
         sampling = meter.sampling(job.frames)
         run = decode_from_noise(pipeline, inversion, job.solver, Control(sampling))
         write(pipeline, run, [writer], sampling, tile=args.tile)

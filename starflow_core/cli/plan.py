@@ -12,6 +12,7 @@ from torch import Tensor
 from .. import __version__
 from ..errors import InputError
 from ..jobs.build import chosen_size, job_with_context, shapes_only
+from ..jobs.planner import MemoryPlan
 from ..jobs.prompts import TASK_PREFIX, check_text
 from ..jobs.tasks import Job, layout
 from ..media import VideoWriter, check_writable, read_image, read_video
@@ -23,11 +24,12 @@ from .settings import Setup, check_tile, chosen, default_output, numbered, size_
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is ready to start: `settings` for `Pipeline.with_context`, and the caption, path and
-    writer of each result. If there is a `source` (F, 3, H, W), the results are joined to it."""
+    """A run that is ready to start: `settings` for `Pipeline.with_context`, how it is fitted to the device, and the
+    caption, path and writer of each result. If there is a `source` (F, 3, H, W), the results are joined to it."""
 
     setup: Setup
     settings: dict[str, Any]
+    memory: MemoryPlan
     captions: list[str]
     paths: list[str]
     writers: list[VideoWriter]
@@ -45,16 +47,18 @@ class Plan:
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch  # the text encoder is kept for the next batch
-        setup.require(setup.parts.forecast(job, setup.dtype, args.tile, several), "this job")
+        plan = setup.plan(args, job, several)
+        job = plan.fitted(job, widen=args.span is None)
+        settings["solver"] = job.solver
         source = given.pixels["clip"] if args.join else None
         paths = name_outputs(args, setup, job, captions, source)
         writers = [
-            VideoWriter(path, job.fps, metadata(args, setup, given, job, captions[i], i), args.quality)
+            VideoWriter(path, job.fps, metadata(args, setup, plan, given, job, captions[i], i), args.quality)
             for i, path in enumerate(paths)
         ]
         if job.task not in setup.config.tasks:
             warn_of_task(setup, job.task)
-        return cls(setup, settings, captions, paths, writers, source)
+        return cls(setup, settings, plan, captions, paths, writers, source)
 
 
 @dataclass(frozen=True)
@@ -135,23 +139,26 @@ def job_settings(args: Namespace, setup: Setup, given: Given, results: int) -> d
     return {**settings, **fixed, **({} if given.size else size_options(args))}
 
 
-def metadata(args: Namespace, setup: Setup, given: Given, job: Job, prompt: str, index: int) -> dict[str, Any]:
+def metadata(
+    args: Namespace, setup: Setup, plan: MemoryPlan, given: Given, job: Job, prompt: str, index: int
+) -> dict[str, Any]:
     """What it takes to make a result again."""
-    plan = layout(setup.config, job)
+    frames = layout(setup.config, job)
     names = ("task", "height", "width", "frames", "fps", "guidance", "denoise")
     return {
         "prompt": prompt,
         "negative": args.negative,
         "seed": job.seed + index,
         **{name: getattr(job, name) for name in names},
-        "window": plan.window,
-        "keep": plan.keep,
+        "window": frames.window,
+        "keep": frames.keep,
         "solver": asdict(job.solver),
         **given.files,
         **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
         "model": setup.config.name,
         "dtype": str(setup.dtype).removeprefix("torch."),
-        **({"weights": INT8} if setup.parts.in_int8 else {}),
+        **({"weights": INT8} if plan.means.int8 else {}),
+        **({"cache": INT8} if plan.means.cache.quantised else {}),
         "noise_version": noise.VERSION,
         "version": __version__,
     }

@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,8 @@ import torch
 
 from ..errors import InputError
 from ..jobs import memory
+from ..jobs.planner import MemoryOptions, MemoryPlan
+from ..jobs.tasks import Job
 from ..media import STILLS
 from ..model.config import FlowConfig
 from ..model.placement import Placement, default_dtype, pick_device
@@ -46,12 +48,21 @@ class Setup:
     def config(self) -> FlowConfig:
         return self.parts.config
 
+    def plan(self, args: Namespace, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
+        """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
+        options = MemoryOptions(args.memory, args.cache, args.offload)
+        may_quantise = args.dtype == "auto"
+        return self.parts.plan(job, self.dtype, self.device, options, may_quantise, args.tile, keep_text_encoder)
+
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""
         memory.require(need.total, self.device, what)
 
-    def load(self, meter: Meter) -> Pipeline:
-        pipeline = self.parts.load(Placement.on(self.device), self.dtype, meter.bytes)
+    def load(self, meter: Meter, plan: MemoryPlan | None = None) -> Pipeline:
+        placement = Placement.on(self.device)
+        if plan and plan.text_away:
+            placement = replace(placement, text=torch.device("cpu"))
+        pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan and plan.means)
         meter.close()
         return pipeline
 
@@ -103,6 +114,11 @@ def numbered(path: str, index: int) -> str:
     if "%" in file.name and file.suffix.lower() in STILLS:
         return str(file.parent.with_name(f"{file.parent.name}-{index}") / file.name)
     return str(file.with_stem(f"{file.stem}-{index}"))
+
+
+def tell(message: str) -> None:
+    """Say something on the way, where it isn't taken for a result."""
+    print(message, file=sys.stderr)
 
 
 def warn(message: str) -> None:

@@ -1,0 +1,4 @@
+# What a user may fix of how a job is fitted to a device; here, so that a command line can offer it without PyTorch.
+CACHES = {"auto": (False, True), "full": (False,), "int8": (True,)}  # settled keys and values in 8 bit or not
+NOWHERE, WEIGHTS, ALL = (False, False), (True, False), (True, True)  # weights and cache in main memory
+OFFLOADS = {"auto": (NOWHERE, WEIGHTS, ALL), "none": (NOWHERE,), "weights": (WEIGHTS,), "all": (ALL,)}

@@ -1,4 +1,7 @@
-"""How much memory a job takes, estimated in advance."""
+"""How much memory a job takes, estimated in advance.
+
+Held against counted bytes by `benchmarks/dryrun.py`, which runs whole jobs at full size on tensors without memory.
+"""
 
 from __future__ import annotations
 
@@ -9,57 +12,77 @@ from pathlib import Path
 import torch
 
 from ..errors import OutOfMemoryForecast
-from ..model.cache import RESIDENT, CacheShape
-from ..model.config import Denoiser, FlowConfig
+from ..model.cache import CacheShape
+from ..model.config import FlowConfig
 from ..model.flow import SHALLOW_TOKENS
-from .tasks import Job, layout
+from ..weights.flow import expanded_bytes, weight_bytes
+from .tasks import PLAIN, Job, Means, layout
 
 RESERVE = 0.03  # share of the free memory that is left alone
-# Hidden states that a layer holds at its widest: its input, what attention gave and the sum, the MLP's normed input,
-# and four times the width before and after GELU.
-LAYER = 12
+STREAMED_LAYERS = 2  # on the device at once: the one that computes, and the next
+# Hidden states that a layer holds at its widest, counted: its input, what attention gave and the sum, the MLP's normed
+# input, and four times the width before and after GELU; or with 16 bit, what rotation computes in float32.
+LAYER = {2: 14.2, 4: 12.05}
+VECTORS = 12  # of the solvers, in float32 and as large as the latents
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A job's memory at its peak, in bytes: the flow's weights, the deep block's keys and values, and the activations
-    of the largest step. `vae` is the VAE while it decodes, `text` the text encoder, which is freed before the flow
-    starts; both are 0 where they aren't counted."""
+    """A job's memory, in bytes.
+
+    On the device: the flow's `weights`, the deep block's keys and values (`cache`), the `activations` of the largest
+    step of sampling, and those of denoising where that comes after it (`denoise`); the `text` encoder, which is freed
+    before the flow starts, and the `vae` with its step, which is there all the time or in its turn. `host` stays in
+    main memory. `text` and `vae` are 0 where they aren't counted.
+    """
 
     weights: int
     cache: int
     activations: int
+    denoise: int = 0
     vae: int = 0
     text: int = 0
+    host: int = 0
+    in_turn: bool = False
+
+    @property
+    def phases(self) -> dict[str, int]:
+        """Bytes on the device at each phase of the job."""
+        work = {"text": self.text, "sample": self.cache + self.activations, "denoise": self.denoise}
+        if self.in_turn:
+            work, there = {**work, "decode": self.vae}, self.weights
+        else:
+            there = self.weights + self.vae
+        return {phase: there + size for phase, size in work.items() if size}
 
     @property
     def total(self) -> int:
-        return self.weights + self.vae + max(self.cache + self.activations, self.text)
+        return max(self.phases.values())
 
     def with_text(self, text: int, kept: bool = False) -> Forecast:
         """The same job with a text encoder of `text` bytes, freed before the flow starts unless it is `kept`."""
         return replace(self, weights=self.weights + text) if kept else replace(self, text=text)
 
 
-def forecast(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
-    """What a job needs in the compute type `dtype`. Raises InputError for an impossible job."""
-    plan = layout(config, job)
-    item = dtype.itemsize
-    frame_tokens = (job.height // config.cell) * (job.width // config.cell)
+def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN) -> Forecast:
+    """What a job needs in the compute type `dtype`, fitted by `means`. Raises InputError for an impossible job."""
+    plan, item = layout(config, job), dtype.itemsize
+    tokens = (job.height // config.cell) * (job.width // config.cell)
     shape = cache_shape(config, job)
-    slots = shape.slots
-    cache, _ = shape.bytes(RESIDENT, item)
-    shallow = min(SHALLOW_TOKENS, job.batch * plan.total * frame_tokens)
-    deep = shape.rows * max(shape.widest, config.prompt.tokens)
-    activations = LAYER * item * max(shallow * config.width, deep * config.deep_width)
-    if job.denoise and config.denoiser:
-        step = LAYER * item * job.batch * slots * config.denoiser.width
-        seen = item * job.batch * frame_tokens * _denoiser_values(config.denoiser, min(plan.window, plan.total))
-        activations = max(activations, step) + seen
-    elif job.denoise:
-        activations = max(activations, _score_activations(config, frame_tokens * plan.total, item))
-    latents = 4 * 12 * job.batch * plan.total * math.prod(plan.shape)
-    return Forecast(parameters(config) * item, cache, activations + latents)
+    cache, cache_away = shape.bytes(means.cache, item)
+    weights, weights_away = _weights(config, dtype, means)
+    expanded = expanded_bytes(config, dtype) if means.int8 else 0
+    angles = 3 * 4 * config.head_dim * shape.slots
+    vectors = angles + 4 * VECTORS * job.batch * plan.total * math.prod(plan.shape)
+    deep = expanded + _layer(item, shape.rows * max(shape.widest, shape.prefix), config.deep_width)
+    frames = min(max(1, SHALLOW_TOKENS // tokens), job.batch * plan.total)
+    shallow = expanded + _layer(item, frames * tokens, config.width)
+    held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens)
+    denoise = held + step + expanded + vectors if job.denoise else 0
+    sample = max(deep, shallow) + vectors
+    if job.denoise and config.denoiser and not means.in_turn:
+        sample, denoise = max(deep, shallow, step + expanded) + held + vectors, 0
+    return Forecast(weights, cache, sample, denoise, host=cache_away + weights_away, in_turn=means.in_turn)
 
 
 def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
@@ -72,7 +95,7 @@ def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
     return CacheShape(config.layers[-1], rows, heads, slots, config.head_dim, prefix, widest)
 
 
-def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecast:
+def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN) -> Forecast:
     """What encoding such a job's clip to noise needs."""
     plan = layout(config, job)
     tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
@@ -80,12 +103,48 @@ def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype) -> Forecas
     deep = job.batch * (config.prompt.tokens + tokens) * config.deep_width
     # Latents, and a log-determinant of their size for each block, all in float32.
     latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
-    return Forecast(parameters(config) * dtype.itemsize, 0, LAYER * dtype.itemsize * max(shallow, deep) + latents)
+    expanded = expanded_bytes(config, dtype) if means.int8 else 0
+    weights, away = _weights(config, dtype, means)
+    return Forecast(weights, 0, _layer(dtype.itemsize, max(shallow, deep), 1) + latents + expanded, host=away)
 
 
-def _denoiser_values(denoiser: Denoiser, frames: int) -> int:
-    """Keys and values in all layers' bands, for one token of a frame."""
-    return 2 * denoiser.layers * denoiser.width * min(denoiser.window + 1, frames)
+def _layer(item: int, tokens: int, width: int) -> int:
+    return int(LAYER[item] * item * tokens * width)
+
+
+def _weights(config: FlowConfig, dtype: torch.dtype, means: Means) -> tuple[int, int]:
+    """The flow's weights on the device and in main memory."""
+    total = weight_bytes(config, dtype, means.int8)
+    if not means.streamed:
+        return total, 0
+    layers = [(config.deep_width if i == len(config.layers) - 1 else config.width, count)
+              for i, count in enumerate(config.layers)]  # fmt: skip
+    if config.denoiser:
+        layers.append((config.denoiser.width, config.denoiser.layers))
+    one = {width: _layer_bytes(width, dtype.itemsize, means.int8) for width, _ in layers}
+    streamed = sum(count * one[width] for width, count in layers)
+    return total - streamed + STREAMED_LAYERS * max(one.values()), total
+
+
+def _layer_bytes(width: int, item: int, int8: bool) -> int:
+    """Weights of one transformer layer: four matrices of 12 width^2 in all, their biases and the norms."""
+    matrices = 12 * width**2 + 4 * 9 * width if int8 else 12 * width**2 * item
+    return matrices + 13 * width * item
+
+
+def _denoising(config: FlowConfig, job: Job, item: int, frames: int, tokens: int) -> tuple[int, int]:
+    """What denoising holds from frame to frame, and what its largest step takes on top."""
+    if not job.denoise:
+        return 0, 0
+    if config.denoiser is None:
+        return 0, _score_activations(config, tokens * frames, item)
+    net, one = config.denoiser, item * job.batch * tokens * config.denoiser.width
+    text = item * job.batch * config.prompt.tokens * net.width
+    seen = min(net.window, frames)
+    held = net.layers * (2 * (seen + net.look_ahead) * one + 4 * text)
+    leaving = min(frames, net.look_ahead * net.layers + 1)  # frames that the last push lets go
+    step = max(2 * (seen + 1) + 11, 8.4 * leaving) * one + LAYER[item] * text
+    return held, int(step)
 
 
 def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
@@ -94,26 +153,6 @@ def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
     hidden = sum(n * (config.deep_width if i == len(config.layers) - 1 else config.width)
                  for i, n in enumerate(config.layers))  # fmt: skip
     return item * tokens * (hidden + 2 * 16 * max(config.width, config.deep_width))
-
-
-def parameters(config: FlowConfig) -> int:
-    """Number of parameters of the flow and its denoiser, from shapes alone."""
-    channels = config.token_channels
-
-    def layers(width: int, count: int) -> int:
-        return count * (12 * width**2 + 13 * width)
-
-    total = 0
-    for index, count in enumerate(config.layers):
-        deep = index == len(config.layers) - 1
-        width = config.deep_width if deep else config.width
-        total += layers(width, count) + 2 * width + channels + 3 * channels * width + 2 * channels
-        total += (config.text_dim + 1) * width if deep else 0
-    if config.denoiser:
-        width = config.denoiser.width
-        total += layers(width, config.denoiser.layers) + 2 * width + 2 * channels * width + channels
-        total += (config.text_dim + 1) * width
-    return total
 
 
 def free(device: torch.device) -> int | None:
@@ -129,10 +168,15 @@ def free(device: torch.device) -> int | None:
     return None
 
 
+def fits(need: int, available: int) -> bool:
+    """Whether `need` bytes fit into those `available`, of which some are left alone."""
+    return need <= available * (1 - RESERVE)
+
+
 def require(need: int, device: torch.device, what: str) -> None:
     """Raise OutOfMemoryForecast if fewer than `need` bytes are free."""
     available = free(device)
-    if available is not None and need > available * (1 - RESERVE):
+    if available is not None and not fits(need, available):
         raise OutOfMemoryForecast(
             f"{what} needs about {readable(need)}, but {readable(available)} are free on {device}. "
             "Use fewer frames, a smaller size or batch, guidance 0, or a 16-bit type."

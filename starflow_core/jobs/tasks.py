@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..control import Control
 from ..errors import InputError
+from ..model.cache import RESIDENT, CacheSettings
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.latent import to_flow_space, to_vae_space
@@ -54,6 +55,21 @@ class Job:
     @property
     def task(self) -> str:
         return self.context.task if self.context else "text"
+
+
+@dataclass(frozen=True)
+class Means:
+    """How a job is fitted to a device: the flow's large weights in 8 bit (`int8`), its layers brought in from main
+    memory one by one (`streamed`), how settled keys and values are kept (`cache`), and whether denoising and decoding
+    wait until all is sampled (`in_turn`)."""
+
+    int8: bool = False
+    streamed: bool = False
+    cache: CacheSettings = RESIDENT
+    in_turn: bool = False
+
+
+PLAIN = Means()  # all on the device, at once
 
 
 @dataclass(frozen=True)
@@ -138,7 +154,7 @@ class Piece:
 class Generation:
     """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
     (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given. Without a
-    `placement` everything computes where the text is."""
+    `placement` everything computes where the text is. Of `means`, `cache` and `in_turn` matter here."""
 
     def __init__(
         self,
@@ -149,8 +165,9 @@ class Generation:
         control: Control | None = None,
         noise: Tensor | None = None,
         placement: Placement | None = None,
+        means: Means = PLAIN,
     ):
-        self.flow, self.job, self.control = flow, job, control or Control()
+        self.flow, self.job, self.control, self.means = flow, job, control or Control(), means
         self.placement = placement or Placement.on(text.device)
         self.layout = layout(flow.config, job)
         if len(text) not in (1, job.batch):
@@ -169,6 +186,7 @@ class Generation:
             settings=job.solver,
             control=self.control,
             placement=self.placement,
+            cache=means.cache,
         )
 
     @property
@@ -183,24 +201,30 @@ class Generation:
 
     def stream(self) -> Iterator[Piece]:
         """Pieces as they are made. The final ones come in order and add up to what `run` returns; if frames are
-        denoised, each comes first as a provisional piece."""
+        denoised, each comes first as a provisional piece, and so it does if everything waits for its turn."""
+        if self.means.in_turn or (self.job.denoise and not self._learned):
+            yield from self._stream_in_turn()
+            return
         denoiser = self._denoise_stream() if self._learned else None
-        whole = self.job.denoise and not self._learned
-        sampled, done, first = [], 0, 0
+        done = first = 0
         for frames in self.sampler.stream():
-            count = frames.shape[1]
-            if denoiser or whole:
-                yield from self._piece(first, frames, False)
             if denoiser:
+                yield from self._piece(first, frames, False)
                 final = self._fed(denoiser, frames)
-            elif whole:
-                sampled.append(frames)
-                final = self._denoised(torch.cat(sampled, 1)) if first + count == self.layout.total else frames[:, :0]
             else:
                 final = frames
-            first += count
+            first += frames.shape[1]
             yield from self._piece(done, final, True)
             done += final.shape[1]
+
+    def _stream_in_turn(self) -> Iterator[Piece]:
+        """The cache is gone when denoising begins."""
+        sampled, first = [], 0
+        for frames in self.sampler.stream():
+            sampled.append(frames)
+            yield from self._piece(first, frames, False)
+            first += frames.shape[1]
+        yield from self._piece(0, self._denoised(torch.cat(sampled, 1)), True)
 
     def draft(self) -> Piece | None:
         """The result's frame that is being solved, roughly: noise where it hasn't settled yet. Call it from

@@ -24,7 +24,7 @@ from .rope import Rotary, joined, text_rotary, token_rotary
 from .transformer import Attend, FinalNorm, Layer, causal
 
 UNIT = 0.541324854612918  # softplus(UNIT) = 1
-SHALLOW_TOKENS = 32768  # tokens that pass a shallow block at once, to bound its activations
+SHALLOW_TOKENS = 4096  # tokens that pass a shallow block at once, to bound its activations
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +116,13 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
     return expected
 
 
+@lru_cache
 def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) -> int:
     """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit."""
     return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
 
 
+@lru_cache
 def expanded_bytes(config: FlowConfig, dtype: torch.dtype) -> int:
     """Memory that the largest weight in 8 bit takes while it is used in `dtype`."""
     shapes = expected_shapes(config).items()

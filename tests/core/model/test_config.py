@@ -10,11 +10,12 @@ import pytest
 import torch
 
 from starflow_core.errors import CheckpointError, InputError, OutOfMemoryForecast
-from starflow_core.jobs.memory import forecast, parameters, readable, require
+from starflow_core.jobs.memory import forecast, readable, require
 from starflow_core.jobs.tasks import Job
 from starflow_core.model.config import ASPECTS, KNOWN_MODELS, STARFLOW_3B, STARFLOW_V_7B, FlowConfig, parse_aspect
 from starflow_core.model.flow import Flow
 from starflow_core.model.latent import LatentFormat
+from starflow_core.weights.flow import weight_bytes
 from tests.core import models
 
 
@@ -31,13 +32,13 @@ def test_released_models_have_the_published_sizes(config, deep, shallow, total):
     assert count(flow.deep) == pytest.approx(deep, rel=1e-3)
     assert count(flow.shallow[0]) == pytest.approx(shallow, rel=3e-3)
     assert count(flow) == pytest.approx(total, rel=1e-3)
-    assert parameters(config) == count(flow)
+    assert weight_bytes(config, torch.bfloat16) == 2 * count(flow)
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_parameters_follow_from_the_shapes(seed):
     flow, _ = models.random_case(seed)
-    assert parameters(flow.config) == sum(p.numel() for p in flow.parameters())
+    assert weight_bytes(flow.config, torch.float32) == 4 * sum(p.numel() for p in flow.parameters())
 
 
 @pytest.mark.parametrize(("config", "aspect", "side", "expected"), [
