@@ -41,6 +41,7 @@ from .tensorfiles import (
     hash_files,
     parse_dtype,
     reading_errors,
+    shards_of,
     write_tensors,
 )
 
@@ -234,15 +235,15 @@ def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[
 def quick_look(path: str | Path) -> str | None:
     """The name of the STARFlow in a safetensors file or index, or None if it is something else.
 
-    For lists of files: reads headers only and never raises. A truncated or damaged file is shown, whatever it was
-    meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
+    For lists of files: reads headers only and never raises. A truncated or damaged file is listed, whatever it
+    was meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
     """
     if not str(path).lower().endswith((".safetensors", INDEX)) or not os.path.isfile(path):
         return None
     try:
         checkpoint = TensorFile.open(path)
     except CheckpointError:
-        return "damaged file"
+        return "damaged file" if shards_of(Path(path)) == 1 else None
     try:
         _structure(checkpoint)
         try:

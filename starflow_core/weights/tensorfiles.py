@@ -166,10 +166,15 @@ def _only_file_in(folder: Path) -> Path:
     )
 
 
-def _open_single(path: Path) -> TensorFile:
+def shards_of(path: Path) -> int:
+    """The number of shards of which a file is one, by its name."""
     shard = re.search(r"-\d{5}-of-(\d{5})$", path.stem)
-    if shard and int(shard[1]) > 1:
-        raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; open their {INDEX} file")
+    return int(shard[1]) if shard else 1
+
+
+def _open_single(path: Path) -> TensorFile:
+    if (shards := shards_of(path)) > 1:
+        raise CheckpointError(f"{path.name} is one of {shards} shards; open their {INDEX} file")
     return TensorFile(path, [path], *_open_safetensors(path))
 
 

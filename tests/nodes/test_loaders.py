@@ -70,7 +70,7 @@ def test_a_truncated_model_is_listed_and_says_so(model_folders):
     file.write_bytes(file.read_bytes()[:-1])
     assert listed("STARFlowLoadModel") == [DEMO, "cut.safetensors"]
     assert refusal("STARFlowLoadModel", model_name="cut.safetensors") is True
-    with pytest.raises(Exception, match=r"cut\.safetensors is truncated: expected \d+ bytes, found \d+; get it"):
+    with pytest.raises(Exception, match=r"cut\.safetensors is truncated: expected \d+ bytes, found \d+; download it"):
         NODES["STARFlowLoadModel"].execute("cut.safetensors", "fp32")
 
 

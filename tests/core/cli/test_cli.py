@@ -379,7 +379,7 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--height 33 --width 32", "height 33 is not a multiple of 16; nearest are 32 and 48"),
     ("--height 32 --width 5", "width 5 is less than one token; the smallest is 16"),
     ("--height 32", "height and width go together"),
-    ("--height 32 --width 32 --aspect 1:1", "give one pair"),
+    ("--height 32 --width 32 --aspect 1:1", "give either height and width, or aspect and size"),
     ("--size 8", "size 8 is smaller than one token; the minimum is 16"),
     ("--aspect 16x9", "'16x9': expected width:height"),
     ("--aspect 0:1", "too extreme"),
@@ -797,6 +797,9 @@ def test_inspect_a_result(run, tmp_path):
         write_video(name, torch.zeros(1, 3, 32, 32), 8, metadata)
         assert json.loads(run("inspect", tmp_path / name.partition("/%")[0], "--json")[0]) == metadata
     assert run("inspect", "a.png") == [f"prompt         {PROMPT}", "seed           3"]
+    solved = {**metadata, "negative": "", "solver": {"span": 132, "method": "jacobi"}}
+    write_video("c.png", torch.zeros(1, 3, 32, 32), 0, solved)
+    assert run("inspect", "c.png")[1:] == ["seed           3", "solver         span 132, method jacobi"]
     write_video("b.png", torch.zeros(1, 3, 32, 32), 0)
     assert run("inspect", "b.png") == ["no metadata in b.png"]
 

@@ -575,6 +575,7 @@ def test_save_flow_refuses_nan(tmp_path):
 def test_quick_look(tmp_path):
     assert quick_look(write_safetensors(tmp_path / "a.safetensors")) == "tiny"
     assert quick_look(str(write_shards(tmp_path))) == "tiny"
+    assert quick_look(tmp_path / "model-00001-of-00002.safetensors") is None  # its index is listed
     bare = write_safetensors(tmp_path / "bare.safetensors", metadata=None)
     assert quick_look(bare) == "STARFlow without a configuration"
 

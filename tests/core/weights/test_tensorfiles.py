@@ -404,8 +404,8 @@ def test_single_shard_names_the_index(tmp_path):
 @pytest.mark.parametrize(
     ("index", "message"),
     [
-        ("{", "no index of shards"),
-        ('{"weight_map": 3}', "no index of shards"),
+        ("{", "isn't an index of shards"),
+        ('{"weight_map": 3}', "isn't an index of shards"),
         ('{"weight_map": {"x": "../a.safetensors"}}', r"outside its folder, \.\./a"),
         ('{"weight_map": {"x": "model-00001-of-00002.safetensors"}}', "lists tensors that aren't there: x in"),
     ],
