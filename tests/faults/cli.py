@@ -13,6 +13,10 @@ COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
 FAULTS: list[Fault] = [
     # From options to a job
     Fault(
+        PLAN, ', "frames": file_frames(setup, job, given.pixels["clip"])', "",
+        "a joined clip's metadata has the job's length", TESTS + "test_the_given_frames_are_shown",
+    ),
+    Fault(
         PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
         "{**job_settings(args, setup, given, len(captions)), **given.settings}",
         "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",

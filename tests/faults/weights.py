@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import Fault
 
-WEIGHTS = "starflow_core/weights"
+WEIGHTS, PARTS = "starflow_core/weights", "starflow_core/parts.py"
 FILES, FLOW, TEXT, VAE = (f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae"))
 
 
@@ -27,7 +27,7 @@ def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
 FAULTS = [
     in_flow('return "damaged file"', "return None", "a truncated file vanishes from lists"),
     in_files('name.startswith("module.")', "False", "the prefix of a parallel wrapper is kept"),
-    in_files("if shard and int(shard[1]) > 1:", "if False:", "one shard is taken for a checkpoint"),
+    in_files("if (shards := shards_of(path)) > 1:", "if shards := 0:", "one shard is taken for a checkpoint"),
     in_files("Path(name).name != name", "False", "an index may name files outside its folder"),
     in_files("if path.stat().st_size != size:", "if False:", "a file cut while it is read isn't noticed"),
     Fault(f"{WEIGHTS}/pickles.py", 'raise Refused(f"reading it would run {module[:60]}.{name[:60]}")',
@@ -39,9 +39,13 @@ FAULTS = [
     Fault(f"{WEIGHTS}/pickles.py", "if entry.compress_type != zipfile.ZIP_STORED:", "if False:",
           "a compressed archive is inflated", FILES),
     in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
-    in_files('        part.chmod(mode)', '        pass', "only the owner can read a saved file"),
-    in_files("        remove(part)\n", "        pass\n", "a failed write leaves its part behind",
-             f"{FILES} {FLOW}"),
+    Fault(PARTS, "        part.chmod(mode)", "        pass", "only the owner can read a saved file", FILES),
+    Fault(PARTS, "    finally:\n        remove(part)", "    finally:\n        pass",
+          "a failed write leaves its part behind", f"{FILES} {FLOW}"),
+    Fault(f"{WEIGHTS}/pickles.py", "if record.size > LARGEST_PICKLE:", "if False:",
+          "a list of any length is read", FILES),
+    Fault(f"{WEIGHTS}/flow.py", '"damaged file" if shards_of(Path(path)) == 1 else None', '"damaged file"',
+          "each shard is listed as a damaged file", FLOW),
     in_files("if not math.isfinite(_reach(tensor)):", "if False:", "NaN is called an overflow", FLOW),
     in_files("if not math.isfinite(_reach(result)):", "if False:", "overflow in fp16 is written", FLOW),
     in_files("digest.update(chunk)\n                done += len(chunk)", "done += len(chunk)",
