@@ -15,7 +15,7 @@ from ..media import VideoWriter
 from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
 from .plan import Plan
-from .progress import Meter, Sampling
+from .progress import Meter, SamplingBar
 from .settings import tell, warn_of_cut
 
 
@@ -40,7 +40,7 @@ def generate(args: Namespace) -> None:
 
 
 def start(
-    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: Sampling, keep_text_encoder: bool
+    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: SamplingBar, keep_text_encoder: bool
 ) -> Generation:
     """A generation that is ready to run. Warns of prompts that were cut off."""
     control = Control(sampling)
@@ -54,7 +54,7 @@ def write(
     pipeline: Pipeline,
     run: Generation,
     writers: list[VideoWriter],
-    sampling: Sampling,
+    sampling: SamplingBar,
     source: Tensor | None = None,
     tile: int | None = None,
 ) -> None:

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from starflow_core import __version__, cli, pipeline
 from starflow_core.cli import arguments, generate, main, progress, settings
-from starflow_core.cli.progress import Meter, Sampling
+from starflow_core.cli.progress import Meter, SamplingBar
 from starflow_core.control import Progress
 from starflow_core.jobs import memory
 from starflow_core.media import fit, read_metadata, read_video, write_video, writing
@@ -533,7 +533,7 @@ def test_interruption(run, monkeypatch, tmp_path, moment):
         if len(calls) == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(Sampling, moment, interrupt)
+    monkeypatch.setattr(SamplingBar, moment, interrupt)
     out = run("generate", PROMPT, "-o", "a.mp4", code=130, err="^interrupted; no partial files were left\n$")
     assert out == []
     assert list(tmp_path.iterdir()) == []
@@ -563,7 +563,7 @@ def test_the_bar_shows_the_solver_and_then_the_frames():
     def show(key, done, total, phase, note, unit):
         shown.append((key, done, total, phase.strip(), note))
 
-    sampling = Sampling(show, frames=9)
+    sampling = SamplingBar(show, frames=9)
     sampling(Progress("deep", 10, 40, settled=10, tokens=40, residual=0.013))
     sampling(Progress("shallow", 1, 2, 1, 2, 0.5))
     sampling.wrote(1)
@@ -580,7 +580,7 @@ def test_the_bar_shows_the_solver_and_then_the_frames():
 
 def test_every_written_frame_is_counted(run, monkeypatch):
     counted = []
-    monkeypatch.setattr(Sampling, "wrote", lambda self, frames: counted.append((self._frames, frames)))
+    monkeypatch.setattr(SamplingBar, "wrote", lambda self, frames: counted.append((self._frames, frames)))
     run("generate", PROMPT, "--batch", 2)
     assert counted == [(9, 1), (9, 4), (9, 4)]
 
