@@ -41,7 +41,7 @@ FAULTS = [
     in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
     Fault(PARTS, "        part.chmod(mode)", "        pass", "only the owner can read a saved file", FILES),
     Fault(PARTS, "    finally:\n        remove(part)", "    finally:\n        pass",
-          "a failed write leaves its part behind", f"{FILES} {FLOW}"),
+          "a failed write leaves its part behind", f"{FILES} {FLOW} tests/core/test_parts.py"),
     Fault(f"{WEIGHTS}/pickles.py", "if record.size > LARGEST_PICKLE:", "if False:",
           "a list of any length is read", FILES),
     Fault(f"{WEIGHTS}/flow.py", '"damaged file" if shards_of(Path(path)) == 1 else None', '"damaged file"',

@@ -11,7 +11,6 @@ from torch import nn
 from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
-from starflow_core.parts import replacing
 from starflow_core.solve.denoising import denoise, score_denoise
 from starflow_core.training.loop import Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
@@ -237,16 +236,6 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     loop = Loop(tmp_path, CPU, torch.float32)
     with pytest.raises(NonFiniteError, match="step 0"):
         loop.run("fit", module, Muon(module.parameters()), lambda *_: (module.weight.sum() * float("nan"), {}), 3)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.txt"
-    with replacing(path) as part:
-        part.write_text("old")
-    with pytest.raises(UnicodeEncodeError), replacing(path) as part:
-        part.write_text("new \udc80", encoding="utf-8")
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
 
 
 # Objectives
