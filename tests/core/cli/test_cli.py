@@ -808,7 +808,7 @@ def test_inspect_a_result(run, tmp_path):
     ("missing.safetensors", "no checkpoint at missing.safetensors"),
     ("missing.mp4", "missing.mp4: no such file"),
     ("{given}/noise.png", "cannot be read"),
-    ("{demo}/vae.safetensors", "no STARFlow checkpoint: it looks like a"),
+    ("{demo}/vae.safetensors", "isn't a STARFlow checkpoint: it looks like a"),
     ("{demo}/flow.safetensors --frames 6", "nearest are 5 and 9"),
     ("{demo}/flow.safetensors --device toaster", "device 'toaster' isn't there"),
 ])  # fmt: skip

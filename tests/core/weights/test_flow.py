@@ -118,7 +118,7 @@ def test_json_about_something_else_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "a.json is not JSON"),
+        ("{", "a.json isn't JSON"),
         ('{"schema": 99}', "a.json: configuration has schema 99"),
         ('{"schema": 1}', "a.json: configuration lacks kind"),
         (json.dumps({**REFERENCE, "use_swiglu": 1}), "a.json: unsupported option use_swiglu"),
