@@ -22,9 +22,12 @@ def test_bad_input_is_refused_in_words(subject):
 
 def test_what_a_case_does_is_told_apart(monkeypatch):
     """After a traceback, a hang or a crash the rest of the stream goes on."""
-    monkeypatch.setattr("tests.fuzz.runner.LONGEST", 15)
-    found = run("test_fuzz", seed=0, count=9)
-    assert [finding.outcome for finding in found] == [*OUTCOMES, "worked", "refused"]
+    monkeypatch.setattr("tests.fuzz.runner.PATIENCE", 5)
+    found = run("test_fuzz", seed=0, count=10)
+    assert [finding.outcome for finding in found] == [*OUTCOMES, "hang", "worked", "refused"]
+
+
+LONGEST = 3
 
 
 def cases(seed):
@@ -49,5 +52,6 @@ def cases(seed):
         lambda folder: os._exit(3),
         fill,
         lambda folder: os.system("true"),
+        lambda folder: sum(itertools.count()),
     ]
     return itertools.cycle(Case(str(i), act) for i, act in enumerate(acts))
