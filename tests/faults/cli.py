@@ -197,7 +197,7 @@ FAULTS: list[Fault] = [
         "--dtype int8 is ignored", TESTS + "test_int8",
     ),
     Fault(
-        FILES, "if in_int8 or name == INT8 else need", "if name == INT8 else need",
+        FILES, "Means(in_int8 or name == INT8)", "Means(name == INT8)",
         "a file in 8 bit needs as much as one in 16", TESTS + "test_inspect_of_8_bit",
     ),
 ]  # fmt: skip
