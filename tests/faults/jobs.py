@@ -41,6 +41,7 @@ FAULTS = [
           "a file in 8 bit is counted as 16 bit", PIPELINE),
     Fault("starflow_core/pipeline.py", "text = find_text_encoder(text_encoder, quantise=quantise)",
           "text = find_text_encoder(text_encoder)", "the text encoder stays in 16 bit", PIPELINE),
-    Fault("starflow_core/jobs/memory.py", "expanded_bytes(config, dtype) if means.int8 else 0\n    angles", "0\n    angles",
+    Fault("starflow_core/jobs/memory.py", "expanded_bytes(config, dtype) if means.int8 else 0\n    angles",
+          "0\n    angles",
           "the weight that is expanded isn't counted", PIPELINE),
 ]  # fmt: skip
