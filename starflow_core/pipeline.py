@@ -234,11 +234,11 @@ class Parts:
         bit if nothing else fits. Raises OutOfMemoryForecast for a job that can't be made to fit."""
         weights = (self.in_int8, True) if may_quantise else (self.in_int8,)
         need = partial(self.forecast, dtype=dtype, tile=tile, keep_text_encoder=keep_text_encoder)
-        return choose(job, device, options, tuple(dict.fromkeys(weights)), lambda job, means: need(job, means=means))
+        return choose(job, device, options, tuple(dict.fromkeys(weights)), need)
 
     def forecast(
-        self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False,
-        means: Means | None = None,
+        self, job: Job, means: Means | None = None, *, dtype: torch.dtype, tile: int | None = None,
+        keep_text_encoder: bool = False,
     ) -> memory.Forecast:  # fmt: skip
         """What a job needs with all parts on one device; `tile` is the VAE's when decoding."""
         need = memory.forecast(self.config, job, dtype, means or Means(self.in_int8))

@@ -16,14 +16,14 @@ from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
 from .plan import Plan
 from .progress import Meter, SamplingBar
-from .settings import tell, warn_of_cut
+from .settings import tell_plan, warn_of_cut
 
 
 def generate(args: Namespace) -> None:
     """Check everything, load the model, and make the files."""
     began = time.monotonic()
     plan, statistics = Plan.make(args), []
-    tell(str(plan.memory))
+    tell_plan(plan.memory)
     with Meter() as meter:
         pipeline = plan.setup.load(meter, plan.memory)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))

@@ -18,7 +18,7 @@ from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
-from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell, warn, warn_of_cut
+from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell_plan, warn, warn_of_cut
 
 
 def encode(args: Namespace) -> None:
@@ -63,7 +63,7 @@ def decode(args: Namespace) -> None:
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
     plan = setup.plan(args, job)
-    tell(str(plan))
+    tell_plan(plan)
     with Meter() as meter:
         pipeline = setup.load(meter, plan)
         sampling = meter.sampling(job.frames)

@@ -53,7 +53,7 @@ class Forecast:
             work, there = {**work, "decode": self.vae}, self.weights
         else:
             there = self.weights + self.vae
-        return {phase: there + size for phase, size in work.items() if size}
+        return {phase: there + size for phase, size in work.items() if size or phase == "sample"}
 
     @property
     def total(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 
 import torch
 
@@ -15,6 +16,11 @@ from .memory import Forecast, readable
 from .tasks import Job, Means
 
 STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer, larger ones are faster
+
+
+def can_stream() -> bool:
+    """Whether weights can be brought in layer by layer: diffusers does it with another package's help."""
+    return find_spec("accelerate") is not None
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,17 @@ class MemoryOptions:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
         for streamed, away in self._offloads(device):
             for int8 in sorted(weights, reverse=streamed):  # half as much to bring in
-                for quantised in CACHES[self.cache]:
+                for quantised in sorted(CACHES[self.cache], reverse=away):
                     for in_turn in (False, True):
                         yield Means(int8, streamed, CacheSettings(quantised, away), in_turn)
 
     def _offloads(self, device: torch.device) -> tuple[tuple[bool, bool], ...]:
-        if device.type != "cpu":
-            return OFFLOADS[self.offload]
-        if self.offload not in ("auto", "none"):
+        wanted = self.offload not in ("auto", "none")
+        if wanted and device.type == "cpu":
             raise InputError(f"offload is {self.offload!r}, but everything is in main memory: the device is the CPU")
-        return (NOWHERE,)
+        if wanted and not can_stream():
+            raise InputError(f"offload {self.offload!r} needs the package accelerate: pip install accelerate")
+        return OFFLOADS[self.offload] if device.type != "cpu" and can_stream() else (NOWHERE,)
 
 
 AUTO = MemoryOptions()
@@ -127,4 +134,5 @@ def _nearest(job: Job, fits: Callable[[Job], bool]) -> str:
         with suppress(InputError):  # fewer than are given
             if fits(replace(job, batch=1, frames=frames)):
                 return f"{frames} frames{' and a batch of 1' if job.batch > 1 else ''} fit"
-    return "use a smaller size, guidance 0, or another device"
+    remedy = "use a smaller size, guidance 0, or another device"
+    return remedy if can_stream() else f"{remedy}, or install accelerate, to keep weights in main memory"

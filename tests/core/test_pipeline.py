@@ -86,15 +86,19 @@ def test_small_files_are_checked_before_the_flow_is_read(tmp_path, monkeypatch, 
 def test_the_forecast_counts_all_parts(folder, pipeline):
     parts, kind = find_parts(*files(folder)), torch.bfloat16
     job = default_job(parts.config, height=96, width=128)
-    flow, whole, tiled = forecast(parts.config, job, kind), parts.forecast(job, kind), parts.forecast(job, kind, tile=4)
+    flow, whole, tiled = (
+        forecast(parts.config, job, kind),
+        parts.forecast(job, dtype=kind),
+        parts.forecast(job, dtype=kind, tile=4),
+    )
     weights = 2 * sum(p.numel() for p in pipeline.vae.module.parameters())
     assert whole.vae - weights == pipeline.vae.step_bytes(6, 8) // 2  # the pipeline's is in float32
     assert tiled.vae == whole.vae  # a clip of so few cells isn't helped by tiles
     encoder = parts.text.load()
     assert whole.text == 2 * sum(p.numel() for p in encoder.model.parameters())
     assert whole.total == whole.vae + max(flow.total, flow.weights + whole.text)
-    assert parts.forecast(replace(job, batch=3), kind).vae - weights == 3 * (whole.vae - weights)
-    assert parts.forecast(job, kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
+    assert parts.forecast(replace(job, batch=3), dtype=kind).vae - weights == 3 * (whole.vae - weights)
+    assert parts.forecast(job, dtype=kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
     assert parts.forecast_encode(job, kind).vae == whole.vae
 
 
@@ -103,12 +107,12 @@ def test_weights_in_8_bit(folder, tmp_path):
     model, text, vae = files(folder)
     convert(model, tmp_path / "int8.safetensors", "int8")
     job, kind = default_job(find_parts(model, text, vae).config, height=32, width=32), torch.bfloat16
-    whole = find_parts(model, text, vae).forecast(job, kind)
+    whole = find_parts(model, text, vae).forecast(job, dtype=kind)
     for quantise, path in ((True, model), (False, tmp_path / "int8.safetensors")):
         parts = find_parts(path, text, vae, quantise)
         pipeline = parts.load(Placement.on("cpu"), kind)
         assert isinstance(pipeline.flow.deep.attn_blocks[0].attention.qkv, Int8Linear)
-        need = parts.forecast(job, kind)
+        need = parts.forecast(job, dtype=kind)
         assert need.weights == sum(weight.nbytes for weight in pipeline.flow.parameters())
         assert need.activations == whole.activations + 2 * 4 * parts.config.deep_width**2
         encoder = pipeline.text.load(kind)
