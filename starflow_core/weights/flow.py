@@ -123,13 +123,6 @@ def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) 
     return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
 
 
-@lru_cache
-def expanded_bytes(config: FlowConfig, dtype: torch.dtype) -> int:
-    """Memory that the largest weight in 8 bit takes while it is used in `dtype`."""
-    shapes = expected_shapes(config).items()
-    return dtype.itemsize * max(math.prod(shape) for name, shape in shapes if QUANTISED.fullmatch(name))
-
-
 def in_int8(checkpoint: TensorFile) -> bool:
     """Whether a checkpoint has weights in 8 bit."""
     return any(QUANTISED.fullmatch(name) and kind == torch.int8 for name, kind in checkpoint.dtypes.items())

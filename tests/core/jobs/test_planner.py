@@ -49,8 +49,8 @@ def test_an_image_of_the_3b_on_small_cards(size, denoise):
 
 
 def test_a_card_that_is_too_small_is_told_what_fits():
-    with pytest.raises(OutOfMemoryForecast, match=r"at least .* but 7\.5 GB are free on lazy:0; use a smaller size"):
-        planned(DryJob(STARFLOW_V_7B, video(), 7.5))
+    with pytest.raises(OutOfMemoryForecast, match=r"at least .* but 5\.9 GB are free on lazy:0; use a smaller size"):
+        planned(DryJob(STARFLOW_V_7B, video(), 6))
 
 
 def by_means(**sizes):

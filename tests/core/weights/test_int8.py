@@ -17,7 +17,6 @@ from starflow_core.weights import int8
 from starflow_core.weights.flow import (
     QUANTISED,
     convert,
-    expanded_bytes,
     expected_shapes,
     in_int8,
     load_flow,
@@ -214,7 +213,6 @@ def test_bytes(converted, source):
         for dtype in (torch.bfloat16, torch.float32):
             flow = load_flow(path, dtype)
             assert weight_bytes(CONFIG, dtype, eight) == sum(weight.nbytes for weight in flow.parameters())
-    assert expanded_bytes(CONFIG, torch.bfloat16) == 2 * 4 * CONFIG.deep_width**2
 
 
 # Damage
