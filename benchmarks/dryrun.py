@@ -3,10 +3,11 @@
     python -m benchmarks.dryrun [--jobs WORD ...] [--json PATH]
 
 The sampler is the real one. Its tensors are fake: they have shapes, types and devices, but no data, so decisions are
-replaced by a fixed schedule, every token being evaluated once, SPAN at a time (the forecast is for as many). Every
+replaced by a fixed schedule: a sweep settles its whole span of SPAN tokens, as many as the forecast is for. Every
 storage is counted while it is alive; a layer that is brought in from main memory is stood in for by as many bytes. A
 budget is the whole card's: the planner sets CUDA's own share, the text encoder and the VAE against it. Roofline times
-are arithmetic, not measurements: SWEEPS evaluations a token of the deep block, at the card's published figures.
+are arithmetic, not measurements: SWEEPS evaluations a token of the deep block in spans of the planner's size, at the
+card's published figures.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from benchmarks.meter import Meter
 from benchmarks.solver import write_json
 from starflow_core.jobs import memory
 from starflow_core.jobs.context import Context
-from starflow_core.jobs.planner import MemoryOptions, MemoryPlan, choose
+from starflow_core.jobs.planner import STREAMED_SPAN, MemoryOptions, MemoryPlan, choose
 from starflow_core.jobs.tasks import Generation, Job, Means
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B, FlowConfig
 from starflow_core.model.flow import Flow
@@ -90,7 +91,6 @@ JOBS = {
     "3B, image, in 8 GiB": DryJob(STARFLOW_3B, image(), 8),
     "3B, image, no denoising, in 6 GiB": DryJob(STARFLOW_3B, image(denoise=False), 6),
     "3B, batch of 8, in 12 GiB": DryJob(STARFLOW_3B, image(batch=8), 12),
-    "7B, 81 frames": DryJob(STARFLOW_V_7B, video()),
     "7B, 81 frames, in 48 GiB": DryJob(STARFLOW_V_7B, video(), 48),
     "7B, 81 frames, in 32 GiB": DryJob(STARFLOW_V_7B, video(), 32),
     "7B, 81 frames, in 24 GiB": DryJob(STARFLOW_V_7B, video(), 24),
@@ -133,15 +133,24 @@ def run(job: DryJob) -> dict:
     need = replace(plan.need, vae=0, text=0)
     meter, deep = measured(job.config, plan.fitted(job.job, widen=False), job.dtype, plan.means)
     counted = meter.peak[CARD.type]
-    flops = meter.flops + (SWEEPS - 1) * deep["flops"]
-    moved = meter.moved + (SWEEPS - 1) * deep["moved"]
-    read = SWEEPS * deep["sweeps"] * (need.weights + need.cache / 2)  # on average half of the cache is filled
+    tokens = memory.cache_shape(job.config, job.job).slots - job.config.prompt.tokens
+    sweeps = SWEEPS * tokens / span_of(job, plan)
+    flops = meter.flops + (SWEEPS * tokens / deep["evaluated"] - 1) * deep["flops"]
+    moved = meter.moved + (sweeps / deep["sweeps"] - 1) * deep["moved"]
+    read = sweeps * (need.weights + need.cache / 2)  # on average half of the cache is filled
     return {
         "plan": str(plan), "forecast": need.total, "counted": counted, "host": plan.need.host,
         "flops": flops, "moved": moved, "calls": meter.calls, "budget": job.budget, "total": plan.need.total + CUDA,
         "roofline": {card: roofline(flops, read, moved, *limits) for card, limits in CARDS.items()},
         "seconds": time.monotonic() - began,
     }  # fmt: skip
+
+
+def span_of(job: DryJob, plan: MemoryPlan) -> int:
+    """Tokens that a sweep works on, but for the first frame's."""
+    if job.job.frames == 1:
+        return PRESETS["balanced"].image_span
+    return STREAMED_SPAN if plan.means.streamed else PRESETS["balanced"].span
 
 
 def planned(job: DryJob) -> MemoryPlan:
@@ -170,7 +179,7 @@ def measured(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means) -> 
     if means.int8:
         for name in [name for name, _ in flow.named_parameters() if QUANTISED.fullmatch(name)]:
             replace_linear(flow, name.removesuffix(".weight"))
-    meter, deep = Meter(), {"flops": 0, "moved": 0, "sweeps": 0}
+    meter, deep = Meter(), {"flops": 0, "moved": 0, "sweeps": 0, "evaluated": 0}
     with dry(meter, deep):
         meter.mark()
         materialise(flow, CPU if means.streamed else CARD)
@@ -231,6 +240,7 @@ def dry(meter: Meter, deep: dict) -> Iterator[None]:
         deep["flops"] += meter.flops - flops
         deep["moved"] += meter.moved - moved
         deep["sweeps"] += 1
+        deep["evaluated"] += result[0].shape[1]
         return result
 
     def attend(queries, keys, values, causal=False):

@@ -46,11 +46,12 @@ class WeightType(io.Combo.Input):
     widget for a wrong file, too."""
 
     def __init__(self, types: tuple[str, ...] = WEIGHT_TYPES):
+        self.types = ["auto", *types]
         tip = WEIGHT_TYPE_TIP + (INT8_TIP if INT8 in types else "")
-        super().__init__("weight_type", options=["auto", *types], default="auto", tooltip=tip)
+        super().__init__("weight_type", options=self.types, default="auto", tooltip=tip)
 
     def get_io_type(self) -> Options:
-        return Options(self.options)
+        return Options(self.types)
 
 
 class STARFlowLoadModel(io.ComfyNode):

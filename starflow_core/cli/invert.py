@@ -13,6 +13,7 @@ from ..control import Control
 from ..errors import InputError
 from ..inversion import Inversion, decode_from_noise, encode_to_noise, inversion_job
 from ..jobs.build import chosen_size
+from ..jobs.prompts import check_text
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
@@ -73,6 +74,7 @@ def decode(args: Namespace) -> None:
 
 def _encoded(args: Namespace) -> Inversion:
     """The noise of the input, after fitting it to the requested size."""
+    check_text(args.prompt)
     setup = Setup.find(args)
     config = setup.config
     latent = config.latent

@@ -81,6 +81,7 @@ class Given:
 
 def read_prompts(args: Namespace) -> list[str]:
     """The prompts, none of them empty."""
+    check_text(args.negative)
     if args.prompt_file is None:
         if not args.prompt:
             raise InputError("no prompt; give one, or --prompt-file")
@@ -102,6 +103,7 @@ def read_prompts(args: Namespace) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise InputError(f"{args.prompt_file}: line {number} is empty; write a prompt there, or remove the line")
+        check_text(line)
     return lines
 
 

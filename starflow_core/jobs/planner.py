@@ -36,7 +36,7 @@ class MemoryOptions:
     def means(self, device: torch.device, weights: tuple[bool, ...]) -> Iterator[Means]:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
         for streamed, away in self._offloads(device):
-            for int8 in weights:
+            for int8 in sorted(weights, reverse=streamed):  # half as much to bring in
                 for quantised in CACHES[self.cache]:
                     for in_turn in (False, True):
                         yield Means(int8, streamed, CacheSettings(quantised, away), in_turn)

@@ -149,7 +149,7 @@ def load_flow(
 
     `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
     weights that aren't in 8 bit. `quantise` brings the large weights to 8 bit while they are loaded; those that are in
-    8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None all are expanded to `dtype`.
+    8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None no weight is kept in 8 bit.
     `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an unusable type
     or device, and NonFiniteError naming the first tensor with NaN or infinity.
     """
@@ -172,10 +172,10 @@ def load_flow(
             home = _device_of(name, config, placement)
             if name in kept:
                 int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(checkpoint, name)))
-                continue
-            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
-            module, _, attribute = name.rpartition(".")
-            setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+            else:
+                weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
+                module, _, attribute = name.rpartition(".")
+                setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     return flow.eval()
 
 

@@ -192,4 +192,12 @@ FAULTS: list[Fault] = [
         COMMANDS, "    except ModuleNotFoundError as error:\n", "    except ZeroDivisionError as error:\n",
         "a missing package ends in a traceback", TESTS + "test_missing_package",
     ),
+    Fault(
+        SETTINGS, "quantise=args.dtype == INT8", "quantise=False",
+        "--dtype int8 is ignored", TESTS + "test_int8",
+    ),
+    Fault(
+        FILES, "Means(in_int8 or name == INT8)", "Means(name == INT8)",
+        "a file in 8 bit needs as much as one in 16", TESTS + "test_inspect_of_8_bit",
+    ),
 ]  # fmt: skip

@@ -37,4 +37,11 @@ FAULTS = [
           "the score's activations an eighth", MEMORY),
     Fault(f"{JOBS}/memory.py", "max(deep, shallow, step + expanded) + held", "max(deep, shallow)",
           "the denoiser's activations left out", MEMORY),
+    Fault("starflow_core/pipeline.py", "return self.quantise or in_int8(self.checkpoint)", "return self.quantise",
+          "a file in 8 bit is counted as 16 bit", PIPELINE),
+    Fault("starflow_core/pipeline.py", "text = find_text_encoder(text_encoder, quantise=quantise)",
+          "text = find_text_encoder(text_encoder)", "the text encoder stays in 16 bit", PIPELINE),
+    Fault("starflow_core/jobs/memory.py", "expanded_bytes(config, dtype) if means.int8 else 0\n    angles",
+          "0\n    angles",
+          "the weight that is expanded isn't counted", PIPELINE),
 ]  # fmt: skip

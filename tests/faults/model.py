@@ -6,6 +6,7 @@ from . import Fault
 
 MODEL = "starflow_core/model"
 FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.py", "tests/core/model/test_forward.py"
+INT8 = "tests/core/model/test_int8.py"
 DENOISING = "tests/core/solve/test_denoising.py"
 
 FAULTS = [
@@ -43,4 +44,15 @@ FAULTS = [
           "strides of the VAE's convolutions dropped", "tests/core/weights/test_vae.py"),
     Fault(f"{MODEL}/vae/layers.py", "if x.is_cpu and x.dtype == torch.float32", "if x.dtype == torch.float64",
           "the VAE's small convolutions are slow again", "tests/core/weights/test_vae.py"),
+    Fault(f"{MODEL}/int8.py", "torch.maximum(-low, high)", "high",
+          "scales of 8 bit from the largest weight alone", INT8),
+    Fault(f"{MODEL}/int8.py", "torch.aminmax(weight, dim=1, keepdim=True)",
+          "(part.expand(len(weight), 1) for part in torch.aminmax(weight))", "one scale for all rows", INT8),
+    Fault(f"{MODEL}/int8.py", ".round_().to(torch.int8)", ".to(torch.int8)", "8 bit cut, not rounded", INT8),
+    Fault(f"{MODEL}/int8.py", ".clamp_(min=LEAST_SCALE)", "", "a row of zeros divided by zero", INT8),
+    Fault(f"{MODEL}/int8.py", "weight.to(dtype).mul_(scale)", "weight.to(dtype).mul_(scale.to(dtype))",
+          "products in 8 bit rounded twice", INT8),
+    Fault(f"{MODEL}/int8.py", "return F.linear(inputs, expand(",
+          "inputs = inputs / inputs.abs().amax() * 127\n        return F.linear(inputs, expand(",
+          "activations scaled by the largest of all tokens", INT8),
 ]  # fmt: skip

@@ -5,7 +5,9 @@ from __future__ import annotations
 from . import Fault
 
 WEIGHTS, PARTS = "starflow_core/weights", "starflow_core/parts.py"
-FILES, FLOW, TEXT, VAE = (f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae"))
+FILES, FLOW, TEXT, VAE, INT8 = (
+    f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae", "int8")
+)
 
 
 def in_files(old: str, new: str, what: str, tests: str = FILES) -> Fault:
@@ -18,6 +20,10 @@ def in_flow(old: str, new: str, what: str) -> Fault:
 
 def in_text(old: str, new: str, what: str) -> Fault:
     return Fault(f"{WEIGHTS}/text.py", old, new, what, TEXT)
+
+
+def in_int8(old: str, new: str, what: str) -> Fault:
+    return Fault(f"{WEIGHTS}/int8.py", old, new, what, INT8)
 
 
 def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
@@ -87,4 +93,26 @@ FAULTS = [
     in_vae('"use_quant_conv": "quant_conv.weight" in tensors', '"use_quant_conv": True',
            "every image VAE has quantisation layers"),
     in_vae("if not torch.isfinite(state[name]).all():", "if False:", "NaN in a VAE's weights"),
+    in_int8("if not (scales.isfinite() & (scales > 0)).all():", "if not (scales > 0).all():",
+            "infinite scales of 8 bit"),
+    in_int8("if not (scales.isfinite() & (scales > 0)).all():", "if not scales.isfinite().all():",
+            "negative scales of 8 bit"),
+    in_int8("elif scale.dtype != torch.float32 or scale.shape != (weight.shape[0], 1):", "elif False:",
+            "scales of any shape"),
+    in_int8("    if found != FORMAT:", "    if False:", "layers of any format taken for 8 bit"),
+    in_int8('VARIANTS = ("convrot", "params")', 'VARIANTS = ("params",)', "rotated weights taken for plain ones"),
+    in_int8("stored.int8() if stored.int8 else quantise", "quantise", "8 bit is quantised once more"),
+    in_int8('"full_precision_matrix_mult": True', '"full_precision_matrix_mult": False',
+            "files let activations be rounded"),
+    in_int8(".encode().ljust(72)", ".encode()", "the tensors after a mark aren't aligned"),
+    in_int8("if not name.endswith(MARK))", ")", "marks are counted as memory"),
+    Fault(f"{WEIGHTS}/flow.py", "        if not checkpoint.tensors[name].int8:\n", "        if True:\n",
+          "the type of an 8-bit file is int8", INT8),
+    Fault(f"{WEIGHTS}/flow.py", "checkpoint = int8.joined(checkpoint, QUANTISED)", "pass",
+          "files in 8 bit aren't known", INT8),
+    Fault(f"{WEIGHTS}/flow.py", "(attention\\.(qkv|proj)|mlp\\.main\\.[02])", "(attention\\.qkv|mlp\\.main\\.[02])",
+          "a layer stays in 16 bit", INT8),
+    in_text("and not _overflows(name, dtype)\n", "\n", "T5's wo in 8 bit under fp16"),
+    in_text("return others + int8.weight_bytes(", "return others + 0 * int8.weight_bytes(",
+            "a text encoder's 8-bit weights aren't counted"),
 ]  # fmt: skip

@@ -847,12 +847,25 @@ def test_numbers_that_are_none(capsys, tmp_path, option, value, message):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_files_prompts_are_checked_before_the_model_is_loaded(refused, tmp_path):
+    (tmp_path / "long.txt").write_text("a ring\n" + "red " * 10**6)
+    refused("generate", "--prompt-file", "long.txt", "--frames", 1, err="a prompt has 4000000 characters; shorten it")
+
+
 @pytest.mark.parametrize(
     ("prompt", "message"), [("a \udce9 ring", "at position 2"), ("red " * 10**6, "4000000 characters")]
 )
 def test_prompts_that_are_no_text(capsys, tmp_path, prompt, message):
-    assert main(["generate", prompt, "--frames", "1", "-o", str(tmp_path / "a.png")]) == 2
-    assert message in capsys.readouterr().err
+    target = str(tmp_path / "a.png")
+    for words in (
+        ["generate", prompt, "--frames", "1", "-o", target],
+        ["generate", "a ring", "--negative", prompt, "--frames", "1", "-o", target],
+        ["encode", "missing.png", "--prompt", prompt],
+        ["score", "missing.png", "--prompt", prompt],
+    ):
+        assert main(words) == 2
+        assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_name_that_is_no_text_is_printed(tmp_path):
