@@ -111,6 +111,8 @@ FAULTS = [
          "a batch's frames are interleaved"),
     node("latent", "yield from vae.stream(latents, tile_size // vae.core.spatial or None)",
          "yield from vae.stream(latents, tile_size or None)", "tile_size is taken for latent cells"),
+    node("loaders", "wrong or _damage(\"diffusion_models\", model_name) or True", "wrong or True",
+         "a damaged file is queued"),
     node("loaders", "            dtype=dtype,\n", "            dtype=None,\n", "the model's weight_type is ignored"),
     node("loaders", "            operations=host.OPERATIONS,\n", "", "the flow has layers that the host can't offload"),
     node("loaders", "load_text_encoder(path, host.tokenizer_for(path), dtype", "load_text_encoder(path, None, dtype",
