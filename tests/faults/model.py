@@ -7,6 +7,7 @@ from . import Fault
 MODEL = "starflow_core/model"
 FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.py", "tests/core/model/test_forward.py"
 INT8 = "tests/core/model/test_int8.py"
+ATTENTION, CACHES = "tests/core/model/test_attention.py", "tests/core/solve/test_caches.py"
 DENOISING = "tests/core/solve/test_denoising.py"
 
 FAULTS = [
@@ -17,7 +18,7 @@ FAULTS = [
           "        self, x = Rotary(self.cos.to(x), self.sin.to(x)), x\n        even, odd = x.unflatten",
           "rotation in the compute type", FLOW),
     Fault(f"{MODEL}/attention.py", ".triu(1)", ".triu(2)", "the causal mask of a device without fused kernels",
-          "tests/core/model/test_attention.py"),
+          ATTENTION),
     Fault(f"{MODEL}/attention.py", "is_causal=causal)\n    if queries.device.type == \"cuda\"",
           "is_causal=False)\n    if queries.device.type == \"cuda\"", "a sweep sees what comes later", FLOW),
     Fault(f"{MODEL}/flow.py", "tuple(torch.cat(p) for p in zip(*parts, strict=True))", "parts[0]",
@@ -55,4 +56,14 @@ FAULTS = [
     Fault(f"{MODEL}/int8.py", "return F.linear(inputs, expand(",
           "inputs = inputs / inputs.abs().amax() * 127\n        return F.linear(inputs, expand(",
           "activations scaled by the largest of all tokens", INT8),
+    Fault(f"{MODEL}/attention.py", "total = total + softplus(more)", "total = logsumexp",
+          "pieces weighed against the last alone", ATTENTION),
+    Fault(f"{MODEL}/attention.py", "out.float().lerp", "out.lerp", "pieces merged in 16 bit", ATTENTION),
+    Fault(f"{MODEL}/cache.py", "return start - after % GROUP", "return start",
+          "a group's slots leave one by one", CACHES),
+    Fault(f"{MODEL}/cache.py", "recent[..., :kept, :] = recent[..., leaving : leaving + kept, :].clone()", "pass",
+          "what settled after a group is lost", CACHES),
+    Fault(f"{MODEL}/cache.py", "x.abs().amax(-1, keepdim=True)", "x.abs().amax()", "one scale for all rows", CACHES),
+    Fault(f"{MODEL}/cache.py", "range(0, stop, PIECE)", "range(0, PIECE, PIECE)", "the first piece alone", CACHES),
+    Fault(f"{MODEL}/cache.py", "return here + settled, 0", "return here, 0", "settled slots aren't counted", CACHES),
 ]  # fmt: skip

@@ -53,4 +53,8 @@ FAULTS = [
           "sampled tokens stay on the deep block's device", RUNS),
     Fault(f"{SOLVE}/sampling.py", "[-self.keep :]", "[: self.keep]", "a sliding window keeps its oldest frames",
           SOLVERS),
+    Fault(f"{SOLVE}/solvers.py", "min(leading, evaluate.horizon(settled) - settled)", "leading",
+          "tokens committed beyond what their group saw", "tests/core/solve/test_caches.py"),
+    Fault(f"{SOLVE}/solvers.py", "bisect_right(first_sweeps, sweep + 1 - settings.max_sweeps)", "0",
+          "no end of sweeps", SOLVERS),
 ]  # fmt: skip

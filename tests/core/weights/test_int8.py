@@ -130,6 +130,8 @@ def test_8_bit_is_expanded_for_other_types(tmp_path, converted, name):
 
 
 def test_8_bit_stays_as_it_is(tmp_path, converted):
+    """Also where no value is the largest there can be, so that rounding once more would give others."""
+    damaged(converted, weight=torch.ones(120, 40, dtype=torch.int8))
     convert(converted, tmp_path / "b.safetensors", "int8")
     assert_same(load_flow(tmp_path / "b.safetensors"), load_flow(converted))
 
