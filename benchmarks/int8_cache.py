@@ -2,9 +2,9 @@
 
     python -m benchmarks.int8_cache [--seeds 2] [--guidance G] [--json PATH]
 
-On the demo at 192 x 192 (9 latent frames of 144 tokens) and the random mid-size model. Errors are relative squared ones:
-of the samples against those with a cache in full, and of the exact preset against autoregressive decoding with the same
-cache. Means over the seeds, geometric for errors.
+On the demo at 192 x 192 (9 latent frames of 144 tokens) and the random mid-size model. Errors are relative squared
+ones: of the samples against those with a cache in full, and of the exact preset against autoregressive decoding with
+the same cache. Means over the seeds, geometric for errors.
 """
 
 from __future__ import annotations

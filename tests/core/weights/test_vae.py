@@ -617,8 +617,8 @@ def test_quantised_weights_are_named(tmp_path):
 
 def test_bad_metadata(tmp_path):
     for text, message in (
-        ("{", "not JSON"),
-        ("[" * 100_000, "not JSON"),
+        ("{", "isn't JSON"),
+        ("[" * 100_000, "isn't JSON"),
         ("7", "no JSON object"),
         ('{"base_dim": "wide"}', "contradicts the tensors: base_dim is 'wide', not 8"),
         ('{"latents_std": [0]}', r"latents_std is \(0,\), expected"),
