@@ -459,7 +459,7 @@ def test_encoders_that_are_incomplete_or_of_another_kind(tmp_path, tokenizer_fol
         ('{"model_type": "umt5"}', "umt5"),
         ("{", "isn't JSON"),
         ("[" * 100_000, "isn't JSON"),
-        ("[1]", "no JSON object"),
+        ("[1]", "isn't a JSON object"),
         ('{"model_type": ["t5"]}', r"describes a \['t5'\] model"),
         ('{"feed_forward_proj": "a-b-c"}', r"feed_forward_proj is 'a-b-c', expected one of \('relu'"),
         ('{"feed_forward_proj": "relu"}', "contradicts the tensors: feed_forward_proj is 'relu', not gated-gelu"),

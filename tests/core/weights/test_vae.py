@@ -619,7 +619,7 @@ def test_bad_metadata(tmp_path):
     for text, message in (
         ("{", "isn't JSON"),
         ("[" * 100_000, "isn't JSON"),
-        ("7", "no JSON object"),
+        ("7", "isn't a JSON object"),
         ('{"base_dim": "wide"}', "contradicts the tensors: base_dim is 'wide', not 8"),
         ('{"latents_std": [0]}', r"latents_std is \(0,\), expected"),
         ('{"dim_mult": [1, 2, 4, 1e300]}', "contradicts the tensors: dim_mult"),
