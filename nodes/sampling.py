@@ -175,7 +175,7 @@ class STARFlowSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
-                io.String.Output(display_name="statistics", tooltip="What the solver did."),
+                io.String.Output(display_name="statistics", tooltip="What the solver did, and how the job fits into memory."),
                 io.Image.Output(
                     display_name="convergence",
                     tooltip="Residual by sweep and frame: how the clip settled. Brighter areas are still changing.",
