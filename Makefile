@@ -8,7 +8,7 @@ READY := .venv/.ready
 
 install: $(READY)
 
-# Anew whenever the requirements change; else there is nothing to do.
+# Rebuilt whenever the requirements change; otherwise there is nothing to do.
 $(READY): requirements.txt requirements-dev.txt
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.10 or newer is needed" if sys.version_info < (3, 10) else 0)'
 	$(PYTHON) -m venv .venv

@@ -50,6 +50,7 @@ JOBS = (
     ("convert", "model.pth", "fp32"),
     ("convert", "model.pth", "bf16"),
     ("convert", "fp32.safetensors", "bf16"),
+    ("convert", "fp32.safetensors", "int8"),
     ("save_file", "fp32.safetensors", "bf16"),
     ("load", "model.pth", "fp32"),
     ("load", "model.pth", "bf16"),

@@ -5,8 +5,8 @@
 Each flow samples with float32 weights, with these rounded to bfloat16, and in 8 bit, all computing in float32; the demo
 also with its text encoder in 8 bit, and, where the package comfy-kitchen is installed, with its `int8_linear`, which
 rounds activations to 8 bit, too, each token by a scale of its own. An error is the relative squared error of the final
-latents against those of float32 weights, solved autoregressively; "autoregressive" is what the weights alone change.
-Bits per dimension are those of these latents. All figures are means over the seeds; errors are geometric means.
+latents against those of float32 weights, solved autoregressively; bits per dimension are those of these latents. All
+figures are means over the seeds; errors are geometric means. The file is written after each case.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from benchmarks.comparison import COSTS
 from benchmarks.solver import CASES, Case, demo_case, machine, relative_error, timed, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.int8 import Int8Linear
-from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
 from starflow_core.weights.flow import load_flow, save_flow
 
-SOLVERS = {"autoregressive": AUTOREGRESSIVE, "balanced": PRESETS["balanced"], "exact": PRESETS["exact"]}
+SOLVERS = {name: PRESETS[name] for name in ("balanced", "exact")}
 SWEEPS = ("deep_sweeps", "shallow_sweeps")
 FLOAT = "float32"
 
@@ -75,7 +75,7 @@ def has_kitchen() -> bool:
 def measure(model: str, *settings) -> dict:
     """All kinds of weights on one case, ready for JSON. `settings` are kind, seeds and guidance."""
     case = CASES[model](*settings)
-    exact = torch.cat([latents for latents, _ in samples(case, case.flow, "autoregressive")])
+    exact = torch.cat([latents for latents, _ in samples(case, case.flow, AUTOREGRESSIVE)])
     results = [result(name, case, flow, exact) for name, flow in variants(case.flow)]
     if model == "demo":
         whole = demo_case(*settings, quantise=True)
@@ -90,8 +90,8 @@ def measure(model: str, *settings) -> dict:
 
 def result(weights: str, case: Case, flow: Flow, exact: Tensor) -> Result:
     solvers = {}
-    for solver in SOLVERS:
-        found = samples(case, flow, solver)
+    for solver, settings in SOLVERS.items():
+        found = samples(case, flow, settings)
         errors = [relative_error(latents, exact[i : i + 1]) for i, (latents, _) in enumerate(found)]
         sweeps = {name: mean(costs[name] for _, costs in found) for name in SWEEPS}
         solvers[solver] = {"error": math.exp(mean(map(math.log, errors))), **sweeps}
@@ -100,12 +100,12 @@ def result(weights: str, case: Case, flow: Flow, exact: Tensor) -> Result:
     return Result(weights, float(bits.mean()), solvers)
 
 
-def samples(case: Case, flow: Flow, solver: str) -> list[tuple[Tensor, dict[str, float]]]:
+def samples(case: Case, flow: Flow, settings: SolverSettings) -> list[tuple[Tensor, dict[str, float]]]:
     """Latents and costs of each seed."""
     found = []
     for i in range(len(case.noise)):
         one = slice(i, i + 1)
-        latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, SOLVERS[solver])
+        latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, settings)
         found.append((latents, dict(zip(COSTS, costs, strict=True))))
     return found
 
@@ -133,9 +133,9 @@ def main() -> None:
         for kind in ("video", "image"):
             cases.append(measure(model, kind, arguments.seeds, arguments.guidance))
             print(text(cases[-1]), end="\n\n", flush=True)
-    if arguments.json:
-        settings = {"seeds": arguments.seeds, "guidance": arguments.guidance}
-        write_json(arguments.json, {**machine(), "settings": settings, "cases": cases})
+            if arguments.json:
+                settings = {"seeds": arguments.seeds, "guidance": arguments.guidance}
+                write_json(arguments.json, {**machine(), "settings": settings, "cases": cases})
 
 
 if __name__ == "__main__":

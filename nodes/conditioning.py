@@ -10,7 +10,7 @@ from torch import Tensor
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.build import default_job
 from ..starflow_core.jobs.prompts import MadeFor, wrapped
-from ..starflow_core.jobs.tasks import Job
+from ..starflow_core.jobs.tasks import MAX_FPS, Job
 from ..starflow_core.model.config import FlowConfig
 from . import host
 from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, TextEncoderType
@@ -67,6 +67,7 @@ class STARFlowTextEncode(io.ComfyNode):
     ) -> io.NodeOutput:
         config = model.model.config
         config.check_text_encoder(text_encoder.encoder.dim)
+        _check_rate(frame_rate)
         job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
         texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
@@ -125,6 +126,13 @@ def embeddings_for(config: FlowConfig, job: Job, conditioning: list, name: str) 
             "and context as the sampler"
         )
     return rows
+
+
+def _check_rate(frame_rate: float) -> None:
+    if frame_rate and not 0 < frame_rate <= MAX_FPS:
+        raise InputError(
+            f"frame_rate is {frame_rate:g}; give frames per second, at most {MAX_FPS}, or 0 for the model's own"
+        )
 
 
 def _cut(config: FlowConfig, prompt: str, negative: str) -> list[str]:

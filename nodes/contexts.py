@@ -9,7 +9,6 @@ from torch import Tensor
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import context as contexts
 from ..starflow_core.media import FITS, fit
-from ..starflow_core.model.config import FlowConfig
 from ..starflow_core.model.latent import LatentFormat
 from .types import CATEGORY, SEARCH, ContextType, ModelType
 
@@ -119,7 +118,8 @@ class STARFlowExtend(io.ComfyNode):
     def execute(cls, model, images, vae, latent, keep: int, fit: str = FITS[0]) -> io.NodeOutput:
         config = model.model.config
         kept = keep or config.sliding_window(1)[1]
-        _check_goes_with(vae, config)
+        made = _format(vae)
+        config.check_vae(made.channels, made.spatial, made.temporal)
         clip = _clip(images, vae, latent, fit)
         return io.NodeOutput(contexts.extend(_encoder(vae), clip, _format(vae), kept))
 
@@ -172,18 +172,6 @@ def _format(vae) -> LatentFormat:
 
 def _known_fit(fit: str) -> bool | str:
     return fit in FITS or f"fit is {fit!r}; expected one of {', '.join(FITS)}"
-
-
-def _check_goes_with(vae, config: FlowConfig) -> None:
-    """Raise InputError for the VAE of a model with other latents."""
-    made, wanted = (
-        f"{latent.channels} channels, {latent.spatial} pixels and {latent.temporal} frames a cell"
-        for latent in (_format(vae), config.latent)
-    )
-    if made != wanted:
-        raise InputError(
-            f"this VAE makes latents of {made}, but {config.name} uses {wanted}; load the VAE that goes with the model"
-        )
 
 
 def _samples(vae, latent) -> Tensor:

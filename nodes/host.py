@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from ..starflow_core.bundled import DEMO
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.planner import Room
+from ..starflow_core.parts import replacing
 from ..starflow_core.weights.flow import has_int8
 
 log = logging.getLogger("starflow")
@@ -292,12 +293,11 @@ def offer_inputs(folder: Path) -> None:
     """Put the examples' pictures and clips into the host's input folder, where Load Image and Load Video look."""
     inputs = Path(folder_paths.get_input_directory())
     for file in folder.iterdir():
-        target, part = inputs / file.name, inputs / f"{file.name}.part"
+        target = inputs / file.name
         if target.exists():
             continue
         try:
-            shutil.copyfile(file, part)
-            part.replace(target)
+            with replacing(target) as part:
+                shutil.copyfile(file, part)
         except OSError as error:  # a folder that isn't ours to write to
-            part.unlink(missing_ok=True)
             log.warning("STARFlow: the example input %s could not be copied to %s: %s", file.name, inputs, error)

@@ -11,6 +11,7 @@ from pathlib import Path
 from comfy_api.latest import io
 
 from ..starflow_core.bundled import BUNDLED, DEMO, FLOW_FILE, TEXT_FILE, VAE_FILE
+from ..starflow_core.errors import CheckpointError
 from ..starflow_core.weights import FLOAT_TYPES, INT8, WEIGHT_TYPES
 from ..starflow_core.weights.tensorfiles import DTYPES, PICKLES, TensorFile
 from . import host
@@ -45,11 +46,12 @@ class WeightType(io.Combo.Input):
     widget for a wrong file, too."""
 
     def __init__(self, types: tuple[str, ...] = WEIGHT_TYPES):
+        self.types = ["auto", *types]
         tip = WEIGHT_TYPE_TIP + (INT8_TIP if INT8 in types else "")
-        super().__init__("weight_type", options=["auto", *types], default="auto", tooltip=tip)
+        super().__init__("weight_type", options=self.types, default="auto", tooltip=tip)
 
     def get_io_type(self) -> Options:
-        return Options(self.options)
+        return Options(self.types)
 
 
 class STARFlowLoadModel(io.ComfyNode):
@@ -77,7 +79,8 @@ class STARFlowLoadModel(io.ComfyNode):
 
     @classmethod
     def validate_inputs(cls, model_name: str = DEMO) -> bool | str:
-        return _check("model", "diffusion_models", model_name, _is_flow, _is_sharded) or True
+        wrong = _check("model", "diffusion_models", model_name, _is_flow, _is_sharded)
+        return wrong or _damage("diffusion_models", model_name) or True
 
     @classmethod
     def execute(cls, model_name: str, weight_type: str) -> io.NodeOutput:
@@ -213,6 +216,18 @@ def _check(what: str, folder: str, name: str, is_file: Usable, is_folder: Usable
         return None
     problem = f"in models/{folder} is not a {what}" if path else f"is not in models/{folder}"
     return f"{name!r} {problem}; put a {what} there and refresh, or choose {DEMO!r}"
+
+
+def _damage(folder: str, name: str) -> str | None:
+    """What is wrong with a chosen safetensors file that can't be read."""
+    path = None if name == DEMO else host.find(folder, name)
+    if path is None or path.suffix.lower() != ".safetensors":
+        return None
+    try:
+        TensorFile.open(path)
+    except CheckpointError as error:
+        return str(error)
+    return None
 
 
 def _dtype(name: str, device):

@@ -175,7 +175,9 @@ class STARFlowSampler(io.ComfyNode):
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
-                io.String.Output(display_name="statistics", tooltip="What the solver did, and how the job fits into memory."),
+                io.String.Output(
+                    display_name="statistics", tooltip="What the solver did, and how the job fits into memory."
+                ),
                 io.Image.Output(
                     display_name="convergence",
                     tooltip="Residual by sweep and frame: how the clip settled. Brighter areas are still changing.",
@@ -243,7 +245,7 @@ def _sample(
 
 class Watch:
     """Shows a run on its node: the bar counts settled tokens, the text says how far it is and how long it will take,
-    and the picture plays the frames that are there, over and over, up to the one that is being solved."""
+    and the picture loops over the frames so far, up to the one that is being solved."""
 
     def __init__(self, node_id: str | None, preview: Preview):
         self.bar, self.preview = host.NodeProgress(node_id), preview
@@ -265,7 +267,7 @@ class Watch:
         self._play()
 
     def show(self, piece: Piece) -> None:
-        """Frames that are there, or there again without noise; the last of them is shown at once."""
+        """Add finished frames, or put denoised ones in place of noisy ones, and show the last of them now."""
         frames = piece.latents.cpu().unbind(2)
         self.frames[piece.first : piece.first + len(frames)] = frames
         self._picture(frames[-1])

@@ -171,7 +171,7 @@ def _sounds(audio: dict | None, clips: int) -> list[dict | None]:
         return [None] * clips
     waves = audio["waveform"]
     if len(waves) not in (1, clips):
-        raise InputError(f"audio holds {len(waves)} sounds for {clips} clips; give one, or one each")
+        raise InputError(f"audio has {len(waves)} sounds for {clips} clips; give one, or one each")
     return [{**audio, "waveform": wave} for wave in waves.expand(clips, -1, -1).split(1)]
 
 

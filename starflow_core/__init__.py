@@ -25,6 +25,7 @@ _WHERE = {
     "Flow": "model.flow",
     "Encoding": "model.flow",
     "FlowConfig": "model.config",
+    "Placement": "model.placement",
     "sample": "solve.sampling",
     "Sampler": "solve.sampling",
     "SolverSettings": "solve.solvers",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from .weights.tensorfiles import TensorFile, save_tensors
 
 NOISE_SCHEMA = 1  # version of the noise file
 NOISE_KEY = "starflow_noise"
+NO_NOISE = "{} isn't a noise file; create one with `encode`"
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,8 @@ class Inversion:
     @classmethod
     def load(cls, path: str | Path) -> Inversion:
         """Read what `save` wrote. Raises CheckpointError for anything else."""
+        if os.path.isfile(path) and Path(path).suffix.lower() != ".safetensors":
+            raise CheckpointError(NO_NOISE.format(path))
         file = TensorFile.open(path)
         try:
             values = json.loads(file.metadata[NOISE_KEY])
@@ -63,7 +67,7 @@ class Inversion:
                 raise ValueError(noise.shape)
             return cls(noise, **values)
         except (KeyError, ValueError, TypeError, AttributeError):
-            raise CheckpointError(f"{path} holds no noise; make it with encode") from None
+            raise CheckpointError(NO_NOISE.format(path)) from None
 
 
 def inversion_job(

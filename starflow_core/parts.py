@@ -11,7 +11,8 @@ import re
 import shutil
 import socket
 import zlib
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 
@@ -33,6 +34,28 @@ def clear_stale(target: Path) -> None:
                 os.replace(name, target)
             else:
                 remove(Path(name))
+
+
+@contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[Path]:
+    """A file beside `path` to write to. It takes the place of `path` at the end; after an error nothing of it stays.
+
+    Makes missing folders, and clears what killed processes left.
+    """
+    path = real(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    clear_stale(path)
+    part = part_of(path)
+    try:
+        part.touch()
+        mode = part.stat().st_mode
+        yield part
+        part.chmod(mode)  # save_file of safetensors 0.8 writes files that only their owner can read
+        with open(part, "r+b") as file:
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        remove(part)
 
 
 def remove(path: Path) -> None:

@@ -125,6 +125,8 @@ class Pipeline:
 
     def text_to_image(self, prompt, **settings) -> Output:
         """Images (F = 1)."""
+        if settings.get("frames", 1) != 1:
+            raise InputError(f"text_to_image makes one frame, not {settings['frames']}; use text_to_video")
         return self._task("text", prompt, {**settings, "frames": 1})
 
     def text_to_video(self, prompt, **settings) -> Output:
@@ -192,20 +194,20 @@ def load_pipeline(
     model: str | Path | None = None,
     text_encoder: str | Path | None = None,
     vae: str | Path | None = None,
-    device: str | None = None,
+    device: str | Placement | None = None,
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
     quantise: bool = False,
 ) -> Pipeline:
     """Load a model with its text encoder and VAE, or the bundled demo if no arguments are given.
 
-    `device` None takes the best there is, `dtype` None bfloat16 on an accelerator and float32 on the
-    CPU. `quantise` brings the large weights of flow and text encoder to 8 bit. `progress` counts the
-    flow's bytes. Raises InputError for a device that isn't there and for missing parts.
+    `device` None takes the best there is; a `Placement` names one for each part. `dtype` None takes bfloat16 on an
+    accelerator and float32 on the CPU. `quantise` brings the large weights of flow and text encoder to
+    8 bit. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for missing parts.
     """
-    place = pick_device(device)
+    placement = device if isinstance(device, Placement) else Placement.on(pick_device(device))
     parts = find_parts(model, text_encoder, vae, quantise)
-    return parts.load(Placement.on(place), dtype or default_dtype(place), progress)
+    return parts.load(placement, dtype or default_dtype(placement.deep[0]), progress)
 
 
 @dataclass(frozen=True)
@@ -232,11 +234,11 @@ class Parts:
         bit if nothing else fits. Raises OutOfMemoryForecast for a job that can't be made to fit."""
         weights = (self.in_int8, True) if may_quantise else (self.in_int8,)
         need = partial(self.forecast, dtype=dtype, tile=tile, keep_text_encoder=keep_text_encoder)
-        return choose(job, device, options, tuple(dict.fromkeys(weights)), lambda job, means: need(job, means=means))
+        return choose(job, device, options, tuple(dict.fromkeys(weights)), need)
 
     def forecast(
-        self, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text_encoder: bool = False,
-        means: Means | None = None,
+        self, job: Job, means: Means | None = None, *, dtype: torch.dtype, tile: int | None = None,
+        keep_text_encoder: bool = False,
     ) -> memory.Forecast:  # fmt: skip
         """What a job needs with all parts on one device; `tile` is the VAE's when decoding."""
         need = memory.forecast(self.config, job, dtype, means or Means(self.in_int8))
@@ -294,11 +296,10 @@ def _find_paths(
         "text encoder (flan-t5-xl)": (text_encoder, TEXT_FILE),
         "VAE": (vae, VAE_FILE),
     }
+    for name, (given, _) in parts.items():
+        if given is not None and not os.path.exists(given):
+            raise InputError(f"no {name} at {given}; check the path")
     missing = [name for name, (given, _) in parts.items() if given is None]
     if model is not None and missing:
         raise InputError(f"{model} needs a {' and a '.join(missing)}; only the bundled demo brings its own")
-    found = tuple(BUNDLED / file if given is None else Path(given) for given, file in parts.values())
-    for name, path in zip(parts, found, strict=True):
-        if not os.path.exists(path):
-            raise InputError(f"no {name} at {path}; check the path")
-    return found
+    return tuple(BUNDLED / file if given is None else Path(given) for given, file in parts.values())

@@ -112,7 +112,7 @@ def workflow(path: Path) -> dict[str, Any]:
     if isinstance(prompt, dict) and isinstance(prompt.get("nodes"), list):
         raise ValueError(f"{path} is in the page's format; open it in ComfyUI and save it with Export (API)")
     if not isinstance(prompt, dict) or not prompt or not all(map(_is_node, prompt.values())):
-        raise ValueError(f"{path} holds no workflow in API format; save one in ComfyUI with Export (API)")
+        raise ValueError(f"{path} isn't a workflow in API format; save one in ComfyUI with Export (API)")
     return prompt
 
 
@@ -220,7 +220,7 @@ def main() -> None:
     except (RuntimeError, ValueError, OSError, aiohttp.ClientError) as error:
         sys.exit(f"error: {error or type(error).__name__}")
     except KeyboardInterrupt:
-        sys.exit("stopped; the server goes on with the workflow")
+        sys.exit("stopped watching; the workflow keeps running on the server")
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class Terminated(KeyboardInterrupt):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code. Bad arguments raise argparse's SystemExit."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may not be text
     arguments = parser().parse_args(argv)
 
     def act() -> None:
@@ -46,7 +46,7 @@ def exit_code_of(act: Callable[[], object]) -> int:
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name} is missing; run pip install -r requirements.txt")
     except KeyboardInterrupt as error:
-        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
+        print("interrupted; no partial files were left", file=sys.stderr)
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (MemoryError, RuntimeError) as error:
         from ..jobs.memory import ran_out

@@ -245,5 +245,5 @@ def _rate(text: str) -> Fraction:
     if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{0,9})?(/[0-9]{1,9})?", text) or ("." in text and "/" in text):
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a rate such as 16, 23.976 or 30000/1001")
     if not text.strip("0./") or ("/" in text and not text.partition("/")[2].strip("0")):
-        raise argparse.ArgumentTypeError(f"{text}: a rate has to be above 0")
+        raise argparse.ArgumentTypeError(f"{text}: a rate must be above 0")
     return Fraction(text)

@@ -44,11 +44,17 @@ def inspect(args: Namespace) -> None:
     path = Path(args.model) if args.model else pipeline.BUNDLED / pipeline.FLOW_FILE
     if _is_media(path):
         values = read_metadata(args.model)
-        text = "\n".join(f"{key:14} {value}" for key, value in values.items()) or f"no metadata in {path}"
+        text = "\n".join(f"{key:14} {_readable(value)}" for key, value in values.items() if value not in ("", None))
+        text = text or f"no metadata in {path}"
     else:
         values = _describe(args, path)
         text = _text(values)
     print(json.dumps(values, ensure_ascii=False) if args.json else text)
+
+
+def _readable(value: Any) -> str:
+    """A value of a file's metadata on one line; a dictionary, such as the solver's settings, as a list."""
+    return ", ".join(f"{key} {v}" for key, v in value.items()) if isinstance(value, dict) else str(value)
 
 
 def _is_media(path: Path) -> bool:

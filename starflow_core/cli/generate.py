@@ -15,15 +15,15 @@ from ..media import VideoWriter
 from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
 from .plan import Plan
-from .progress import Meter, Sampling
-from .settings import tell, warn_of_cut
+from .progress import Meter, SamplingBar
+from .settings import tell_plan, warn_of_cut
 
 
 def generate(args: Namespace) -> None:
     """Check everything, load the model, and make the files."""
     began = time.monotonic()
     plan, statistics = Plan.make(args), []
-    tell(str(plan.memory))
+    tell_plan(plan.memory)
     with Meter() as meter:
         pipeline = plan.setup.load(meter, plan.memory)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
@@ -40,7 +40,7 @@ def generate(args: Namespace) -> None:
 
 
 def start(
-    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: Sampling, keep_text_encoder: bool
+    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: SamplingBar, keep_text_encoder: bool
 ) -> Generation:
     """A generation that is ready to run. Warns of prompts that were cut off."""
     control = Control(sampling)
@@ -54,7 +54,7 @@ def write(
     pipeline: Pipeline,
     run: Generation,
     writers: list[VideoWriter],
-    sampling: Sampling,
+    sampling: SamplingBar,
     source: Tensor | None = None,
     tile: int | None = None,
 ) -> None:

@@ -13,11 +13,12 @@ from ..control import Control
 from ..errors import InputError
 from ..inversion import Inversion, decode_from_noise, encode_to_noise, inversion_job
 from ..jobs.build import chosen_size
+from ..jobs.prompts import check_text
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter
-from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell, warn, warn_of_cut
+from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell_plan, warn, warn_of_cut
 
 
 def encode(args: Namespace) -> None:
@@ -62,7 +63,7 @@ def decode(args: Namespace) -> None:
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
     plan = setup.plan(args, job)
-    tell(str(plan))
+    tell_plan(plan)
     with Meter() as meter:
         pipeline = setup.load(meter, plan)
         sampling = meter.sampling(job.frames)
@@ -73,6 +74,7 @@ def decode(args: Namespace) -> None:
 
 def _encoded(args: Namespace) -> Inversion:
     """The noise of the input, after fitting it to the requested size."""
+    check_text(args.prompt)
     setup = Setup.find(args)
     config = setup.config
     latent = config.latent

@@ -81,6 +81,7 @@ class Given:
 
 def read_prompts(args: Namespace) -> list[str]:
     """The prompts, none of them empty."""
+    check_text(args.negative)
     if args.prompt_file is None:
         if not args.prompt:
             raise InputError("no prompt; give one, or --prompt-file")
@@ -102,6 +103,7 @@ def read_prompts(args: Namespace) -> list[str]:
     for number, line in enumerate(lines, 1):
         if not line.strip():
             raise InputError(f"{args.prompt_file}: line {number} is empty; write a prompt there, or remove the line")
+        check_text(line)
     return lines
 
 
@@ -154,7 +156,7 @@ def metadata(
         "keep": frames.keep,
         "solver": asdict(job.solver),
         **given.files,
-        **({"joined": True} if args.join else {}),
+        **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
         "model": setup.config.name,
         "dtype": str(setup.dtype).removeprefix("torch."),
         **({"weights": INT8} if plan.means.int8 else {}),
@@ -164,11 +166,14 @@ def metadata(
     }
 
 
+def file_frames(setup: Setup, job: Job, source: Tensor | None) -> int:
+    """Frames of a result's file, which may begin with the `source`."""
+    return job.frames if source is None else job.frames + len(source) - job.context.overlap(setup.config.latent)
+
+
 def name_outputs(args: Namespace, setup: Setup, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
     """A writable path for each result."""
-    frames = job.frames
-    if source is not None:
-        frames += len(source) - job.context.overlap(setup.config.latent)
+    frames = file_frames(setup, job, source)
     if args.output is None:
         paths = [default_output(f"{slug(c)}-{job.seed + i}", frames) for i, c in enumerate(captions)]
     elif len(captions) == 1:

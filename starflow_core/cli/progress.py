@@ -30,9 +30,9 @@ class Meter:
         """Given frames passing through the VAE."""
         self._show(progress.phase, progress.step, progress.total, unit="frame")
 
-    def sampling(self, frames: int) -> Sampling:
+    def sampling(self, frames: int) -> SamplingBar:
         """For one job that makes this many frames."""
-        return Sampling(self._show, frames)
+        return SamplingBar(self._show, frames)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -49,7 +49,7 @@ class Meter:
         self._bar.update(done - self._bar.n)
 
 
-class Sampling:
+class SamplingBar:
     """A bar for the deep block's tokens, then one for the frames still to come. Other work (shallow
     blocks, denoiser, VAE) is named, but has no bar of its own."""
 

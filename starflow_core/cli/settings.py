@@ -116,9 +116,9 @@ def numbered(path: str, index: int) -> str:
     return str(file.with_stem(f"{file.stem}-{index}"))
 
 
-def tell(message: str) -> None:
-    """Say something on the way, where it isn't taken for a result."""
-    print(message, file=sys.stderr)
+def tell_plan(plan: MemoryPlan) -> None:
+    """Say how a job is fitted to its device, where it isn't taken for a result."""
+    print("memory:", plan, file=sys.stderr)
 
 
 def warn(message: str) -> None:

@@ -39,7 +39,7 @@ def chosen_size(
     if (height is None) != (width is None):
         raise InputError("height and width go together; give both, or aspect and size")
     if height is not None and (aspect or size):
-        raise InputError("height and width leave nothing to aspect and size; give one pair")
+        raise InputError("give either height and width, or aspect and size")
     if height is None:
         if aspect is None and given is not None:
             aspect = config.nearest_aspect(*given.shape[-2:])
@@ -64,7 +64,8 @@ def job_with_context(
     if any(pixels is None for pixels in wanted[task]):
         name = {"first_frame": "image", "last_frame": "last"}.get(task, "clip")
         raise InputError(f"{task} needs {name}; give its pixels")
-    given = next((pixels for pixels in (image, last, clip) if pixels is not None), None)
+    pixels = {"image": image, "last": last, "clip": clip}
+    given = next((_checked(name, pixels[name]) for name in pixels if pixels[name] is not None), None)
     size = _taken(settings, "height", "width", "aspect", "size")
     settings["height"], settings["width"] = place = chosen_size(config, given, **size)
     job, latent = default_job(config, **settings), config.latent
@@ -101,6 +102,15 @@ def shapes_only(latent: LatentFormat) -> contexts.Encode:
 def _taken(settings: dict, *names: str) -> dict:
     """Take these settings out of the others; those that aren't given are None."""
     return {name: settings.pop(name, None) for name in names}
+
+
+def _checked(name: str, pixels: Tensor) -> Tensor:
+    """Raise InputError unless these are pixels of a picture, or of a clip."""
+    dims = (4, 5) if name == "clip" else (3, 4)
+    if pixels.ndim not in dims or pixels.shape[-3] != 3:
+        wanted = "(F, 3, H, W)" if name == "clip" else "(3, H, W), or (B, 3, H, W)"
+        raise InputError(f"{name} has the shape {tuple(pixels.shape)}; expected {wanted}")
+    return pixels
 
 
 def _batched(pixels: Tensor, dims: int) -> Tensor:

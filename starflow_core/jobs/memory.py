@@ -15,7 +15,7 @@ from ..errors import OutOfMemoryForecast
 from ..model.cache import CacheShape
 from ..model.config import FlowConfig
 from ..model.flow import SHALLOW_TOKENS
-from ..weights.flow import expanded_bytes, weight_bytes
+from ..weights.flow import weight_bytes
 from .tasks import PLAIN, Job, Means, layout
 
 RESERVE = 0.03  # share of the free memory that is left alone
@@ -53,7 +53,7 @@ class Forecast:
             work, there = {**work, "decode": self.vae}, self.weights
         else:
             there = self.weights + self.vae
-        return {phase: there + size for phase, size in work.items() if size}
+        return {phase: there + size for phase, size in work.items() if size or phase == "sample"}
 
     @property
     def total(self) -> int:
@@ -71,17 +71,16 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PL
     shape = cache_shape(config, job)
     cache, cache_away = shape.bytes(means.cache, item)
     weights, weights_away = _weights(config, dtype, means)
-    expanded = expanded_bytes(config, dtype) if means.int8 else 0
     angles = 3 * 4 * config.head_dim * shape.slots
     vectors = angles + 4 * VECTORS * job.batch * plan.total * math.prod(plan.shape)
-    deep = expanded + _layer(item, shape.rows * max(shape.widest, shape.prefix), config.deep_width)
+    deep = _layer(item, shape.rows * max(shape.widest, shape.prefix), config.deep_width, means)
     frames = min(max(1, SHALLOW_TOKENS // tokens), job.batch * plan.total)
-    shallow = expanded + _layer(item, frames * tokens, config.width)
-    held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens)
-    denoise = held + step + expanded + vectors if job.denoise else 0
+    shallow = _layer(item, frames * tokens, config.width, means)
+    held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens, means)
+    denoise = held + step + vectors if job.denoise else 0
     sample = max(deep, shallow) + vectors
     if job.denoise and config.denoiser and not means.in_turn:
-        sample, denoise = max(deep, shallow, step + expanded) + held + vectors, 0
+        sample, denoise = max(deep, shallow, step) + held + vectors, 0
     return Forecast(weights, cache, sample, denoise, host=cache_away + weights_away, in_turn=means.in_turn)
 
 
@@ -99,31 +98,35 @@ def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype, means: Mea
     """What encoding such a job's clip to noise needs."""
     plan = layout(config, job)
     tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
-    shallow = min(SHALLOW_TOKENS, job.batch * tokens) * config.width
-    deep = job.batch * (config.prompt.tokens + tokens) * config.deep_width
+    item = dtype.itemsize
+    shallow = _layer(item, min(SHALLOW_TOKENS, job.batch * tokens), config.width, means)
+    deep = _layer(item, job.batch * (config.prompt.tokens + tokens), config.deep_width, means)
     # Latents, and a log-determinant of their size for each block, all in float32.
     latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
-    expanded = expanded_bytes(config, dtype) if means.int8 else 0
     weights, away = _weights(config, dtype, means)
-    return Forecast(weights, 0, _layer(dtype.itemsize, max(shallow, deep), 1) + latents + expanded, host=away)
+    return Forecast(weights, 0, max(shallow, deep) + latents, host=away)
 
 
-def _layer(item: int, tokens: int, width: int) -> int:
-    return int(LAYER[item] * item * tokens * width)
+def _layer(item: int, tokens: int, width: int, means: Means) -> int:
+    """What a layer takes while it computes: activations, and the weights that are there for that alone."""
+    return int(LAYER[item] * item * tokens * width) + _brought(width, item, means)
+
+
+def _brought(width: int, item: int, means: Means) -> int:
+    """Layers' weights that were brought in, and the largest of a layer in 8 bit, expanded."""
+    expanded = 4 * width**2 * item if means.int8 else 0
+    return expanded + (STREAMED_LAYERS * _layer_bytes(width, item, means.int8) if means.streamed else 0)
 
 
 def _weights(config: FlowConfig, dtype: torch.dtype, means: Means) -> tuple[int, int]:
-    """The flow's weights on the device and in main memory."""
+    """The flow's weights that are on the device all the time, and those in main memory."""
     total = weight_bytes(config, dtype, means.int8)
     if not means.streamed:
         return total, 0
-    layers = [(config.deep_width if i == len(config.layers) - 1 else config.width, count)
-              for i, count in enumerate(config.layers)]  # fmt: skip
+    widths = [config.width] * sum(config.layers[:-1]) + [config.deep_width] * config.layers[-1]
     if config.denoiser:
-        layers.append((config.denoiser.width, config.denoiser.layers))
-    one = {width: _layer_bytes(width, dtype.itemsize, means.int8) for width, _ in layers}
-    streamed = sum(count * one[width] for width, count in layers)
-    return total - streamed + STREAMED_LAYERS * max(one.values()), total
+        widths += [config.denoiser.width] * config.denoiser.layers
+    return total - sum(_layer_bytes(width, dtype.itemsize, means.int8) for width in widths), total
 
 
 def _layer_bytes(width: int, item: int, int8: bool) -> int:
@@ -132,27 +135,30 @@ def _layer_bytes(width: int, item: int, int8: bool) -> int:
     return matrices + 13 * width * item
 
 
-def _denoising(config: FlowConfig, job: Job, item: int, frames: int, tokens: int) -> tuple[int, int]:
+def _denoising(config: FlowConfig, job: Job, item: int, frames: int, tokens: int, means: Means) -> tuple[int, int]:
     """What denoising holds from frame to frame, and what its largest step takes on top."""
     if not job.denoise:
         return 0, 0
     if config.denoiser is None:
-        return 0, _score_activations(config, tokens * frames, item)
+        return 0, _score_step(config, tokens * frames, item, means)
     net, one = config.denoiser, item * job.batch * tokens * config.denoiser.width
     text = item * job.batch * config.prompt.tokens * net.width
     seen = min(net.window, frames)
     held = net.layers * (2 * (seen + net.look_ahead) * one + 4 * text)
     leaving = min(frames, net.look_ahead * net.layers + 1)  # frames that the last push lets go
     step = max(2 * (seen + 1) + 11, 8.4 * leaving) * one + LAYER[item] * text
-    return held, int(step)
+    return held, int(step) + _brought(net.width, item, means)
 
 
-def _score_activations(config: FlowConfig, tokens: int, item: int) -> int:
-    """One sample's gradient: a hidden state per layer, and one layer's activations, twice."""
+def _score_step(config: FlowConfig, tokens: int, item: int, means: Means) -> int:
+    """One sample's gradient: a hidden state per layer, one layer's activations and their gradients, and that layer's
+    weights, expanded from 8 bit, which wait for the way back."""
     tokens += config.prompt.tokens
     hidden = sum(n * (config.deep_width if i == len(config.layers) - 1 else config.width)
                  for i, n in enumerate(config.layers))  # fmt: skip
-    return item * tokens * (hidden + 2 * 16 * max(config.width, config.deep_width))
+    widest = max(config.width, config.deep_width)
+    kept = 8 * widest**2 * item if means.int8 else 0
+    return item * tokens * (hidden + 24 * widest) + kept + _brought(widest, item, means)
 
 
 def free(device: torch.device) -> int | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -18,7 +19,13 @@ from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
 from .tasks import Job, Means
 
+REMEDY = "use a smaller size, guidance 0, or another device"
 STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer, larger ones are faster
+
+
+def can_stream() -> bool:
+    """Whether weights can be brought in layer by layer: diffusers does it with another package's help."""
+    return find_spec("accelerate") is not None
 
 
 def _check(options: Any, **known: dict) -> None:
@@ -45,17 +52,18 @@ class MemoryOptions:
     def means(self, device: torch.device, weights: tuple[bool, ...]) -> Iterator[Means]:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
         for streamed, away in self._offloads(device):
-            for int8 in weights:
-                for quantised in CACHES[self.cache]:
+            for int8 in sorted(weights, reverse=streamed):  # half as much to bring in
+                for quantised in sorted(CACHES[self.cache], reverse=away):
                     for in_turn in (False, True):
                         yield Means(int8, streamed, CacheSettings(quantised, away), in_turn)
 
     def _offloads(self, device: torch.device) -> tuple[tuple[bool, bool], ...]:
-        if device.type != "cpu":
-            return OFFLOADS[self.offload]
-        if self.offload not in ("auto", "none"):
+        wanted = self.offload not in ("auto", "none")
+        if wanted and device.type == "cpu":
             raise InputError(f"offload is {self.offload!r}, but everything is in main memory: the device is the CPU")
-        return (NOWHERE,)
+        if wanted and not can_stream():
+            raise InputError(f"offload {self.offload!r} needs the package accelerate: pip install accelerate")
+        return OFFLOADS[self.offload] if device.type != "cpu" and can_stream() else (NOWHERE,)
 
 
 AUTO = MemoryOptions()
@@ -80,10 +88,10 @@ class Room:
         return replace(forecast, weights=min(least, self.weights))
 
     def work(self, plan: MemoryPlan) -> int:
-        """Bytes that the host must leave free of weights for a plan: all but its budget, where it could keep more."""
-        if plan.means.streamed:
-            return plan.need.total + self.free - plan.free
-        return plan.need.total - plan.need.weights
+        """Bytes that the host must leave free of weights for a plan; where it could keep more of them on the device
+        than the budget allows, those beyond the budget, too."""
+        beyond = self.free - plan.free if plan.means.streamed else 0
+        return plan.need.total - plan.need.weights + beyond
 
 
 @dataclass(frozen=True)
@@ -162,7 +170,9 @@ def choose(
 
     `forecast` tells what a job needs with some means. Raises OutOfMemoryForecast that names the nearest job that fits.
     """
-    return _first(job, options.means(device, weights), device, memory.free(device), options.budget, forecast, what)
+    allowed, free = options.means(device, weights), memory.free(device)
+    remedy = REMEDY if can_stream() else f"{REMEDY}, or install accelerate, to keep weights in main memory"
+    return _first(job, allowed, device, free, options.budget, forecast, what, remedy)
 
 
 def choose_hosted(
@@ -173,12 +183,12 @@ def choose_hosted(
     def need(job: Job, means: Means) -> Forecast:
         return room.need(forecast(job, means), means)
 
-    return _first(job, options.means(room), room.device, room.free, options.budget, need, what)
+    return _first(job, options.means(room), room.device, room.free, options.budget, need, what, REMEDY)
 
 
 def _first(
     job: Job, allowed: Iterable[Means], device: torch.device, free: int | None, budget: int | None,
-    forecast: Callable[[Job, Means], Forecast], what: str,
+    forecast: Callable[[Job, Means], Forecast], what: str, remedy: str,
 ) -> MemoryPlan:  # fmt: skip
     """The first means with which a job fits into its budget and what is free, both in bytes or None."""
     if budget is not None:
@@ -188,7 +198,7 @@ def _first(
         if free is None or memory.fits(plan.need.total, free):
             return plan
     least = min(plans, key=lambda plan: plan.need.total)
-    nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free))
+    nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free), remedy)
     raise OutOfMemoryForecast(
         f"{what} needs at least {readable(least.need.total)}, but {readable(free)} are free on {device}; {nearest}"
     )
@@ -206,8 +216,8 @@ def _plan(need: Forecast, means: Means, free: int | None, device: torch.device) 
     )
 
 
-def _nearest(job: Job, fits: Callable[[Job], bool]) -> str:
-    """A smaller job that fits, in words."""
+def _nearest(job: Job, fits: Callable[[Job], bool], remedy: str) -> str:
+    """A smaller job that fits, in words; where there is none, the `remedy`."""
     alone, one = replace(job, batch=1), " and a batch of 1" if job.batch > 1 else ""
     smaller = [(replace(job, batch=n), f"a batch of {n} fits") for n in range(job.batch - 1, 0, -1)]
     smaller += [(replace(alone, frames=n), f"{n} frames{one} fit") for n in range(job.frames - 4, 1, -4)]
@@ -215,4 +225,4 @@ def _nearest(job: Job, fits: Callable[[Job], bool]) -> str:
         with suppress(InputError):  # fewer than are given
             if fits(candidate):
                 return words
-    return "use a smaller size, guidance 0, or another device"
+    return remedy

@@ -8,7 +8,7 @@ from ..errors import InputError
 from ..model.config import TASKS, FlowConfig
 from .tasks import Job
 
-LONGEST = 20_000  # characters of a prompt; models read some hundred tokens
+MAX_PROMPT = 20_000  # characters of a prompt; models read some hundred tokens
 TASK_PREFIX = {"extend": "(extend) ", "edit": "(v2v) ", "last_frame": "(last) "}
 
 
@@ -34,19 +34,19 @@ def wrapped(config: FlowConfig, captions: list[str], job: Job, task: str | None 
     """Captions in the wrapping the model was trained with, for the job's task or another."""
     for caption in captions:
         check_text(caption)
-    fps, aspect = _rate(job), config.nearest_aspect(job.height, job.width)
+    fps, aspect = _prompt_rate(job), config.nearest_aspect(job.height, job.width)
     return [wrap(caption, config, fps=fps, aspect=aspect, task=task or job.task) for caption in captions]
 
 
 def check_text(caption: str) -> None:
     """Raise InputError for a prompt that no model could read: far too long, or no text."""
-    if len(caption) > LONGEST:
-        raise InputError(f"a prompt has {len(caption)} characters; shorten it to {LONGEST} or fewer")
+    if len(caption) > MAX_PROMPT:
+        raise InputError(f"a prompt has {len(caption)} characters; shorten it to {MAX_PROMPT} or fewer")
     try:
         caption.encode()
     except UnicodeEncodeError as error:
         raise InputError(
-            f"a prompt holds what is no character, at position {error.start}; give it as UTF-8 text"
+            f"a prompt contains an invalid character at position {error.start}; give it as UTF-8 text"
         ) from None
 
 
@@ -65,12 +65,13 @@ class MadeFor:
 
     @classmethod
     def of(cls, config: FlowConfig, job: Job) -> MadeFor:
-        return cls(config.name, job.height, job.width, _rate(job), job.task)
+        return cls(config.name, job.height, job.width, _prompt_rate(job), job.task)
 
     def __str__(self) -> str:
         kind = f"a clip at {self.fps:g} fps" if self.fps else "an image"
         return f"{self.model}: {self.task.replace('_', ' ')}, {kind} of {self.width} x {self.height}"
 
 
-def _rate(job: Job) -> float:
+def _prompt_rate(job: Job) -> float:
+    """Frames per second as the prompt has them: 0 for an image."""
     return job.fps if job.frames > 1 else 0

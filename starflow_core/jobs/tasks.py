@@ -20,6 +20,7 @@ from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.latent import to_flow_space, to_vae_space
 from ..model.placement import Placement
+from ..model.schema import check_kinds
 from ..solve import noise
 from ..solve.denoising import DenoiseStream, score_denoise
 from ..solve.sampling import Sampler
@@ -47,6 +48,9 @@ class Job:
     window: int | None = None
     keep: int | None = None
     solver: SolverSettings = field(default_factory=lambda: PRESETS["balanced"])
+
+    def __post_init__(self):
+        check_kinds(self)
 
     @property
     def task(self) -> str:
@@ -85,7 +89,7 @@ class Layout:
         return self.hidden + self.frames
 
 
-FASTEST = 1000  # frames per second
+MAX_FPS = 1000  # frames per second
 
 
 def layout(config: FlowConfig, job: Job) -> Layout:
@@ -97,8 +101,8 @@ def layout(config: FlowConfig, job: Job) -> Layout:
         raise InputError(f"guidance is {job.guidance}; 0 is off, typical is {config.defaults.guidance:g}")
     if config.kind == "image" and job.frames != 1:
         raise InputError(f"{config.name} makes images: frames is {job.frames}, expected 1")
-    if job.frames > 1 and not 0 < job.fps <= FASTEST:
-        raise InputError(f"fps is {job.fps}; expected a number above 0, at most {FASTEST}")
+    if job.frames > 1 and not 0 < job.fps <= MAX_FPS:
+        raise InputError(f"fps is {job.fps}; expected a number above 0, at most {MAX_FPS}")
     frames = config.latent.latent_frames(job.frames)
     context = job.context
     hidden, given = (context.hidden, context.frames) if context else (0, 0)

@@ -18,7 +18,7 @@ from .pictures import encoded, frames_of, opened
 from .pixels import Clip, stacked
 from .targets import Recording, WriteFrame
 
-FASTEST = {".gif": 50, ".webp": 90}  # browsers play shorter frames at 10 a second
+MAX_FPS = {".gif": 50, ".webp": 90}  # browsers play shorter frames at 10 a second
 
 
 def read_animation(path, frames: int | None, size: tuple[int, int] | None) -> Clip:

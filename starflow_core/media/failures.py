@@ -1,4 +1,4 @@
-"""What decoders and encoders raise, told as errors of this package."""
+"""Decoder and encoder errors, converted to this package's."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def still_recorder(recording: Recording, height: int, width: int) -> Iterator[Wr
 
     def write(frame: np.ndarray) -> None:
         if recording.part.exists():
-            raise InputError(f"{suffix} holds one picture; write .mp4, or a name such as frames/%05d.png")
+            raise InputError(f"{suffix} takes one picture; write .mp4, or a name such as frames/%05d.png")
         recording.part.write_bytes(encoded(frame, suffix, recording.quality, recording.metadata))
 
     yield write
@@ -105,13 +105,13 @@ def _check_size(path, frames: int | None) -> None:
         count = 1 if frames == 1 else min(getattr(image, "n_frames", 1), frames or LARGEST_AREA)
     if max(width, height) > LARGEST_SIDE or width * height > LARGEST_AREA:
         raise InputError(
-            f"{path} says that it is {width} x {height} pixels; the largest read here are {LARGEST_SIDE} a side and "
-            f"{LARGEST_AREA >> 20} million in all. Scale it down, or export it again if that is wrong"
+            f"{path} says that it is {width} x {height} pixels; at most {LARGEST_SIDE} a side and "
+            f"{LARGEST_AREA >> 20} million in all are read. Scale it down, or export it again if that is wrong"
         )
     size = os.path.getsize(path)
     if count * width * height > max(LIKELY_AREA, DENSEST * size):
         raise InputError(
-            f"{path} says that it holds {count} x {width} x {height} pixels, but it has only {size} bytes; scale it "
+            f"{path} says that it has {count} x {width} x {height} pixels, but it has only {size} bytes; scale it "
             "down, or export it again if that is wrong"
         )
 

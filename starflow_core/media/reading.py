@@ -19,7 +19,7 @@ def read_video(path: str | os.PathLike, frames: int | None = None, size: tuple[i
 
     With `size` (height, width) each frame is scaled to cover it and cropped as it is read; else frames come as they
     are stored. The rate is the mean where a file's varies. Rotation in the file is applied.
-    Raises InputError for what is missing, damaged, shorter than its header says, or holds no pictures.
+    Raises InputError for what is missing, damaged, shorter than its header says, or without pictures.
     """
     if frames is not None and frames < 1:
         raise InputError(f"{frames} frames of {path}: expected at least 1")

@@ -63,7 +63,7 @@ def check_replaceable(folder: Path) -> None:
     written_here = {_RECORD, *map(str, record["files"])} if record else set()
     foreign = sorted(set(os.listdir(folder)) - written_here)
     if foreign:
-        raise InputError(f"{folder} holds other files ({foreign[0]}); choose an empty folder")
+        raise InputError(f"{folder} contains other files ({foreign[0]}); choose an empty folder")
 
 
 @contextmanager
@@ -103,7 +103,7 @@ def _names(path, target: Target) -> list[str]:
     else:
         names = [name for name in names if target.has_picture(name)]
     if not names:
-        raise InputError(f"{path} holds no pictures; expected files such as 00000.png")
+        raise InputError(f"{path} contains no pictures; expected files such as 00000.png")
     return sorted(
         names, key=lambda name: [int(part) if part.isdecimal() else part for part in re.split(r"(\d+)", name)]
     )

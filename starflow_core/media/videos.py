@@ -81,11 +81,11 @@ def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Cl
 
     with _header(path) as container:
         if not container.streams.video:
-            raise InputError(f"{path} holds no video; give a clip with pictures")
+            raise InputError(f"{path} has no video stream; give a clip with pictures")
         stream = container.streams.video[0]
         first = next(container.decode(stream), None)
         if first is None:
-            raise InputError(f"{path} holds no frames; it may be damaged: export it again")
+            raise InputError(f"{path} has no frames; it may be damaged: export it again")
         rate, declared = Fraction(stream.average_rate or stream.guessed_rate or 0), stream.frames
     with decoding_errors(path, "video"), iio.imopen(os.path.abspath(path), "r", plugin="pyav") as file:
         arrays = file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME")

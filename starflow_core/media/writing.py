@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
 from ..parts import clear_stale, part_of, remove
-from .animations import FASTEST, gif_recorder, webp_recorder
+from .animations import MAX_FPS, gif_recorder, webp_recorder
 from .failures import encoding_errors, reason
 from .metadata import Metadata, check_metadata, encode_exif
 from .pictures import still_recorder
@@ -44,7 +44,7 @@ def check_writable(path: str | os.PathLike, frames: int | None = None) -> None:
     if suffix not in _RECORDERS:
         raise InputError(f"{path}: unknown format {suffix!r}; known are {_FORMATS}")
     if not target.pattern and suffix in STILLS and frames not in (None, 1):
-        raise InputError(f"{path}: {suffix} holds one picture, not {frames}; write .mp4 or a name such as %05d.png")
+        raise InputError(f"{path}: {suffix} takes one picture, not {frames}; write .mp4 or a name such as %05d.png")
     _check_encoder(path, suffix)
     try:
         if target.pattern:
@@ -148,7 +148,7 @@ class VideoWriter:
         finite = frames.isfinite().flatten(1).all(1)
         if not finite.all():
             bad = self._frames + int(finite.logical_not().nonzero()[0])
-            raise NonFiniteError(f"frame {bad} holds NaN or infinity; {self.path} was not written")
+            raise NonFiniteError(f"frame {bad} contains NaN or infinity; {self.path} was not written")
         return frames
 
 
@@ -183,7 +183,7 @@ def _publish(part: Path, target: Path) -> None:
 def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:
     if not fps and suffix in (*STILLS, ".webp"):
         return Fraction(0)
-    fastest = FASTEST.get(suffix, 1000)
+    fastest = MAX_FPS.get(suffix, 1000)
     try:
         rate = Fraction(fps).limit_denominator(65535)
     except (TypeError, ValueError, OverflowError):
@@ -216,7 +216,7 @@ def _check_sound(sound: Sound) -> None:
     if not 1000 <= sound.rate <= 384000:
         raise InputError(f"sound of {sound.rate} samples a second: expected 1000 to 384000")
     if not torch.isfinite(samples).all():
-        raise NonFiniteError("the sound holds NaN or infinity; check where it is from, or leave it out")
+        raise NonFiniteError("the sound contains NaN or infinity; check where it is from, or leave it out")
 
 
 def _check_encoder(path, suffix: str) -> None:

@@ -172,7 +172,8 @@ class FlowConfig:
         if (channels, spatial, temporal) != (latent.channels, latent.spatial, latent.temporal):
             raise InputError(
                 f"this VAE has {channels} channels, 1/{spatial} of the size and 1/{temporal} of the frames; "
-                f"{self.name} needs {latent.channels}, 1/{latent.spatial} and 1/{latent.temporal}"
+                f"{self.name} needs {latent.channels}, 1/{latent.spatial} and 1/{latent.temporal}: load the VAE that "
+                "goes with it"
             )
 
     def nearest_aspect(self, height: int, width: int) -> str:

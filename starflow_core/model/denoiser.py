@@ -109,7 +109,7 @@ class Band:
         skipped = 0 if self.slots or self.passes_text else self.text_tokens
         self.slots += hidden.shape[1]
         waiting = torch.cat((*self.hidden, hidden[:, skipped:]), 1)
-        self.hidden = [waiting[:, leaving:]]
+        self.hidden = [waiting[:, leaving:].clone()]  # not a slice, which would keep what leaves
         return waiting[:, :leaving]
 
     def _pieces(self, x: Tensor, dim: int) -> list[Tensor]:

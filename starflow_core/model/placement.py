@@ -25,7 +25,7 @@ class Placement:
 
     @classmethod
     def on(cls, device: torch.device | str) -> Placement:
-        """Everything on one device. Raises InputError for a name that is no device."""
+        """Everything on one device. Raises InputError for a name that isn't a device."""
         try:
             device = torch.device(device)
         except RuntimeError as error:

@@ -6,14 +6,16 @@ import json
 import math
 import reprlib
 from dataclasses import MISSING, asdict, field, fields, is_dataclass
+from numbers import Integral, Real
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, InputError
 
 WIDEST = 1 << 20  # channels, rows of an embedding: more than any model has
 LARGEST = 1e9  # magnitude of a number whose field names no range
-LONGEST = 4096  # entries of a list, characters of a string
+KINDS = {"int": (Integral, "a whole number"), "float": (Real, "a number"), "bool": (bool, "True or False")}
+MAX_ENTRIES = 4096  # entries of a list, characters of a string
 
 
 def number(low: float, high: float, default: Any = MISSING) -> Any:
@@ -31,19 +33,29 @@ def check_fields(config: Any) -> None:
             raise CheckpointError(f"{entry.name} is {shown(value)}, expected {entry.type}{limits}")
 
 
+def check_kinds(settings: Any) -> None:
+    """Raise InputError unless the numbers and switches of a dataclass, which a caller fills in, are such."""
+    for entry in fields(settings):
+        kind, _, optional = entry.type.partition(" | ")
+        value, (types, words) = getattr(settings, entry.name), KINDS.get(kind, (object, ""))
+        missing = optional and value is None
+        if not missing and (not isinstance(value, types) or (types in (Integral, Real) and isinstance(value, bool))):
+            raise InputError(f"{entry.name} is {shown(value)}; expected {words}")
+
+
 def read_json(text: str, where: str) -> Any:
-    """What a configuration's text says. Raises CheckpointError if it is no JSON, or nested too deeply."""
+    """What a configuration's text says. Raises CheckpointError if it isn't JSON, or nested too deeply."""
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{where} is not JSON: {error}; get the file again") from None
+        raise CheckpointError(f"{where} isn't JSON: {error}; download the file again") from None
 
 
 def read_object(text: str, where: str) -> dict[str, Any]:
     """As `read_json`, of text that has to be a JSON object."""
     values = read_json(text, where)
     if not isinstance(values, dict):
-        raise CheckpointError(f"{where} is no JSON object; get the file again")
+        raise CheckpointError(f"{where} isn't a JSON object; download the file again")
     return values
 
 
@@ -88,14 +100,14 @@ def _fits(value: Any, kind: Any, low: float, high: float) -> bool:
     if is_dataclass(kind) or kind in (bool, type(None)):
         return isinstance(value, kind)
     if kind is str:
-        return isinstance(value, str) and len(value) <= LONGEST and value.isprintable()
+        return isinstance(value, str) and len(value) <= MAX_ENTRIES and value.isprintable()
     numbers = (int, float) if kind is float else (int,)
     # A comparison turns NaN down, and whole numbers too large for a float.
     return isinstance(value, numbers) and not isinstance(value, bool) and low <= value <= high < math.inf
 
 
 def _fits_tuple(value: Any, kinds: tuple, low: float, high: float) -> bool:
-    if not isinstance(value, tuple) or len(value) > LONGEST:
+    if not isinstance(value, tuple) or len(value) > MAX_ENTRIES:
         return False
     if kinds[-1] is Ellipsis:
         return all(_fits(entry, kinds[0], low, high) for entry in value)

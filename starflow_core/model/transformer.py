@@ -60,8 +60,7 @@ class Layer(nn.Module):
     def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend, residual: Residual | None = None) -> Tensor:
         """`residual` returns the hidden states that go with `attend`'s result, for a pipeline that delays them."""
         attended = attend(*self.attention.project(hidden, rotary))
-        kept = residual(hidden, attended.shape[2]) if residual else hidden
-        hidden = kept + self.attention.output(attended)
+        hidden = (residual(hidden, attended.shape[2]) if residual else hidden) + self.attention.output(attended)
         return hidden + self.mlp(hidden)
 
 

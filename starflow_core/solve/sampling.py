@@ -87,6 +87,12 @@ class Sampler:
             raise InputError("an image model samples one frame")
         if self.guidance and self.uncond is None:
             raise InputError("guidance needs the unconditional text; give it, or guidance 0")
+        home, places = self.flow.deep.sos_embed.device, set(self.placement.deep)
+        if self.guidance and len(places) > 1 and home in places:
+            raise InputError(
+                f"the deep block's weights are on {home} alone, so guidance can't be split over "
+                f"{' and '.join(map(str, self.placement.deep))}; give one device"
+            )
         if not torch.isfinite(self.noise).all():
             raise NonFiniteError("NaN or infinity in the given noise")
 

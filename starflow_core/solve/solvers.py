@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
+from ..model.schema import check_kinds
 
 SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
 ABSORBED = 512  # known tokens that are run at once
@@ -42,6 +43,7 @@ class SolverSettings:
     method: str = "jacobi"
 
     def __post_init__(self):
+        check_kinds(self)
         if self.method not in ("jacobi", "autoregressive"):
             raise InputError(f"solver method {self.method!r}: expected jacobi or autoregressive")
         for name in ("image_span", "first_span", "span", "max_sweeps"):

@@ -1,18 +1,14 @@
-"""Files that are whole or not there."""
+"""Folders to train in, and what an earlier run has left there."""
 
 from __future__ import annotations
 
-import contextlib
-import os
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import InputError
-from ..parts import clear_stale, part_of, real, remove
 
 
 def make_folder(path: Path) -> None:
@@ -31,18 +27,4 @@ def load_state(path: Path, device: torch.device | str = "cpu") -> dict[str, Any]
         return dict(torch.load(path, map_location=device, weights_only=True))
     except Exception as error:  # a damaged archive can fail anywhere in its readers
         reason = str(error).partition("\n")[0][:200] or type(error).__name__
-        raise InputError(f"{path} is damaged ({reason}); remove it, and its stage begins anew") from None
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A path beside `path` to write to. It takes the place of `path` at the end; after an error nothing of it stays."""
-    path = real(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    clear_stale(path)
-    part = part_of(path)
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        remove(part)
+        raise InputError(f"{path} is damaged ({reason}); remove it, and its stage starts over") from None

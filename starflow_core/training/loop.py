@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..errors import InputError, NonFiniteError
-from .files import load_state, replacing
+from ..parts import replacing
+from .files import load_state
 
 LOG_EVERY = 20  # steps
 CLIP_NORM = 1.0  # of the gradient
@@ -91,7 +92,7 @@ class Loop:
             return 0
         state = load_state(path, self.device)
         if state.get("run") != run:
-            raise InputError(f"{path} is of a run with {state.get('run')}, this one has {run}; use another folder")
+            raise InputError(f"{path} belongs to a run with {state.get('run')}, this one has {run}; use another folder")
         for name, part in parts.items():
             part.load_state_dict(state[name])
         return state["done"]

@@ -40,7 +40,8 @@ from .tensorfiles import (
     check_target,
     hash_files,
     parse_dtype,
-    reading,
+    reading_errors,
+    shards_of,
     write_tensors,
 )
 
@@ -76,7 +77,7 @@ FOREIGN = (
 def find_config(checkpoint: TensorFile) -> FlowConfig:
     """The configuration from the file's metadata, a JSON beside it, or the known models' shapes.
 
-    Raises CheckpointError if the file is no STARFlow (and says what it looks like), if a configuration
+    Raises CheckpointError if the file isn't a STARFlow (and says what it looks like), if a configuration
     contradicts the tensors, or if none is found.
     """
     structure = _structure(checkpoint)
@@ -111,7 +112,7 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
     """The model's `expected_shapes`. Raises CheckpointError unless the checkpoint has exactly these."""
     expected = expected_shapes(config)
     weights = {name: tensor for name, tensor in checkpoint.tensors.items() if not IGNORED.fullmatch(name)}
-    remedy = "Get the file again, or correct its configuration."
+    remedy = "Download the file again, or correct its configuration."
     check_tensors(weights, expected, checkpoint.path.name, config.name, remedy)
     return expected
 
@@ -120,13 +121,6 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
 def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) -> int:
     """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit."""
     return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
-
-
-@lru_cache
-def expanded_bytes(config: FlowConfig, dtype: torch.dtype) -> int:
-    """Memory that the largest weight in 8 bit takes while it is used in `dtype`."""
-    shapes = expected_shapes(config).items()
-    return dtype.itemsize * max(math.prod(shape) for name, shape in shapes if QUANTISED.fullmatch(name))
 
 
 def in_int8(checkpoint: TensorFile) -> bool:
@@ -153,7 +147,7 @@ def load_flow(
 
     `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
     weights that aren't in 8 bit. `quantise` brings the large weights to 8 bit while they are loaded; those that are in
-    8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None all are expanded to `dtype`.
+    8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None no weight is kept in 8 bit.
     `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an unusable type
     or device, and NonFiniteError naming the first tensor with NaN or infinity.
     """
@@ -176,10 +170,10 @@ def load_flow(
             home = _device_of(name, config, placement)
             if name in kept:
                 int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(checkpoint, name)))
-                continue
-            weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
-            module, _, attribute = name.rpartition(".")
-            setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
+            else:
+                weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
+                module, _, attribute = name.rpartition(".")
+                setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     return flow.eval()
 
 
@@ -239,15 +233,15 @@ def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[
 def quick_look(path: str | Path) -> str | None:
     """The name of the STARFlow in a safetensors file or index, or None if it is something else.
 
-    For lists of files: reads headers only and never raises. A truncated or damaged file is shown, whatever it was
-    meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
+    For lists of files: reads headers only and never raises. A truncated or damaged file is listed, whatever it
+    was meant to be: whoever chooses it is told what is wrong, and nobody looks for it in vain.
     """
     if not str(path).lower().endswith((".safetensors", INDEX)) or not os.path.isfile(path):
         return None
     try:
         checkpoint = TensorFile.open(path)
     except CheckpointError:
-        return "damaged file"
+        return "damaged file" if shards_of(Path(path)) == 1 else None
     try:
         _structure(checkpoint)
         try:
@@ -268,7 +262,7 @@ def _config_texts(checkpoint: TensorFile) -> Iterator[tuple[str, str]]:
             yield f"metadata {key} of {checkpoint.path.name}", checkpoint.metadata[key]
     for file in (config_file(checkpoint), checkpoint.path.with_name("config.json")):
         if os.path.isfile(file):
-            with reading(file):
+            with reading_errors(file):
                 text = file.read_text(encoding="utf-8", errors="replace")
             yield file.name, text
 
@@ -299,7 +293,7 @@ def _from_reference(values: dict[str, Any]) -> FlowConfig:
 
 def _structure(checkpoint: TensorFile) -> dict[str, Any]:
     """What the shapes say about the model, None where a tensor is missing. Raises CheckpointError if
-    it is no STARFlow."""
+    it isn't one."""
     shapes = checkpoint.shapes
     blocks = sorted({int(match[1]) for name in shapes if (match := BLOCK.match(name))})
     layers = {match.groups() for name in shapes if (match := LAYER.match(name))}
@@ -368,7 +362,7 @@ def _foreign(checkpoint: TensorFile) -> str:
     names = list(checkpoint.shapes)
     kind = next((kind for marks, kind in FOREIGN if any(mark in name for name in names for mark in marks)), None)
     return (
-        f"{checkpoint.path.name} is no STARFlow checkpoint: it looks like {kind or 'something else'} "
+        f"{checkpoint.path.name} isn't a STARFlow checkpoint: it looks like {kind or 'something else'} "
         f"({len(names)} tensors: {', '.join(names[:3])}{', ..' if len(names) > 3 else ''}). Expected tensors such as "
         "blocks.0.sos_embed and blocks.0.attn_blocks.0.attention.qkv.weight."
     )

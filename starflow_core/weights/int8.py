@@ -27,7 +27,7 @@ FORMAT = "int8_tensorwise"
 # Weights are to be expanded, activations never quantised. Spaces round it up: what follows has to be aligned.
 MARK_BYTES = json.dumps({"format": FORMAT, "full_precision_matrix_mult": True}).encode().ljust(72)
 VARIANTS = ("convrot", "params")  # of the format, which change what the values mean
-REMEDY = "Get the file again, or convert the model's original once more."
+REMEDY = "Download the file again, or convert the model's original once more."
 
 
 def mark() -> Tensor:
@@ -81,7 +81,7 @@ def _other_format(description: StoredTensor) -> str | None:
         values = json.loads(bytes(description.read().view(-1).tolist()))
         found = values.get("format")
     except (ValueError, AttributeError, RecursionError):
-        return "has a comfy_quant that is no JSON object"
+        return "has a comfy_quant that isn't a JSON object"
     if found != FORMAT:
         return f"is in the format {shown(found)}; only {FORMAT} can be read"
     variant = next((name for name in VARIANTS if values.get(name)), None)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 
-LARGEST_PICKLE = 100_000_000  # bytes; a list of tensors takes some hundred each
+LARGEST_PICKLE = 4_000_000  # bytes; a tensor takes some hundred. A byte can cost 80 of memory, and 1.5 microseconds
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # signature, lengths of the name and of the extra field
 UNTRUSTED = (
     "If you trust its source, unpickle it in an environment of its own, save its state_dict with "
@@ -93,14 +93,14 @@ def open_archive(path: Path) -> Any:
             records = _records(path, archive, file)
             return _Tensors(records).load()
     except Refused as reason:
-        raise CheckpointError(f"{path.name} was refused and nothing of it was run: {reason}. {UNTRUSTED}") from None
+        raise CheckpointError(f"{path.name} was refused; none of its code ran: {reason}. {UNTRUSTED}") from None
     except CheckpointError:
         raise
     except OSError:
         raise
     except Exception as error:  # a damaged archive can fail anywhere in its readers
         reason = str(error).strip().partition("\n")[0][:200] or type(error).__name__
-        raise CheckpointError(f"{path.name} is corrupt ({reason}); get it again") from None
+        raise CheckpointError(f"{path.name} is corrupt ({reason}); download it again") from None
 
 
 def _records(path: Path, archive: zipfile.ZipFile, file) -> dict[str, Record]:
@@ -109,7 +109,7 @@ def _records(path: Path, archive: zipfile.ZipFile, file) -> dict[str, Record]:
     for entry in archive.infolist():
         if entry.compress_type != zipfile.ZIP_STORED:
             raise CheckpointError(
-                f"{path.name} is a compressed archive, not one of torch.save; save it again with that"
+                f"{path.name} is a compressed archive, which torch.save doesn't make; save it again with torch.save"
             )
         file.seek(entry.header_offset)
         signature, name_length, extra_length = LOCAL_HEADER.unpack(file.read(LOCAL_HEADER.size))
@@ -144,7 +144,7 @@ class _Tensors(pickle._Unpickler):
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return _parameter
         if name in OTHER_TENSORS:
-            raise Refused(f"it holds a tensor that isn't plain numbers ({name.removeprefix('_rebuild_')})")
+            raise Refused(f"it contains a tensor that isn't plain numbers ({name.removeprefix('_rebuild_')})")
         raise Refused(f"reading it would run {module[:60]}.{name[:60]}")
 
     def persistent_load(self, pid: Any) -> tuple[Record, torch.dtype]:
@@ -152,17 +152,17 @@ class _Tensors(pickle._Unpickler):
         if kind != "storage" or not (
             isinstance(dtype, torch.dtype) and isinstance(key, str) and isinstance(count, int)
         ):
-            raise ValueError("an entry of its list is no storage")
+            raise ValueError("an entry of its list isn't a storage")
         record = self.records[f"data/{key}"]
         if count < 0 or count * dtype.itemsize > record.size:
-            raise ValueError(f"data/{key} has {record.size} bytes, {count} numbers of {dtype} were announced")
+            raise ValueError(f"data/{key} has {record.size} bytes, too few for {count} numbers of {dtype}")
         return record, dtype
 
     def load_reduce(self) -> None:
         arguments = self.stack.pop()
         make = self.stack[-1]
         if make not in (OrderedDict, _tensor, _parameter) or (make is OrderedDict and arguments):
-            raise Refused("it calls what is no constructor of a tensor")
+            raise Refused("it calls something other than a tensor constructor")
         self.stack[-1] = make(*arguments)
 
     def load_build(self) -> None:
@@ -179,7 +179,7 @@ class _Tensors(pickle._Unpickler):
     def _set(self, target: Any, items: list[tuple[Any, Any]]) -> None:
         # Other keys could be nested such that hashing them never ends.
         if not isinstance(target, dict) or not all(isinstance(key, (str, int)) for key, _ in items):
-            raise Refused("it holds a dictionary whose keys aren't names")
+            raise Refused("it contains a dictionary whose keys aren't names")
         target.update(items)
 
     dispatch[pickle.REDUCE[0]] = load_reduce
@@ -201,7 +201,7 @@ def _tensor(storage: tuple[Record, torch.dtype], offset: int, shape: tuple, stri
 
 def _parameter(tensor: ArchivedTensor, *_: Any) -> ArchivedTensor:
     if not isinstance(tensor, ArchivedTensor):
-        raise ValueError("a parameter is no tensor")
+        raise ValueError("a parameter isn't a tensor")
     return tensor
 
 

@@ -1,4 +1,5 @@
-"""Weights that stay in main memory and come to the device layer by layer, by diffusers' group offloading."""
+"""Weights that stay in main memory and come to the device layer by layer, by diffusers' group offloading, which
+needs the package accelerate."""
 
 from __future__ import annotations
 

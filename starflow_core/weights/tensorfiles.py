@@ -29,7 +29,7 @@ from torch import Tensor
 from ..control import Progress
 from ..errors import CheckpointError, InputError, NonFiniteError
 from ..model.schema import shown
-from ..parts import clear_stale, part_of, real, remove
+from ..parts import replacing
 from . import FLOAT_TYPES
 from .pickles import ArchivedTensor, open_archive
 
@@ -97,7 +97,7 @@ class TensorFile:
             path = _only_file_in(path)
         if not os.path.isfile(path):
             raise CheckpointError(f"no checkpoint at {path}; check the path")
-        with reading(path):
+        with reading_errors(path):
             if path.name.endswith(INDEX):
                 file = _open_shards(path)
             elif path.suffix.lower() == ".safetensors":
@@ -106,7 +106,7 @@ class TensorFile:
                 file = _open_pickle(path)
             else:
                 raise CheckpointError(
-                    f"{path.name} is no checkpoint; give a .safetensors, {INDEX} or {', '.join(PICKLES)} file"
+                    f"{path.name} isn't a checkpoint; give a .safetensors, {INDEX} or {', '.join(PICKLES)} file"
                 )
         if file.tensors and all(name.startswith("module.") for name in file.tensors):  # of a parallel wrapper
             return replace(file, tensors={name.removeprefix("module."): t for name, t in file.tensors.items()})
@@ -133,7 +133,7 @@ class TensorFile:
 
 
 @contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
+def reading_errors(path: Path) -> Iterator[None]:
     """Turns the system's errors in reading `path` into CheckpointError."""
     try:
         yield
@@ -146,7 +146,7 @@ def hash_files(files: list[Path], progress: Report | None) -> str:
     done, total, hashes = 0, sum(file.stat().st_size for file in files), {}
     for path in files:
         digest = hashlib.sha256()
-        with reading(path), open(path, "rb") as file:
+        with reading_errors(path), open(path, "rb") as file:
             while chunk := file.read(HASH_CHUNK):
                 digest.update(chunk)
                 done += len(chunk)
@@ -162,14 +162,19 @@ def _only_file_in(folder: Path) -> Path:
         return found[0]
     names = ", ".join(file.name for file in found[:5])
     raise CheckpointError(
-        f"folder {folder} holds {f'several checkpoints ({names}): choose one' if found else 'no safetensors file'}"
+        f"folder {folder} contains {f'several checkpoints ({names}): choose one' if found else 'no safetensors file'}"
     )
 
 
-def _open_single(path: Path) -> TensorFile:
+def shards_of(path: Path) -> int:
+    """The number of shards of which a file is one, by its name."""
     shard = re.search(r"-\d{5}-of-(\d{5})$", path.stem)
-    if shard and int(shard[1]) > 1:
-        raise CheckpointError(f"{path.name} is one of {int(shard[1])} shards; open their {INDEX} file")
+    return int(shard[1]) if shard else 1
+
+
+def _open_single(path: Path) -> TensorFile:
+    if (shards := shards_of(path)) > 1:
+        raise CheckpointError(f"{path.name} is one of {shards} shards; open their {INDEX} file")
     return TensorFile(path, [path], *_open_safetensors(path))
 
 
@@ -179,13 +184,13 @@ def _open_shards(index: Path) -> TensorFile:
         names = sorted(set(weight_map.values()))
         outside = [name for name in names if Path(name).name != name]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        raise CheckpointError(f"{index.name} is no index of shards; get it again") from None
+        raise CheckpointError(f"{index.name} isn't an index of shards; download it again") from None
     if outside:
-        raise CheckpointError(f"{index.name} names a file outside its folder, {outside[0]}; get it again")
+        raise CheckpointError(f"{index.name} names a file outside its folder, {outside[0]}; download it again")
     files = [index.parent / name for name in names]
     missing = [file.name for file in files if not os.path.isfile(file)]
     if missing:
-        raise CheckpointError(f"{index.name} lacks {', '.join(missing[:5])}; get all of its {len(files)} shards")
+        raise CheckpointError(f"{index.name} lacks {', '.join(missing[:5])}; download all of its {len(files)} shards")
     found, metadata = {}, {}
     for file in files:
         tensors, shard_metadata = _open_safetensors(file)
@@ -193,7 +198,7 @@ def _open_shards(index: Path) -> TensorFile:
         metadata.update(shard_metadata)
     lost = [f"{name} in {shard}" for name, shard in weight_map.items() if name not in found[shard]]
     if lost:
-        raise CheckpointError(f"{index.name} lists tensors that aren't there: {', '.join(lost[:5])}; get it again")
+        raise CheckpointError(f"{index.name} lists tensors that aren't there: {', '.join(lost[:5])}; download it again")
     return TensorFile(index, files, {name: found[shard][name] for name, shard in weight_map.items()}, metadata)
 
 
@@ -214,10 +219,10 @@ def _open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, st
 
 def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
     """A tensor of an open safetensors file of `size` bytes, in memory of its own."""
-    with reading(path):
+    with reading_errors(path):
         try:
             if path.stat().st_size != size:
-                raise SafetensorError("it has another size now")
+                raise SafetensorError("its size has changed")
             tensor = file.get_tensor(name)
         except SafetensorError as error:
             raise CheckpointError(
@@ -228,7 +233,7 @@ def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
 
 def _fault(path: Path, reason: str) -> str:
     """What is wrong with a file that safetensors refuses; it doesn't give the sizes."""
-    size, kind = path.stat().st_size, "truncated or no safetensors file"
+    size, kind = path.stat().st_size, "truncated, or isn't a safetensors file"
     with open(path, "rb") as file:
         end = 8 + int.from_bytes(file.read(8), "little")
         header = file.read(min(end - 8, LARGEST_HEADER))
@@ -238,9 +243,9 @@ def _fault(path: Path, reason: str) -> str:
     elif size >= end:
         return (
             f"safetensors {safetensors.__version__} cannot open {path.name} ({reason}): the header of the file is "
-            "corrupt or of a newer format; get the file again, or a newer safetensors"
+            "corrupt or of a newer format; download the file again, or install a newer safetensors"
         )
-    return f"{path.name} is {kind}: expected {end} bytes, found {size}; get it again"
+    return f"{path.name} is {kind}: expected {end} bytes, found {size}; download it again"
 
 
 def _last_byte(header: bytes) -> int | None:
@@ -269,11 +274,11 @@ def _open_pickle(path: Path) -> TensorFile:
         if isinstance(content, dict)
         else f"a {type(content).__name__}"
     )
-    raise CheckpointError(f"{path.name} holds no state_dict of tensors, but {kind}; save its state_dict alone")
+    raise CheckpointError(f"{path.name} contains {kind}, not a state_dict of tensors; save its state_dict alone")
 
 
 def _read_archived(tensor: ArchivedTensor) -> Tensor:
-    with reading(tensor.record.path):
+    with reading_errors(tensor.record.path):
         return tensor.read()
 
 
@@ -284,7 +289,9 @@ def _check_archive(path: Path) -> None:
         archive = file.read(4) == b"PK\x03\x04"
     size = path.stat().st_size
     if archive and not zipfile.is_zipfile(path):
-        raise CheckpointError(f"{path.name} is truncated: found {size} bytes, but no end of the archive; get it again")
+        raise CheckpointError(
+            f"{path.name} is truncated: found {size} bytes, but no end of the archive; download it again"
+        )
     if not archive:
         raise CheckpointError(
             f"{path.name} ({size} bytes) is damaged, or a pickle from before PyTorch 1.6, which cannot be read "
@@ -315,7 +322,7 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, dtype: str, metad
     check_target(path, None, overwrite=True)
     check_space(path, {name: (tuple(tensor.shape), torch_dtype) for name, tensor in tensors.items()})
     ready = {name: cast(tensor.cpu(), torch_dtype, name, path).contiguous() for name, tensor in tensors.items()}
-    with _replacing(path) as part:
+    with _writing(path) as part:
         save_file(ready, part, metadata)
 
 
@@ -328,35 +335,20 @@ def write_tensors(path: Path, layout: Layout, metadata: dict[str, str], tensors:
     safetensors' `save_file` needs all tensors at once: converting a checkpoint of 1.4 GB to bf16 takes
     829 MB with it (1384 MB before 0.8) and 245 MB here, see benchmarks/convert_memory.py.
     """
-    with _replacing(path) as part, open(part, "wb") as file:
+    with _writing(path) as part, open(part, "wb") as file:
         file.write(_header(layout, metadata))
         file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
 
 
 @contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """A file to write that replaces `path` at the end, or is removed on an error. Makes missing folders, and clears
-    what killed processes left.
-
-    Raises InputError for errors of the system.
-    """
-    path = real(path)
-    part = part_of(path)
+def _writing(path: Path) -> Iterator[Path]:
+    """As `replacing`. Raises InputError for errors of the system."""
     try:
-        clear_stale(path)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.touch()
-        mode = part.stat().st_mode
-        yield part
-        part.chmod(mode)  # save_file of safetensors 0.8 writes files that only their owner can read
-        with open(part, "r+b") as file:
-            os.fsync(file.fileno())
-        os.replace(part, path)
+        with replacing(path) as part:
+            yield part
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise InputError(f"{path} could not be written: {reason}") from None
-    finally:
-        remove(part)
 
 
 def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:
@@ -368,7 +360,7 @@ def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:
 
 
 def check_target(target: Path, source: TensorFile | None, overwrite: bool) -> None:
-    """Raise InputError unless `target` can be written, is no file of `source`, and is new or may be replaced."""
+    """Raise InputError unless `target` can be written, isn't a file of `source`, and is new or may be replaced."""
     if target.suffix.lower() != ".safetensors":
         raise InputError(f"{target.name} does not end in .safetensors, the format that is written")
     if os.path.isdir(target):

@@ -168,7 +168,7 @@ def _read_tokenizer(file: Path) -> Tokenizer:
     try:
         return Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing more specific
-        raise CheckpointError(f"{file} is not a readable tokenizer ({error}); get it again") from error
+        raise CheckpointError(f"{file} isn't a readable tokenizer ({error}); download it again") from error
 
 
 def _convert_spiece(file: Path) -> Tokenizer:
@@ -230,7 +230,7 @@ def _find_t5_config(path: Path, weights: TensorFile) -> T5Config:
     values = completed(derived, values, T5Options, where)
     if values.get("relative_attention_max_distance", 128) <= values["relative_attention_num_buckets"] // 4:
         raise CheckpointError(
-            f"{where}: relative_attention_max_distance is too small for its table; get the file again"
+            f"{where}: relative_attention_max_distance is too small for its table; download the file again"
         )
     return T5Config(**values)
 

@@ -102,7 +102,7 @@ def find_vae(path: str | Path) -> VAEFile:
         config = read_object(file.metadata[METADATA_KEY], f"metadata {METADATA_KEY} of {path.name}")
     weights = replace(file, tensors=with_diffusers_names(file.tensors))
     module = _make_vae(weights, config)
-    remedy = "Get the file again, in bf16, fp16 or fp32."
+    remedy = "Download the file again, in bf16, fp16 or fp32."
     check_tensors(weights.tensors, module_shapes(module), path.name, f"a {type(module).__name__}", remedy)
     return VAEFile(weights, VAE(module))
 
@@ -119,7 +119,7 @@ def _open_diffusers_folder(folder: Path) -> tuple[Path, dict[str, Any]]:
     config = read_object(text, str(folder / "config.json"))
     name = config.get("_class_name")
     if name not in (None, "AutoencoderKL", "AutoencoderKLWan"):
-        raise CheckpointError(f"{folder} holds a {shown(name)}; {EXPECTED_VAE}")
+        raise CheckpointError(f"{folder} contains a {shown(name)}; {EXPECTED_VAE}")
     return weights, config
 
 
@@ -202,6 +202,6 @@ def _fill(module: nn.Module, weights: TensorFile, dtype: torch.dtype, device) ->
         state[name] = weights.tensor(name).to(device=device, dtype=dtype)
         if not torch.isfinite(state[name]).all():
             raise NonFiniteError(
-                f"{weights.path.name}: {name} has NaN or infinity as {dtype}; get the file again or use float32"
+                f"{weights.path.name}: {name} has NaN or infinity as {dtype}; download the file again, or use float32"
             )
     module.load_state_dict(state, assign=True)

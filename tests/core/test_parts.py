@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from starflow_core import parts
-from starflow_core.parts import clear_stale, part_of, real
+from starflow_core.parts import clear_stale, part_of, real, replacing
 
 
 @pytest.fixture
@@ -62,3 +62,13 @@ def test_links_are_followed(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "folder" / "a.mp4")
     assert real(tmp_path / "link") == (tmp_path / "folder" / "a.mp4").resolve()
     assert real("nul\0.mp4") == Path.cwd() / "nul\0.mp4"
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "new" / "a.txt"
+    with replacing(path) as part:
+        part.write_text("old")
+    with pytest.raises(UnicodeEncodeError), replacing(path) as part:
+        part.write_text("new \udc80", encoding="utf-8")
+    assert path.read_text() == "old"
+    assert list(path.parent.iterdir()) == [path]

@@ -26,7 +26,7 @@ from tests.core import models, tiny
 ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled CheckpointError Context Control Encoding Flow FlowConfig Generation InputError Inversion Job
-NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Progress Sampler SolverSettings StarflowError
+NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress Sampler SolverSettings StarflowError
 VideoWriter convert decode_from_noise denoise encode_to_noise fit load_flow load_pipeline load_text_encoder load_vae
 read_image read_metadata read_video sample score_denoise write_video
 """
@@ -86,15 +86,19 @@ def test_small_files_are_checked_before_the_flow_is_read(tmp_path, monkeypatch, 
 def test_the_forecast_counts_all_parts(folder, pipeline):
     parts, kind = find_parts(*files(folder)), torch.bfloat16
     job = default_job(parts.config, height=96, width=128)
-    flow, whole, tiled = forecast(parts.config, job, kind), parts.forecast(job, kind), parts.forecast(job, kind, tile=4)
+    flow, whole, tiled = (
+        forecast(parts.config, job, kind),
+        parts.forecast(job, dtype=kind),
+        parts.forecast(job, dtype=kind, tile=4),
+    )
     weights = 2 * sum(p.numel() for p in pipeline.vae.module.parameters())
     assert whole.vae - weights == pipeline.vae.step_bytes(6, 8) // 2  # the pipeline's is in float32
     assert tiled.vae == whole.vae  # a clip of so few cells isn't helped by tiles
     encoder = parts.text.load()
     assert whole.text == 2 * sum(p.numel() for p in encoder.model.parameters())
     assert whole.total == whole.vae + max(flow.total, flow.weights + whole.text)
-    assert parts.forecast(replace(job, batch=3), kind).vae - weights == 3 * (whole.vae - weights)
-    assert parts.forecast(job, kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
+    assert parts.forecast(replace(job, batch=3), dtype=kind).vae - weights == 3 * (whole.vae - weights)
+    assert parts.forecast(job, dtype=kind, keep_text_encoder=True).total == whole.vae + flow.total + whole.text
     assert parts.forecast_encode(job, kind).vae == whole.vae
 
 
@@ -103,12 +107,12 @@ def test_weights_in_8_bit(folder, tmp_path):
     model, text, vae = files(folder)
     convert(model, tmp_path / "int8.safetensors", "int8")
     job, kind = default_job(find_parts(model, text, vae).config, height=32, width=32), torch.bfloat16
-    whole = find_parts(model, text, vae).forecast(job, kind)
+    whole = find_parts(model, text, vae).forecast(job, dtype=kind)
     for quantise, path in ((True, model), (False, tmp_path / "int8.safetensors")):
         parts = find_parts(path, text, vae, quantise)
         pipeline = parts.load(Placement.on("cpu"), kind)
         assert isinstance(pipeline.flow.deep.attn_blocks[0].attention.qkv, Int8Linear)
-        need = parts.forecast(job, kind)
+        need = parts.forecast(job, dtype=kind)
         assert need.weights == sum(weight.nbytes for weight in pipeline.flow.parameters())
         assert need.activations == whole.activations + 2 * 4 * parts.config.deep_width**2
         encoder = pipeline.text.load(kind)
@@ -136,7 +140,10 @@ def test_given_frames_say_the_ratio_unless_a_size_is_asked_for(pipeline, shape, 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"height": 32}, "go together"), ({"height": 32, "width": 32, "aspect": "1:1"}, "one pair")],
+    [
+        ({"height": 32}, "go together"),
+        ({"height": 32, "width": 32, "aspect": "1:1"}, "give either height and width, or aspect"),
+    ],
 )
 def test_half_a_size_is_refused(pipeline, sizes, message):
     with pytest.raises(InputError, match=message):
@@ -243,6 +250,28 @@ def test_a_text_encoder_that_does_not_fit_is_refused(pipeline, monkeypatch):
 def test_tasks_that_lack_something_are_refused(pipeline, task, message):
     with pytest.raises(InputError, match=message):
         pipeline.with_context(task, frames=9)
+
+
+@pytest.mark.parametrize(("task", "given", "message"), [
+    ("first_frame", {"image": (32, 48, 3)}, r"image has the shape \(32, 48, 3\); expected \(3, H, W\), or \(B"),
+    ("last_frame", {"last": (48, 3)}, r"last has the shape \(48, 3\)"),
+    ("extend", {"clip": (9, 32, 48, 3)}, r"clip has the shape \(9, 32, 48, 3\); expected \(F, 3, H, W\)"),
+])  # fmt: skip
+def test_pixels_of_another_layout_are_refused(pipeline, task, given, message):
+    with pytest.raises(InputError, match=message):
+        pipeline.with_context(task, **{name: torch.zeros(shape) for name, shape in given.items()})
+
+
+def test_an_image_of_several_frames_is_refused(pipeline):
+    with pytest.raises(InputError, match="text_to_image makes one frame, not 9; use text_to_video"):
+        pipeline.text_to_image("a ring", frames=9)
+
+
+def test_a_pipeline_is_loaded_onto_a_placement(folder):
+    placement = replace(Placement.on("cpu"), text=torch.device("meta"))
+    pipeline = load_pipeline(*files(folder), device=placement)
+    assert pipeline.placement is placement
+    assert pipeline.dtype == torch.float32
 
 
 @pytest.mark.parametrize("fps", [0, -3, float("nan"), float("inf"), 1e6])

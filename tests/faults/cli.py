@@ -13,6 +13,10 @@ COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
 FAULTS: list[Fault] = [
     # From options to a job
     Fault(
+        PLAN, ', "frames": file_frames(setup, job, given.pixels["clip"])', "",
+        "a joined clip's metadata has the job's length", TESTS + "test_the_given_frames_are_shown",
+    ),
+    Fault(
         PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
         "{**job_settings(args, setup, given, len(captions)), **given.settings}",
         "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
@@ -187,5 +191,13 @@ FAULTS: list[Fault] = [
     Fault(
         COMMANDS, "    except ModuleNotFoundError as error:\n", "    except ZeroDivisionError as error:\n",
         "a missing package ends in a traceback", TESTS + "test_missing_package",
+    ),
+    Fault(
+        SETTINGS, "quantise=args.dtype == INT8", "quantise=False",
+        "--dtype int8 is ignored", TESTS + "test_int8",
+    ),
+    Fault(
+        FILES, "Means(in_int8 or name == INT8)", "Means(name == INT8)",
+        "a file in 8 bit needs as much as one in 16", TESTS + "test_inspect_of_8_bit",
     ),
 ]  # fmt: skip

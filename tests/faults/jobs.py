@@ -7,6 +7,7 @@ from . import Fault
 JOBS = "starflow_core/jobs"
 TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
 PIPELINE = "tests/core/test_pipeline.py"
+PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
 
 FAULTS = [
     Fault(f"{JOBS}/tasks.py", "return self.given + self.flow.config.noise_std * drawn.to(self.given)",
@@ -28,11 +29,30 @@ FAULTS = [
     Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)",
           "return self.generate(prompt, job)",
           "one-call tasks drop their options", PIPELINE),
-    Fault(f"{JOBS}/memory.py", "activations = LAYER * item * max(shallow",
-          "activations = LAYER * item // 2 * max(shallow",
+    Fault(f"{JOBS}/memory.py", "LAYER[item] * item * tokens * width", "LAYER[item] * item // 2 * tokens * width",
           "activations halved", MEMORY),
-    Fault(f"{JOBS}/memory.py", "return item * tokens * (hidden + 2 * 16", "return item * tokens * (hidden + 2 * 2",
+    Fault(f"{JOBS}/tasks.py", "        check_kinds(self)\n", "        pass\n", "settings of any type are taken", TASKS),
+    Fault(f"{JOBS}/build.py", "if pixels.ndim not in dims or pixels.shape[-3] != 3:", "if False:",
+          "pixels of another layout are taken", PIPELINE),
+    Fault(f"{JOBS}/memory.py", "(hidden + 24 * widest)", "(hidden + 3 * widest)",
           "the score's activations an eighth", MEMORY),
-    Fault(f"{JOBS}/memory.py", "activations = max(activations, step) + seen", "activations = activations",
+    Fault(f"{JOBS}/memory.py", "max(deep, shallow, step) + held", "max(deep, shallow)",
           "the denoiser's activations left out", MEMORY),
+    Fault("starflow_core/pipeline.py", "return self.quantise or in_int8(self.checkpoint)", "return self.quantise",
+          "a file in 8 bit is counted as 16 bit", PIPELINE),
+    Fault("starflow_core/pipeline.py", "text = find_text_encoder(text_encoder, quantise=quantise)",
+          "text = find_text_encoder(text_encoder)", "the text encoder stays in 16 bit", PIPELINE),
+    Fault("starflow_core/jobs/memory.py", "4 * width**2 * item if means.int8 else 0", "0",
+          "the weight that is expanded isn't counted", PIPELINE),
+    Fault(f"{JOBS}/memory.py", "8 * widest**2 * item if means.int8 else 0", "0",
+          "weights that wait for a gradient aren't counted", DRY),
+    Fault(f"{JOBS}/memory.py", "STREAMED_LAYERS = 2", "STREAMED_LAYERS = 1", "the next layer isn't counted", DRY),
+    Fault(f"{JOBS}/planner.py", "sorted(weights, reverse=streamed)", "weights", "16 bit is streamed first", PLANNER),
+    Fault(f"{JOBS}/planner.py", "for in_turn in (False, True):", "for in_turn in (True, False):",
+          "parts wait for their turn though there is room", PLANNER),
+    Fault(f"{JOBS}/planner.py", "            return plan\n", "            least = plan\n",
+          "the last means that fit", PLANNER),
+    Fault(f"{JOBS}/planner.py", "text_away=True)", "text_away=False)", "the text encoder stays", PLANNER),
+    Fault(f"{JOBS}/tasks.py", "yield from self._piece(0, self._denoised(torch.cat(sampled, 1)), True)",
+          "yield from self._piece(0, torch.cat(sampled, 1), True)", "in turn, nothing is denoised", PLANNER),
 ]  # fmt: skip

@@ -6,6 +6,8 @@ from . import Fault
 
 MODEL = "starflow_core/model"
 FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.py", "tests/core/model/test_forward.py"
+INT8 = "tests/core/model/test_int8.py"
+ATTENTION, CACHES = "tests/core/model/test_attention.py", "tests/core/solve/test_caches.py"
 DENOISING = "tests/core/solve/test_denoising.py"
 
 FAULTS = [
@@ -15,10 +17,10 @@ FAULTS = [
     Fault(f"{MODEL}/rope.py", "        even, odd = x.float().unflatten",
           "        self, x = Rotary(self.cos.to(x), self.sin.to(x)), x\n        even, odd = x.unflatten",
           "rotation in the compute type", FLOW),
-    Fault(f"{MODEL}/transformer.py", "causal_lower_right(slots, length)", "causal_lower_right(slots, length - 1)",
-          "the aligned causal mask of a device", FLOW),
-    Fault(f"{MODEL}/transformer.py", ".tril(length - slots)", ".tril(length - slots - 1)",
-          "the dense causal mask", FLOW),
+    Fault(f"{MODEL}/attention.py", ".triu(1)", ".triu(2)", "the causal mask of a device without fused kernels",
+          ATTENTION),
+    Fault(f"{MODEL}/attention.py", "is_causal=causal)\n    if queries.device.type == \"cuda\"",
+          "is_causal=False)\n    if queries.device.type == \"cuda\"", "a sweep sees what comes later", FLOW),
     Fault(f"{MODEL}/flow.py", "tuple(torch.cat(p) for p in zip(*parts, strict=True))", "parts[0]",
           "split shallow blocks drop all but the first part", FLOW),
     Fault(f"{MODEL}/flow.py", "for part in ((x - b) / a, -a.log()))", "for part in ((x - b) / a, a.log()))",
@@ -43,4 +45,25 @@ FAULTS = [
           "strides of the VAE's convolutions dropped", "tests/core/weights/test_vae.py"),
     Fault(f"{MODEL}/vae/layers.py", "if x.is_cpu and x.dtype == torch.float32", "if x.dtype == torch.float64",
           "the VAE's small convolutions are slow again", "tests/core/weights/test_vae.py"),
+    Fault(f"{MODEL}/int8.py", "torch.maximum(-low, high)", "high",
+          "scales of 8 bit from the largest weight alone", INT8),
+    Fault(f"{MODEL}/int8.py", "torch.aminmax(weight, dim=1, keepdim=True)",
+          "(part.expand(len(weight), 1) for part in torch.aminmax(weight))", "one scale for all rows", INT8),
+    Fault(f"{MODEL}/int8.py", ".round_().to(torch.int8)", ".to(torch.int8)", "8 bit cut, not rounded", INT8),
+    Fault(f"{MODEL}/int8.py", ".clamp_(min=LEAST_SCALE)", "", "a row of zeros divided by zero", INT8),
+    Fault(f"{MODEL}/int8.py", "weight.to(dtype).mul_(scale)", "weight.to(dtype).mul_(scale.to(dtype))",
+          "products in 8 bit rounded twice", INT8),
+    Fault(f"{MODEL}/int8.py", "return F.linear(inputs, expand(",
+          "inputs = inputs / inputs.abs().amax() * 127\n        return F.linear(inputs, expand(",
+          "activations scaled by the largest of all tokens", INT8),
+    Fault(f"{MODEL}/attention.py", "total = total + softplus(more)", "total = logsumexp",
+          "pieces weighed against the last alone", ATTENTION),
+    Fault(f"{MODEL}/attention.py", "out.float().lerp", "out.lerp", "pieces merged in 16 bit", ATTENTION),
+    Fault(f"{MODEL}/cache.py", "return start - after % GROUP", "return start",
+          "a group's slots leave one by one", CACHES),
+    Fault(f"{MODEL}/cache.py", "recent[..., :kept, :] = recent[..., leaving : leaving + kept, :].clone()", "pass",
+          "what settled after a group is lost", CACHES),
+    Fault(f"{MODEL}/cache.py", "x.abs().amax(-1, keepdim=True)", "x.abs().amax()", "one scale for all rows", CACHES),
+    Fault(f"{MODEL}/cache.py", "range(0, stop, PIECE)", "range(0, PIECE, PIECE)", "the first piece alone", CACHES),
+    Fault(f"{MODEL}/cache.py", "return here + settled, 0", "return here, 0", "settled slots aren't counted", CACHES),
 ]  # fmt: skip

@@ -58,10 +58,6 @@ FAULTS: list[Fault] = [
         "another seed's state is resumed", GENERAL + "test_the_state_of_another_run_is_refused",
     ),
     Fault(
-        "starflow_core/training/files.py", "remove(part)", "pass",
-        "a half-written file stays", GENERAL + "test_a_file_is_replaced_whole_or_not_at_all",
-    ),
-    Fault(
         "starflow_core/training/files.py", "except Exception as error:", "except KeyError as error:",
         "a damaged state ends in a traceback", GENERAL + "test_a_damaged_state_is_named",
     ),

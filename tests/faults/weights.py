@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from . import Fault
 
-WEIGHTS = "starflow_core/weights"
-FILES, FLOW, TEXT, VAE = (f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae"))
+WEIGHTS, PARTS = "starflow_core/weights", "starflow_core/parts.py"
+FILES, FLOW, TEXT, VAE, INT8 = (
+    f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae", "int8")
+)
 
 
 def in_files(old: str, new: str, what: str, tests: str = FILES) -> Fault:
@@ -20,6 +22,10 @@ def in_text(old: str, new: str, what: str) -> Fault:
     return Fault(f"{WEIGHTS}/text.py", old, new, what, TEXT)
 
 
+def in_int8(old: str, new: str, what: str) -> Fault:
+    return Fault(f"{WEIGHTS}/int8.py", old, new, what, INT8)
+
+
 def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
     return Fault(f"{WEIGHTS}/{file}.py", old, new, what, VAE)
 
@@ -27,7 +33,7 @@ def in_vae(old: str, new: str, what: str, file: str = "vae") -> Fault:
 FAULTS = [
     in_flow('return "damaged file"', "return None", "a truncated file vanishes from lists"),
     in_files('name.startswith("module.")', "False", "the prefix of a parallel wrapper is kept"),
-    in_files("if shard and int(shard[1]) > 1:", "if False:", "one shard is taken for a checkpoint"),
+    in_files("if (shards := shards_of(path)) > 1:", "if shards := 0:", "one shard is taken for a checkpoint"),
     in_files("Path(name).name != name", "False", "an index may name files outside its folder"),
     in_files("if path.stat().st_size != size:", "if False:", "a file cut while it is read isn't noticed"),
     Fault(f"{WEIGHTS}/pickles.py", 'raise Refused(f"reading it would run {module[:60]}.{name[:60]}")',
@@ -39,9 +45,13 @@ FAULTS = [
     Fault(f"{WEIGHTS}/pickles.py", "if entry.compress_type != zipfile.ZIP_STORED:", "if False:",
           "a compressed archive is inflated", FILES),
     in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
-    in_files('        part.chmod(mode)', '        pass', "only the owner can read a saved file"),
-    in_files("        remove(part)\n", "        pass\n", "a failed write leaves its part behind",
-             f"{FILES} {FLOW}"),
+    Fault(PARTS, "        part.chmod(mode)", "        pass", "only the owner can read a saved file", FILES),
+    Fault(PARTS, "    finally:\n        remove(part)", "    finally:\n        pass",
+          "a failed write leaves its part behind", f"{FILES} {FLOW} tests/core/test_parts.py"),
+    Fault(f"{WEIGHTS}/pickles.py", "if record.size > LARGEST_PICKLE:", "if False:",
+          "a list of any length is read", FILES),
+    Fault(f"{WEIGHTS}/flow.py", '"damaged file" if shards_of(Path(path)) == 1 else None', '"damaged file"',
+          "each shard is listed as a damaged file", FLOW),
     in_files("if not math.isfinite(_reach(tensor)):", "if False:", "NaN is called an overflow", FLOW),
     in_files("if not math.isfinite(_reach(result)):", "if False:", "overflow in fp16 is written", FLOW),
     in_files("digest.update(chunk)\n                done += len(chunk)", "done += len(chunk)",
@@ -83,4 +93,26 @@ FAULTS = [
     in_vae('"use_quant_conv": "quant_conv.weight" in tensors', '"use_quant_conv": True',
            "every image VAE has quantisation layers"),
     in_vae("if not torch.isfinite(state[name]).all():", "if False:", "NaN in a VAE's weights"),
+    in_int8("if not (scales.isfinite() & (scales > 0)).all():", "if not (scales > 0).all():",
+            "infinite scales of 8 bit"),
+    in_int8("if not (scales.isfinite() & (scales > 0)).all():", "if not scales.isfinite().all():",
+            "negative scales of 8 bit"),
+    in_int8("elif scale.dtype != torch.float32 or scale.shape != (weight.shape[0], 1):", "elif False:",
+            "scales of any shape"),
+    in_int8("    if found != FORMAT:", "    if False:", "layers of any format taken for 8 bit"),
+    in_int8('VARIANTS = ("convrot", "params")', 'VARIANTS = ("params",)', "rotated weights taken for plain ones"),
+    in_int8("stored.int8() if stored.int8 else quantise", "quantise", "8 bit is quantised once more"),
+    in_int8('"full_precision_matrix_mult": True', '"full_precision_matrix_mult": False',
+            "files let activations be rounded"),
+    in_int8(".encode().ljust(72)", ".encode()", "the tensors after a mark aren't aligned"),
+    in_int8("if not name.endswith(MARK))", ")", "marks are counted as memory"),
+    Fault(f"{WEIGHTS}/flow.py", "        if not checkpoint.tensors[name].int8:\n", "        if True:\n",
+          "the type of an 8-bit file is int8", INT8),
+    Fault(f"{WEIGHTS}/flow.py", "checkpoint = int8.joined(checkpoint, QUANTISED)", "pass",
+          "files in 8 bit aren't known", INT8),
+    Fault(f"{WEIGHTS}/flow.py", "(attention\\.(qkv|proj)|mlp\\.main\\.[02])", "(attention\\.qkv|mlp\\.main\\.[02])",
+          "a layer stays in 16 bit", INT8),
+    in_text("and not _overflows(name, dtype)\n", "\n", "T5's wo in 8 bit under fp16"),
+    in_text("return others + int8.weight_bytes(", "return others + 0 * int8.weight_bytes(",
+            "a text encoder's 8-bit weights aren't counted"),
 ]  # fmt: skip

@@ -53,7 +53,7 @@ WRONG = (
     "linked.mp4", "linked.safetensors", "full/", "full.safetensors", "edit", "extend",
 )  # fmt: skip
 LONG = {"--frames": ("4097", "99999"), "--batch": ("4097", "99999")}  # minutes of honest work
-LONGEST = 300  # seconds of a case: behind "--" each of the other words is a prompt of a clip
+LONGEST = 120  # seconds of a case: behind "--" each of the other words is a prompt of a clip
 
 
 def cases(seed: int) -> Iterator[Case]:

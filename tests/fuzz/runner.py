@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import resource
 import shutil
+import signal
 import sys
 import tempfile
 import traceback
@@ -23,7 +24,8 @@ MODULES = Path(__file__).parent.glob("*.py")
 SUBJECTS = tuple(sorted(path.stem for path in MODULES if "\ndef cases(seed: int" in path.read_text(encoding="utf-8")))
 OUTCOMES = ("worked", "refused", "traceback", "hang", "crash", "memory", "executed")
 BAD = OUTCOMES[2:]
-LONGEST = 20  # seconds of a case, unless its module has a LONGEST of its own
+LONGEST = 20  # seconds of computing that a case may take, unless its module has a LONGEST of its own
+PATIENCE = 10  # as many times as long by the clock: the machine may be busy
 START = 120  # seconds of the first in a process, which loads libraries
 MOST = 1 << 30  # bytes that a case may take
 # What Python tells of that no case may do, unless its module has a FORBIDDEN of its own.
@@ -78,7 +80,7 @@ def _until_it_breaks(subject: str, seed: int, indices: list[int]) -> list[Findin
     process.start()
     there.close()
     longest = getattr(import_module(f"tests.fuzz.{subject}"), "LONGEST", LONGEST)
-    found, limit, name = [], max(START, longest), "?"
+    found, limit, name = [], max(START, PATIENCE * longest), "?"
     try:
         for index in indices:
             try:
@@ -88,9 +90,11 @@ def _until_it_breaks(subject: str, seed: int, indices: list[int]) -> list[Findin
                 outcome, detail = here.recv()
             except EOFError:
                 process.join()
+                if process.exitcode == -signal.SIGPROF:
+                    return [*found, Finding(subject, index, name, "hang", f"more than {longest} s of computing")]
                 return [*found, Finding(subject, index, name, "crash", f"exit status {process.exitcode}")]
             found.append(Finding(subject, index, name, outcome, detail))
-            limit = longest
+            limit = PATIENCE * longest
             if outcome == "memory":
                 return found
         return found
@@ -108,7 +112,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
 
     torch.set_num_threads(1)
     home, module, executed = os.getcwd(), import_module(f"tests.fuzz.{subject}"), []
-    forbidden = getattr(module, "FORBIDDEN", FORBIDDEN)
+    forbidden, longest = getattr(module, "FORBIDDEN", FORBIDDEN), getattr(module, "LONGEST", LONGEST)
     sys.addaudithook(lambda event, _: executed.append(event) if event in forbidden else None)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     stream = enumerate(module.cases(seed))
@@ -120,6 +124,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
             pipe.send(case.name)
             before = _peak()
             executed.clear()
+            signal.setitimer(signal.ITIMER_PROF, longest)  # ends the process
             try:
                 case.run(folder)
                 outcome = ("worked", "")
@@ -129,6 +134,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
                 outcome = ("memory", "MemoryError")
             except Exception:
                 outcome = ("traceback", traceback.format_exc(limit=-3).strip().replace("\n", " | "))
+            signal.setitimer(signal.ITIMER_PROF, 0)
             if _peak() - before > MOST:
                 outcome = ("memory", f"{(_peak() - before) / 1e9:.1f} GB")
             if executed:

@@ -119,7 +119,9 @@ def test_another_models_vae_is_refused(demo, latent, clip):
         with pytest.raises(Exception, match="makes latents of 48 channels, but the latent has 16; load the VAE that"):
             run(f"STARFlow{node}", **{images: clip[:1]}, vae=other, latent=latent)
     other.latent_channels, other.spacial_compression_decode = 16, lambda: 8
-    wanted = r"16 channels, 8 pixels and 4 frames a cell, but STARFlow demo uses 16 channels, 16 pixels and 4 frames a"
+    wanted = (
+        r"16 channels, 1/8 of the size and 1/4 of the frames; STARFlow demo needs 16, 1/16 and 1/4: load the VAE that"
+    )
     with pytest.raises(Exception, match=wanted):
         run("STARFlowExtend", model=demo.model, images=clip, vae=other, latent=latent)
 

@@ -61,7 +61,7 @@ def test_lists_show_what_can_be_loaded(model_folders):
     assert listed("STARFlowLoadVAE") == [DEMO, "wan.pth"]
     for name, (given, _, _) in LOADERS.items():
         for option in listed(name):
-            assert refusal(name, **{given: option}) is True
+            assert refusal(name, **{given: option}) is True or option == "broken.safetensors"
 
 
 def test_a_truncated_model_is_listed_and_says_so(model_folders):
@@ -69,8 +69,8 @@ def test_a_truncated_model_is_listed_and_says_so(model_folders):
     weightfiles.write_safetensors(file)
     file.write_bytes(file.read_bytes()[:-1])
     assert listed("STARFlowLoadModel") == [DEMO, "cut.safetensors"]
-    assert refusal("STARFlowLoadModel", model_name="cut.safetensors") is True
-    with pytest.raises(Exception, match=r"cut\.safetensors is truncated: expected \d+ bytes, found \d+; get it"):
+    assert "cut.safetensors is truncated: expected" in refusal("STARFlowLoadModel", model_name="cut.safetensors")
+    with pytest.raises(Exception, match=r"cut\.safetensors is truncated: expected \d+ bytes, found \d+; download it"):
         NODES["STARFlowLoadModel"].execute("cut.safetensors", "fp32")
 
 
@@ -115,7 +115,8 @@ def test_each_widget_of_a_loader_answers_for_itself(name):
     """The host blames every input that validate_inputs names, and 0.3.64 checks only lists that are types."""
     assert list(signature(NODES[name].validate_inputs).parameters) == [LOADERS[name][0]]
     kind, options = NODES[name].GET_NODE_INFO_V1()["input"]["required"]["weight_type"]
-    assert kind == options["options"] == ["auto", "bf16", "fp16", "fp32"]
+    eight = [] if name == "STARFlowLoadVAE" else ["int8"]
+    assert kind == options["options"] == ["auto", "bf16", "fp16", "fp32", *eight]
 
 
 @pytest.mark.skipif(not pack.COMFYUI, reason="COMFYUI_PATH names no ComfyUI checkout")

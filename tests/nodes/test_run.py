@@ -88,9 +88,9 @@ def test_a_name_of_several_nodes_is_refused(script, monkeypatch):
         (None, "No such file or directory; give a workflow in API format"),
         ("{", "isn't JSON; give a workflow in API format"),
         ('{"nodes": [], "links": []}', "is in the page's format; open it in ComfyUI and save it with Export (API)"),
-        ("[]", "holds no workflow in API format; save one in ComfyUI with Export (API)"),
-        ("{}", "holds no workflow in API format; save one in ComfyUI with Export (API)"),
-        ('{"1": 2}', "holds no workflow in API format; save one in ComfyUI with Export (API)"),
+        ("[]", "isn't a workflow in API format; save one in ComfyUI with Export (API)"),
+        ("{}", "isn't a workflow in API format; save one in ComfyUI with Export (API)"),
+        ('{"1": 2}', "isn't a workflow in API format; save one in ComfyUI with Export (API)"),
     ],
 )
 def test_files_that_are_no_workflow_are_refused_in_words(script, monkeypatch, tmp_path, text, message):

@@ -46,6 +46,13 @@ def test_the_report_is_what_the_model_reads(demo, latent):
     assert demo.encode(high)[2].endswith("in a 9:16 aspect ratio.")
 
 
+@pytest.mark.parametrize("rate", [float("nan"), float("inf"), -1.0, 1e9])
+@pytest.mark.parametrize("frames", [1, 9])
+def test_impossible_rates_are_refused(demo, frames, rate):
+    with pytest.raises(Exception, match=rf"^frame_rate is {re.escape(f'{rate:g}')}; give frames per second, at most"):
+        demo.encode(demo.empty(**{**SMALL, "frames": frames}), frame_rate=rate)
+
+
 def test_only_the_prompt_has_the_tasks_prefix(demo, latent, given):
     _, plain, _ = demo.encode(latent, negative_prompt="a blue ring")
     for prefix, context in given.items():

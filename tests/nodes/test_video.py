@@ -128,7 +128,7 @@ def test_sound_may_be_a_videos_or_each_clips_own(folder, clip):
     combine(torch.cat((clip, clip)), clip_frames=9, frame_rate=9.0, filename_prefix="a", audio=both, video=source)
     assert [round(heard(folder / f"a_0000{i}_.mp4")[2], -1) for i in (1, 2)] == [330, 550]
     combine(clip, filename_prefix="n", video=host.video(clip, Fraction(16)))  # a silent one
-    with pytest.raises(Exception, match="audio holds 2 sounds for 1 clips; give one, or one each"):
+    with pytest.raises(Exception, match="audio has 2 sounds for 1 clips; give one, or one each"):
         combine(clip, audio=both)
 
 

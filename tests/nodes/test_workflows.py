@@ -132,7 +132,7 @@ def test_inputs_are_put_where_the_host_looks(monkeypatch, tmp_path, caplog):
     assert (tmp_path / files[0]).read_bytes() == b"the user's own"
     assert (tmp_path / files[1]).read_bytes() == (workflows.FOLDER / "inputs" / files[1]).read_bytes()
     assert not caplog.records
-    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "gone"))
+    monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / files[0] / "no folder"))
     assert pack.load()
     assert f"the example input {files[0]} could not be copied" in caplog.text
 

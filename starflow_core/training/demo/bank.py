@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ...errors import InputError
-from ..files import load_state, replacing
+from ...parts import replacing
+from ..files import load_state
 from ..loop import Loop
 from . import clips
 

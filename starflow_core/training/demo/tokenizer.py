@@ -7,7 +7,7 @@ import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import replacing
+from ...parts import replacing
 from .clips import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS
 
 if TYPE_CHECKING:

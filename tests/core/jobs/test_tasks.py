@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,6 +50,27 @@ def generation(flow, work, batch=1, **options):
 @pytest.fixture(scope="module")
 def flow():
     return models.flow()
+
+
+@pytest.mark.parametrize(("settings", "message"), [
+    ({"fps": "16"}, "^fps is '16'; expected a number$"),
+    ({"seed": 1.5}, "^seed is 1.5; expected a whole number$"),
+    ({"frames": 5.0}, "^frames is 5.0; expected a whole number$"),
+    ({"batch": True}, "^batch is True; expected a whole number$"),
+    ({"guidance": "3"}, "^guidance is '3'; expected a number$"),
+    ({"window": 2.5}, "^window is 2.5; expected a whole number$"),
+    ({"denoise": "no"}, "^denoise is 'no'; expected True or False$"),
+    ({"seed": None}, "^seed is None; expected a whole number$"),
+])  # fmt: skip
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(InputError, match=message):
+        Job(**SIZE, **settings)
+
+
+def test_settings_of_any_number_type_are_taken():
+    assert Job(**SIZE, fps=Fraction(30000, 1001), guidance=1, seed=np.int64(3), window=None).fps == Fraction(
+        30000, 1001
+    )
 
 
 @pytest.mark.parametrize("task", CONTEXTS)

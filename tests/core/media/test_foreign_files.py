@@ -176,5 +176,5 @@ def test_file_without_pictures(tmp_path):
         container.mux(stream.encode(sound))
         container.mux(stream.encode(None))
     assert read_metadata(tmp_path / "a.mp4") == {"seed": 5}
-    with pytest.raises(InputError, match="holds no video"):
+    with pytest.raises(InputError, match="has no video stream"):
         read_video(tmp_path / "a.mp4")

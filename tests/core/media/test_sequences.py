@@ -33,7 +33,7 @@ def test_sequence_names(tmp_path):
     write_video(f"{tmp_path}/frames", noise(2), 8)
     assert sorted(os.listdir(tmp_path / "frames")) == ["00000.png", "00001.png", "metadata.json"]
     (tmp_path / "frames" / "mine.txt").write_text("x")
-    with pytest.raises(InputError, match=r"holds other files \(mine\.txt\)"):
+    with pytest.raises(InputError, match=r"contains other files \(mine\.txt\)"):
         write_video(tmp_path / "frames", noise(1), 8)
 
 

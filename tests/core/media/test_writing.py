@@ -91,13 +91,13 @@ def test_check_writable_leaves_nothing(tmp_path, name):
     ("name", "frames", "message"),
     [
         ("a.avi", None, "known are .mp4"),
-        ("a.png", 81, "holds one picture, not 81"),
+        ("a.png", 81, "takes one picture, not 81"),
         ("text.txt/a.mp4", None, "another folder"),
         ("text.txt", None, "unknown format"),
         ("x" * 300 + ".mp4", None, "another folder or name"),
         ("nul\0.mp4", None, "another folder or name"),
-        ("full", None, "holds other files"),
-        ("full/%04d.png", None, "holds other files"),
+        ("full", None, "contains other files"),
+        ("full/%04d.png", None, "contains other files"),
     ],
 )
 def test_check_writable_refuses(tmp_path, name, frames, message):
@@ -176,7 +176,7 @@ TONE = Sound(0.5 * torch.sin(torch.arange(32000) / 10).expand(2, -1), 16000)
             r"sound of shape \(3, 4\): expected 1, 2, 6 or 8 channels",
         ),
         ("a.mp4", {"sound": Sound(torch.zeros(1, 4), 0)}, "sound of 0 samples a second: expected 1000 to 384000"),
-        ("a.mp4", {"sound": Sound(torch.full((1, 4), torch.nan), 16000)}, "the sound holds NaN or infinity"),
+        ("a.mp4", {"sound": Sound(torch.full((1, 4), torch.nan), 16000)}, "the sound contains NaN or infinity"),
     ],
 )
 def test_codecs_sounds_and_loops_that_cannot_be_are_refused(tmp_path, name, options, message):

@@ -37,6 +37,7 @@ def test_each_row_is_rounded_to_multiples_of_its_own_scale():
     weight[3] = 0
     values, scale = quantise(weight)
     assert (values.dtype, scale.dtype, scale.shape) == (torch.int8, torch.float32, (5, 1))
+    assert (scale > 0).all()
     error = (expand(values, scale, torch.float32) - weight).abs()
     assert (error <= scale * 0.5001).all()
     assert not error[3].any()

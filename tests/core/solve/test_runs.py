@@ -118,6 +118,13 @@ def test_every_part_computes_on_its_device(monkeypatch, task, streamed):
     assert latents.device == shallow
 
 
+def test_guidance_is_not_split_over_devices_that_lack_the_weights():
+    flow, placement = models.flow(), replace(APART, deep=(CPU, torch.device("meta")))
+    noise, text = models.randn(1, 1, 4, 2, 3), models.text(flow)
+    with pytest.raises(InputError, match="weights are on cpu alone, so guidance can't be split over cpu and meta"):
+        sample(flow, noise, text, text, guidance=1.0, placement=placement)
+
+
 def test_weights_of_the_deep_block_go_to_one_device(tmp_path):
     save_flow(models.flow(), tmp_path / "a.safetensors", "fp32")
     apart = replace(Placement.on("cpu"), deep=(CPU, torch.device("meta")))

@@ -129,7 +129,7 @@ def test_progress_and_cancel():
 
 @pytest.mark.parametrize("numbers", [
     {"span": 0}, {"first_span": -1}, {"max_sweeps": 0}, {"tolerance": -1.0}, {"shallow_tolerance": 2.0},
-    {"method": "newton"}, {"tolerance": float("nan")},
+    {"method": "newton"}, {"tolerance": float("nan")}, {"span": "3"}, {"max_sweeps": 2.5}, {"tolerance": "small"},
 ])  # fmt: skip
 def test_impossible_settings_are_refused(numbers):
     with pytest.raises(InputError, match=next(iter(numbers))):

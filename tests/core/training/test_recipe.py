@@ -428,4 +428,4 @@ def test_an_interruption_is_told_in_a_line(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(recipe, "train_demo", stop)
     monkeypatch.setattr("sys.argv", ["training", "--work", str(tmp_path), "--output", str(tmp_path / "demo")])
     assert command() == 130
-    assert capsys.readouterr().err == "interrupted; nothing unfinished was left behind\n"
+    assert capsys.readouterr().err == "interrupted; no partial files were left\n"

@@ -12,7 +12,6 @@ from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
 from starflow_core.solve.denoising import denoise, score_denoise
-from starflow_core.training.files import replacing
 from starflow_core.training.loop import Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
 from starflow_core.training.optimiser import Muon, orthogonalised
@@ -214,7 +213,7 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     regression(tmp_path)
     loop = Loop(tmp_path, CPU, torch.float32, seed=1)
     module = nn.Linear(4, 2)
-    with pytest.raises(InputError, match=r"fit\.state\.pt is of a run with .*'seed': 0"):
+    with pytest.raises(InputError, match=r"fit\.state\.pt belongs to a run with .*'seed': 0"):
         loop.run("fit", module, Muon(module.parameters()), None, total=10)
 
 
@@ -237,16 +236,6 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     loop = Loop(tmp_path, CPU, torch.float32)
     with pytest.raises(NonFiniteError, match="step 0"):
         loop.run("fit", module, Muon(module.parameters()), lambda *_: (module.weight.sum() * float("nan"), {}), 3)
-
-
-def test_a_file_is_replaced_whole_or_not_at_all(tmp_path):
-    path = tmp_path / "new" / "a.txt"
-    with replacing(path) as part:
-        part.write_text("old")
-    with pytest.raises(UnicodeEncodeError), replacing(path) as part:
-        part.write_text("new \udc80", encoding="utf-8")
-    assert path.read_text() == "old"
-    assert list(path.parent.iterdir()) == [path]
 
 
 # Objectives

@@ -118,7 +118,7 @@ def test_json_about_something_else_is_passed_over(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{", "a.json is not JSON"),
+        ("{", "a.json isn't JSON"),
         ('{"schema": 99}', "a.json: configuration has schema 99"),
         ('{"schema": 1}', "a.json: configuration lacks kind"),
         (json.dumps({**REFERENCE, "use_swiglu": 1}), "a.json: unsupported option use_swiglu"),
@@ -212,7 +212,7 @@ def test_other_architectures(tmp_path, name, kind):
     path = write_safetensors(tmp_path / "a.safetensors", {name: torch.ones(2)}, None)
     for use in (load_flow, lambda p: convert(p, tmp_path / "b.safetensors")):
         with pytest.raises(
-            CheckpointError, match=f"a.safetensors is no STARFlow.*{kind}.*Expected .*sos_embed"
+            CheckpointError, match=f"a.safetensors isn't a STARFlow.*{kind}.*Expected .*sos_embed"
         ) as error:
             use(path)
         assert name in str(error.value)
@@ -575,6 +575,7 @@ def test_save_flow_refuses_nan(tmp_path):
 def test_quick_look(tmp_path):
     assert quick_look(write_safetensors(tmp_path / "a.safetensors")) == "tiny"
     assert quick_look(str(write_shards(tmp_path))) == "tiny"
+    assert quick_look(tmp_path / "model-00001-of-00002.safetensors") is None  # its index is listed
     bare = write_safetensors(tmp_path / "bare.safetensors", metadata=None)
     assert quick_look(bare) == "STARFlow without a configuration"
 

@@ -393,7 +393,7 @@ def test_unusable_tokenizers(single_file, tokenizer_folder):
     file = tokenizer_folder / "tokenizer.json"
     text = file.read_text()
     for wrong, message in (
-        (text[:300], "not a readable tokenizer"),
+        (text[:300], "isn't a readable tokenizer"),
         (text.replace("</s>", "<|endoftext|>"), "not a T5's"),
     ):
         file.write_text(wrong)

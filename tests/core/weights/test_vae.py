@@ -557,7 +557,7 @@ class Exploit:
 
 def test_a_pickle_that_runs_code_is_refused(tmp_path):
     torch.save({"weight": torch.zeros(1), "more": Exploit(tmp_path / "ran")}, tmp_path / "vae.pth")
-    with pytest.raises(CheckpointError, match="nothing of it was run"):
+    with pytest.raises(CheckpointError, match="none of its code ran"):
         load_vae(tmp_path / "vae.pth")
     assert not (tmp_path / "ran").exists()
 
@@ -565,7 +565,7 @@ def test_a_pickle_that_runs_code_is_refused(tmp_path):
 @pytest.mark.parametrize("content", [torch.zeros(2), [torch.zeros(2)], {"epoch": 3}])
 def test_a_pickle_without_a_vae(tmp_path, content):
     torch.save(content, tmp_path / "vae.pth")
-    with pytest.raises(CheckpointError, match="holds no state_dict of tensors"):
+    with pytest.raises(CheckpointError, match="not a state_dict of tensors"):
         load_vae(tmp_path / "vae.pth")
 
 

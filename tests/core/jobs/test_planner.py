@@ -1,0 +1,160 @@
+"""The planner: full-size jobs on cards of many sizes, what users fix, and that every means gives the same result."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks.dryrun import CUDA, GIB, DryJob, image, planned, video
+from starflow_core.errors import InputError, OutOfMemoryForecast
+from starflow_core.jobs import planner
+from starflow_core.jobs.memory import Forecast
+from starflow_core.jobs.planner import STREAMED_SPAN, MemoryOptions, choose
+from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means
+from starflow_core.model.cache import CacheSettings
+from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
+from starflow_core.model.placement import Placement
+from starflow_core.solve.solvers import PRESETS
+from starflow_core.weights.streaming import stream_layers
+from tests.core import models
+
+CPU = torch.device("cpu")
+INT8_CACHE = CacheSettings(quantised=True)
+
+# By the card's GiB, with everything in it: CUDA's own half gigabyte, VAE and text encoder.
+CARDS = {
+    48: PLAIN,
+    32: Means(cache=INT8_CACHE, in_turn=True),
+    24: Means(True, cache=INT8_CACHE, in_turn=True),
+    16: Means(True, streamed=True, cache=INT8_CACHE, in_turn=True),
+    12: Means(True, streamed=True, cache=CacheSettings(True, True)),
+}
+
+
+@pytest.mark.parametrize(("size", "means"), CARDS.items(), ids=[f"{size} GiB" for size in CARDS])
+def test_five_seconds_of_the_7b_on_cards_of_many_sizes(size, means):
+    plan = planned(DryJob(STARFLOW_V_7B, video(), size))
+    assert plan.means == means
+    assert plan.need.total + CUDA <= size * GIB
+
+
+@pytest.mark.parametrize(("size", "denoise"), [(8, True), (6, False)])
+def test_an_image_of_the_3b_on_small_cards(size, denoise):
+    plan = planned(DryJob(STARFLOW_3B, image(denoise=denoise), size))
+    assert plan.need.total + CUDA <= size * GIB
+    assert plan.means.int8
+    assert not plan.means.streamed
+
+
+def test_a_card_that_is_too_small_is_told_what_fits():
+    with pytest.raises(OutOfMemoryForecast, match=r"at least .* but 5\.9 GB are free on lazy:0; use a smaller size"):
+        planned(DryJob(STARFLOW_V_7B, video(), 6))
+
+
+def by_means(**sizes):
+    """A forecast by what each means takes off 100 bytes."""
+
+    def forecast(job: Job, means: Means) -> Forecast:
+        saved = 40 * means.int8 + 20 * means.cache.quantised + 10 * means.in_turn + 25 * means.streamed
+        saved += 3 * means.cache.offloaded
+        return Forecast(job.batch * 100 - saved, 0, 0, **sizes)
+
+    return forecast
+
+
+JOB = Job(32, 32, frames=9)
+
+
+@pytest.mark.parametrize(
+    ("budget", "means"),
+    [
+        (None, PLAIN), (104, PLAIN), (93, Means(in_turn=True)), (83, Means(cache=INT8_CACHE)),
+        (73, Means(cache=INT8_CACHE, in_turn=True)), (62, Means(True)), (42, Means(True, cache=INT8_CACHE)),
+        (31, Means(True, cache=INT8_CACHE, in_turn=True)), (16, Means(True, True, INT8_CACHE)),
+        (4, Means(True, True, CacheSettings(True, True), True)),
+    ],
+)  # fmt: skip
+def test_the_fastest_means_that_fit_are_chosen(budget, means):
+    assert choose(JOB, torch.device("lazy"), MemoryOptions(budget), (False, True), by_means()).means == means
+
+
+def test_what_a_user_fixes_is_kept():
+    def means(**options):
+        weights = options.pop("weights", (False, True))
+        return choose(JOB, torch.device("lazy"), MemoryOptions(**options), weights, by_means()).means
+
+    assert means(cache="int8") == Means(cache=INT8_CACHE)
+    assert means(offload="weights") == Means(True, streamed=True)
+    assert means(offload="all").cache.offloaded
+    assert means(weights=(False,), budget=83, cache="full", offload="weights") == Means(streamed=True)
+    assert means(weights=(True,)) == Means(True)
+    with pytest.raises(OutOfMemoryForecast):
+        means(budget=50, cache="full", offload="none", weights=(False,))
+
+
+def test_impossible_options_are_refused():
+    for options in ({"cache": "int4"}, {"offload": "disk"}, {"budget": 0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            MemoryOptions(**options)
+    with pytest.raises(InputError, match="the device is the CPU"):
+        choose(JOB, CPU, MemoryOptions(offload="weights"), (False,), by_means())
+
+
+def test_the_text_encoder_moves_where_it_alone_does_not_fit():
+    plan = choose(JOB, torch.device("lazy"), MemoryOptions(104), (False,), by_means(text=30))
+    assert plan.text_away
+    assert plan.need.total == 100
+    assert plan.need.host == 30
+    assert "text encoder on the CPU" in str(plan)
+    assert not choose(JOB, torch.device("lazy"), MemoryOptions(140), (False,), by_means(text=30)).text_away
+
+
+def test_the_nearest_batch_is_named():
+    with pytest.raises(OutOfMemoryForecast, match="a batch of 2 fits"):
+        choose(replace(JOB, batch=4), CPU, MemoryOptions(215), (False,), by_means())
+
+
+def test_the_nearest_length_is_named():
+    def by_frames(job, means):
+        return Forecast(job.frames, 0, 0)
+
+    with pytest.raises(OutOfMemoryForecast, match=r"but 0 kB .*; 21 frames fit"):
+        choose(replace(JOB, frames=33), CPU, MemoryOptions(24), (False,), by_frames)
+
+
+def test_without_accelerate_nothing_is_streamed(monkeypatch):
+    monkeypatch.setattr(planner, "find_spec", lambda name: None)
+    card = torch.device("lazy")
+    with pytest.raises(InputError, match="pip install accelerate"):
+        choose(JOB, card, MemoryOptions(offload="all"), (False,), by_means())
+    with pytest.raises(OutOfMemoryForecast, match="install accelerate"):
+        choose(JOB, card, MemoryOptions(16), (False, True), by_means())
+
+
+def test_streamed_weights_want_larger_spans():
+    plan = choose(JOB, torch.device("lazy"), MemoryOptions(offload="weights"), (False,), by_means())
+    assert plan.fitted(JOB, widen=True).solver.span == STREAMED_SPAN
+    assert plan.fitted(JOB, widen=False).solver == JOB.solver
+
+
+@pytest.mark.parametrize("kind", ["image", "video"])
+@pytest.mark.parametrize("denoise", [True, False])
+def test_means_change_when_things_happen_but_no_result(kind, denoise):
+    """In turn, and with weights brought in layer by layer (here from main memory to main memory)."""
+    size = {"frames": 9} if kind == "video" else {}
+    job = Job(32, 48, guidance=1.0, denoise=denoise, solver=PRESETS["exact"], **size)
+    latents = []
+    for means in (PLAIN, Means(in_turn=True), Means(streamed=True)):
+        flow = models.flow(kind=kind)
+        if means.streamed:
+            stream_layers(flow, Placement.on(CPU))
+        with torch.no_grad():
+            pieces = list(Generation(flow, job, models.text(flow), models.text(flow, seed=3), means=means).stream())
+        latents.append(torch.cat([piece.latents for piece in pieces if piece.final], 2))
+        if means.in_turn:
+            first_final = [piece.final for piece in pieces].index(True)
+            assert sum(piece.latents.shape[2] for piece in pieces[:first_final]) == latents[0].shape[2]
+    torch.testing.assert_close(latents[1], latents[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(latents[2], latents[0])
