@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
 from typing import Any
 
 import torch
@@ -118,9 +119,9 @@ class HostedOptions:
         caches = CACHES[self.cache]
         for away in self._places(room.device):
             for streamed in room.streamed:
-                for quantised in caches[-1:] if away or streamed else caches:
-                    for in_turn in (False, True):
-                        yield Means(room.int8, streamed, CacheSettings(quantised, away), in_turn)
+                tried = caches[-1:] if away or streamed else caches
+                for quantised, in_turn in product(tried, (False, True)):
+                    yield Means(room.int8, streamed, CacheSettings(quantised, away), in_turn)
 
     def _places(self, device: torch.device) -> tuple[bool, ...]:
         if device.type != "cpu":
