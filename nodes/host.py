@@ -26,7 +26,9 @@ from torch import Tensor, nn
 
 from ..starflow_core.bundled import DEMO
 from ..starflow_core.jobs import memory
+from ..starflow_core.jobs.planner import Room
 from ..starflow_core.parts import replacing
+from ..starflow_core.weights.flow import has_int8
 
 log = logging.getLogger("starflow")
 
@@ -112,6 +114,32 @@ def text_patcher(model: nn.Module):
 
 def vae_patcher(module: nn.Module):
     return patcher(_Kept(module), vae_device(), management.vae_offload_device())
+
+
+def room(handle) -> Room:
+    """What the host can give a flow's job: on a card also what other models take, since they make room."""
+    device, weights, int8 = handle.load_device, handle.model_size(), has_int8(handle.model)
+    free = management.get_free_memory(device)
+    if management.is_device_cpu(device):
+        return Room(device, free + weights, weights, int8)
+    loaded = [other for other in management.loaded_models() if other is not None and other.load_device == device]
+    free += sum(other.loaded_size() for other in loaded)
+    kept = 0 if _is_dynamic(handle) else int(free * management.MIN_WEIGHT_MEMORY_RATIO)
+    free -= int(management.extra_reserved_memory())
+    return Room(device, free, weights, int8, _streamed(), kept)
+
+
+def _is_dynamic(handle) -> bool:
+    """Whether the host pages single weights in and out while a model computes."""
+    return hasattr(handle, "is_dynamic") and handle.is_dynamic()
+
+
+def _streamed() -> tuple[bool, ...]:
+    """Whether a model may compute on a card with weights that are in main memory, the preferred first."""
+    if management.vram_state.name == "NO_VRAM":
+        return (True,)
+    moves = management.lowvram_available and management.vram_state.name in ("LOW_VRAM", "NORMAL_VRAM")
+    return (False, True) if moves else (False,)
 
 
 def load(handle, work: int, what: str, whole: bool = False) -> None:

@@ -10,15 +10,16 @@ from comfy_api.latest import io
 
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
-from ..starflow_core.jobs import memory
+from ..starflow_core.jobs.planner import MemoryPlan
 from ..starflow_core.jobs.tasks import Generation, Job, Piece
 from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
+from .options import Options, fitted
 from .plot import convergence
 from .preview import Preview
-from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, SolverType
+from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, OptionsType, SolverType
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
@@ -168,10 +169,15 @@ class STARFlowSampler(io.ComfyNode):
                     optional=True,
                     tooltip="Latent frames kept when the window slides; 0 keeps about three quarters of the window.",
                 ),
+                OptionsType.Input(
+                    "options", optional=True, tooltip="From STARFlow Memory. Without it, the fastest way that fits."
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
-                io.String.Output(display_name="statistics", tooltip="What the solver did."),
+                io.String.Output(
+                    display_name="statistics", tooltip="What the solver did, and how the job fits into memory."
+                ),
                 io.Image.Output(
                     display_name="convergence",
                     tooltip="Residual by sweep and frame: how the clip settled. Brighter areas are still changing.",
@@ -183,25 +189,24 @@ class STARFlowSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
-        window: int = 0, keep: int = 0,
+        window: int = 0, keep: int = 0, options=None,
     ) -> io.NodeOutput:  # fmt: skip
         if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
         flow = model.model
-        options = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
-        options |= {"solver": settings} if settings else {}
-        options |= {"guidance": guidance} if guidance >= 0 else {}
-        job = job_of(flow.config, latent["samples"], **options)
+        given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
+        given |= {"solver": settings} if settings else {}
+        given |= {"guidance": guidance} if guidance >= 0 else {}
+        job = job_of(flow.config, latent["samples"], **given)
         job = at_rate_of(positive, job)
         text = embeddings_for(flow.config, job, positive, "positive")
         uncond = embeddings_for(flow.config, job, negative, "negative") if job.guidance else None
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
         began = time.monotonic()
-        need = memory.forecast(flow.config, job, flow.compute_dtype)
-        work = need.cache + need.activations
-        samples, statistics = _sample(model, job, text, uncond, work, cls.hidden.unique_id)
-        report = _report(statistics, job, work, time.monotonic() - began)
+        job, plan, work = fitted(model, job, options or Options(), settings is None)
+        samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id)
+        report = _report(statistics, job, plan, time.monotonic() - began)
         overlap = context.overlap(flow.config.latent) if context else 0
         result = {"samples": samples, KEY: {"overlap": overlap}}
         return io.NodeOutput(result, report, convergence(statistics, job, flow.config))
@@ -210,12 +215,13 @@ class STARFlowSampler(io.ComfyNode):
 NODES = [STARFlowJacobiSettings, STARFlowSampler]
 
 
-def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Tensor, Statistics]:
-    """The host's latents, streamed so that finished frames can be shown; `work` is the bytes needed on top of the
-    weights."""
+def _sample(
+    model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id
+) -> tuple[torch.Tensor, Statistics]:  # fmt: skip
+    """The host's latents, streamed so that finished frames can be shown; `work` bytes stay free of weights."""
     flow, device = model.model, model.load_device
     watch = Watch(node_id, Preview(flow.config))
-    watch.bar.say(f"needs about {memory.readable(work)} on top of the weights")
+    watch.bar.say(str(plan))
     host.load(model, work, "this job")
     generation = Generation(
         flow,
@@ -224,6 +230,7 @@ def _sample(model, job: Job, text, uncond, work: int, node_id) -> tuple[torch.Te
         None if uncond is None else uncond.to(flow.compute_dtype),
         Control(watch.progress),
         placement=Placement.on(device),
+        means=plan.means,
     )
     watch.generation = generation
     final = []
@@ -316,7 +323,7 @@ class Watch:
         self.bar.update(self.step, self.total, self.preview.picture(latents))
 
 
-def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:
+def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float) -> str:
     tokens = {first + i for first, change in statistics.deep_changes for i in range(len(change))}
     per_token = statistics.deep_evaluations / max(len(tokens), 1)
     return "\n".join(
@@ -325,6 +332,6 @@ def _report(statistics: Statistics, job: Job, work: int, seconds: float) -> str:
             f"deep block: {statistics.deep_sweeps} sweeps, {statistics.deep_evaluations} token evaluations"
             + (f", {per_token:.1f} per token" if tokens else ""),
             f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
-            f"memory: about {memory.readable(work)} on top of the weights",
+            f"memory: {plan}",
         ]
     )

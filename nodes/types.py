@@ -7,6 +7,7 @@ CATEGORY = "STARFlow"
 ModelType = io.Custom("STARFLOW_MODEL")  # a model patcher of the host around a Flow
 TextEncoderType = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
 ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.jobs.context.Context
+OptionsType = io.Custom("STARFLOW_OPTIONS")  # options.Options
 SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solve.solvers.SolverSettings
 
 # Words that find the nodes in the page's search, on hosts that look for more than names.

@@ -6,6 +6,7 @@ const COLOURS = {
   STARFLOW_TEXT_ENCODER: '#ffcf5c',
   STARFLOW_CONTEXT: '#5fd3a5',
   STARFLOW_SOLVER: '#ff8f6b',
+  STARFLOW_OPTIONS: '#6bb7ff',
 }
 
 /** The host takes unknown types' colours away when it applies a palette, so this is done for each graph anew. */

@@ -2,3 +2,4 @@
 CACHES = {"auto": (False, True), "full": (False,), "int8": (True,)}  # settled keys and values in 8 bit or not
 NOWHERE, WEIGHTS, ALL = (False, False), (True, False), (True, True)  # weights and cache in main memory
 OFFLOADS = {"auto": (NOWHERE, WEIGHTS, ALL), "none": (NOWHERE,), "weights": (WEIGHTS,), "all": (ALL,)}
+CACHE_PLACES = {"auto": (False, True), "no": (False,), "yes": (True,)}  # settled keys and values in main memory or not

@@ -1,26 +1,41 @@
-"""Fitting a job to a device: the first of several means with which it needs no more than is free."""
+"""Fitting a job to a device: the first of several means with which it needs no more than is free.
+
+`choose` is for programs that place weights themselves, `choose_hosted` for guests of one that moves them.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import product
+from typing import Any
 
 import torch
 
 from ..errors import InputError, OutOfMemoryForecast
 from ..model.cache import CacheSettings
-from . import CACHES, NOWHERE, OFFLOADS, memory
+from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
 from .tasks import Job, Means
 
+REMEDY = "use a smaller size, guidance 0, or another device"
 STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer, larger ones are faster
 
 
 def can_stream() -> bool:
     """Whether weights can be brought in layer by layer: diffusers does it with another package's help."""
     return find_spec("accelerate") is not None
+
+
+def _check(options: Any, **known: dict) -> None:
+    """Raise InputError for options whose names aren't `known`, or for a budget of nothing."""
+    for name, values in known.items():
+        if getattr(options, name) not in values:
+            raise InputError(f"{name} is {getattr(options, name)!r}; choose one of {', '.join(values)}")
+    if options.budget is not None and options.budget <= 0:
+        raise InputError(f"a memory budget of {options.budget} bytes; give more than 0")
 
 
 @dataclass(frozen=True)
@@ -33,11 +48,7 @@ class MemoryOptions:
     offload: str = "auto"
 
     def __post_init__(self):
-        for name, known in (("cache", CACHES), ("offload", OFFLOADS)):
-            if getattr(self, name) not in known:
-                raise InputError(f"{name} is {getattr(self, name)!r}; choose one of {', '.join(known)}")
-        if self.budget is not None and self.budget <= 0:
-            raise InputError(f"a memory budget of {self.budget} bytes; give more than 0")
+        _check(self, cache=CACHES, offload=OFFLOADS)
 
     def means(self, device: torch.device, weights: tuple[bool, ...]) -> Iterator[Means]:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
@@ -57,6 +68,67 @@ class MemoryOptions:
 
 
 AUTO = MemoryOptions()
+
+
+@dataclass(frozen=True)
+class Room:
+    """What a host that moves weights by its own ways can give a flow: `free` bytes on `device` for weights and work,
+    of which the flow's `weights` take so many, in 8 bit or not (`int8`). `streamed` says whether it computes with
+    weights that wait in main memory: all it can do, the preferred first; `kept` bytes of them stay all the same."""
+
+    device: torch.device
+    free: int
+    weights: int
+    int8: bool = False
+    streamed: tuple[bool, ...] = (False,)
+    kept: int = 0
+
+    def need(self, forecast: Forecast, means: Means) -> Forecast:
+        """A forecast with the weights that the host has on the device at the least."""
+        least = max(forecast.weights, self.kept) if means.streamed else self.weights
+        return replace(forecast, weights=min(least, self.weights))
+
+    def work(self, plan: MemoryPlan) -> int:
+        """Bytes that the host must leave free of weights for a plan; where it could keep more of them on the device
+        than the budget allows, those beyond the budget, too."""
+        beyond = self.free - plan.free if plan.means.streamed else 0
+        return plan.need.total - plan.need.weights + beyond
+
+
+@dataclass(frozen=True)
+class HostedOptions:
+    """What a user fixes where a host moves the weights. `budget` is in bytes (None: what is free), `cache` one of
+    CACHES, `offload_cache` one of CACHE_PLACES, `span` in tokens (None: as the solver's settings say). Raises
+    InputError for other values."""
+
+    budget: int | None = None
+    cache: str = "auto"
+    offload_cache: str = "auto"
+    span: int | None = None
+
+    def __post_init__(self):
+        _check(self, cache=CACHES, offload_cache=CACHE_PLACES)
+
+    def spanned(self, job: Job) -> Job:
+        """The job with the span that is fixed, if one is."""
+        return replace(job, solver=job.solver.with_numbers(span=self.span))
+
+    def means(self, room: Room) -> Iterator[Means]:
+        """All means that are allowed, the fastest first. Before anything moves, the cache is made as small as it may
+        be, since fewer weights have to move then."""
+        caches = CACHES[self.cache]
+        for away in self._places(room.device):
+            for streamed in room.streamed:
+                tried = caches[-1:] if away or streamed else caches
+                for quantised, in_turn in product(tried, (False, True)):
+                    yield Means(room.int8, streamed, CacheSettings(quantised, away), in_turn)
+
+    def _places(self, device: torch.device) -> tuple[bool, ...]:
+        if device.type != "cpu":
+            return CACHE_PLACES[self.offload_cache]
+        if self.offload_cache == "yes":
+            raise InputError("offload_cache is 'yes', but everything is in main memory on a CPU; choose auto or no")
+        return (False,)
 
 
 @dataclass(frozen=True)
@@ -99,15 +171,35 @@ def choose(
 
     `forecast` tells what a job needs with some means. Raises OutOfMemoryForecast that names the nearest job that fits.
     """
-    free = memory.free(device)
-    if options.budget is not None:
-        free = options.budget if free is None else min(free, options.budget)
-    plans = [_plan(forecast(job, means), means, free, device) for means in options.means(device, weights)]
+    allowed, free = options.means(device, weights), memory.free(device)
+    remedy = REMEDY if can_stream() else f"{REMEDY}, or install accelerate, to keep weights in main memory"
+    return _first(job, allowed, device, free, options.budget, forecast, what, remedy)
+
+
+def choose_hosted(
+    job: Job, room: Room, options: HostedOptions, forecast: Callable[[Job, Means], Forecast], what: str = "this job"
+) -> MemoryPlan:
+    """As `choose`, where a host moves the weights."""
+
+    def need(job: Job, means: Means) -> Forecast:
+        return room.need(forecast(job, means), means)
+
+    return _first(job, options.means(room), room.device, room.free, options.budget, need, what, REMEDY)
+
+
+def _first(
+    job: Job, allowed: Iterable[Means], device: torch.device, free: int | None, budget: int | None,
+    forecast: Callable[[Job, Means], Forecast], what: str, remedy: str,
+) -> MemoryPlan:  # fmt: skip
+    """The first means with which a job fits into its budget and what is free, both in bytes or None."""
+    if budget is not None:
+        free = budget if free is None else min(free, budget)
+    plans = [_plan(forecast(job, means), means, free, device) for means in allowed]
     for plan in plans:
         if free is None or memory.fits(plan.need.total, free):
             return plan
     least = min(plans, key=lambda plan: plan.need.total)
-    nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free))
+    nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free), remedy)
     raise OutOfMemoryForecast(
         f"{what} needs at least {readable(least.need.total)}, but {readable(free)} are free on {device}; {nearest}"
     )
@@ -125,14 +217,13 @@ def _plan(need: Forecast, means: Means, free: int | None, device: torch.device) 
     )
 
 
-def _nearest(job: Job, fits: Callable[[Job], bool]) -> str:
-    """A smaller job that fits, in words."""
-    for batch in range(job.batch - 1, 0, -1):
-        if fits(replace(job, batch=batch)):
-            return f"a batch of {batch} fits"
-    for frames in range(job.frames - 4, 1, -4):
+def _nearest(job: Job, fits: Callable[[Job], bool], remedy: str) -> str:
+    """A smaller job that fits, in words; where there is none, the `remedy`."""
+    alone, one = replace(job, batch=1), " and a batch of 1" if job.batch > 1 else ""
+    smaller = [(replace(job, batch=n), f"a batch of {n} fits") for n in range(job.batch - 1, 0, -1)]
+    smaller += [(replace(alone, frames=n), f"{n} frames{one} fit") for n in range(job.frames - 4, 1, -4)]
+    for candidate, words in smaller:
         with suppress(InputError):  # fewer than are given
-            if fits(replace(job, batch=1, frames=frames)):
-                return f"{frames} frames{' and a batch of 1' if job.batch > 1 else ''} fit"
-    remedy = "use a smaller size, guidance 0, or another device"
-    return remedy if can_stream() else f"{remedy}, or install accelerate, to keep weights in main memory"
+            if fits(candidate):
+                return words
+    return remedy

@@ -128,6 +128,11 @@ def in_int8(checkpoint: TensorFile) -> bool:
     return any(QUANTISED.fullmatch(name) and kind == torch.int8 for name, kind in checkpoint.dtypes.items())
 
 
+def has_int8(flow: Flow) -> bool:
+    """Whether a loaded flow keeps weights in 8 bit, in layers of ours or of a host."""
+    return any(name.endswith(int8.SCALE) for name in flow.state_dict())
+
+
 def load_flow(
     source: str | Path | TensorFile,
     dtype: torch.dtype | None = None,

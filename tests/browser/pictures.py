@@ -5,6 +5,7 @@ For the template browser (example_workflows/NAME.jpg), the help pages (web/docs/
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from starflow_core.media import read_video
 from starflow_core.media.pixels import to_bytes
-from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT
+from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT, Graph, text_to_image
 from tests.server.host import Server, example
 
 from .page import visit
@@ -27,6 +28,7 @@ SHOWN = {  # which example a help page's picture is from
     "extend": ("Extend",),
     "video_edit": ("VideoEdit",),
     "convergence_study": ("JacobiSettings",),
+    "memory": ("Memory",),
 }  # fmt: skip
 
 
@@ -52,6 +54,14 @@ def card(*lines: str) -> Image.Image:
     return picture
 
 
+def memory() -> Graph:
+    """An example with the node that none has."""
+    graph = text_to_image()
+    sampler = next(node for node in graph.nodes if node.type == "STARFlowSampler")
+    sampler.links["options"] = (graph.add("STARFlowMemory", cache="int8"), "options")
+    return graph
+
+
 def main() -> None:
     for name in REAL_WEIGHTS:
         words = card("STARFlow 3B", "text to image", "needs Apple's 3B checkpoint")
@@ -66,11 +76,13 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
+            others = {"memory": Path(folder) / "memory.json"}
+            others["memory"].write_text(json.dumps(memory().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}
                 graph = Path(folder) / "graph.png" if name == "text_to_video" else None
                 server.post("/free", {"free_memory": True})  # a node whose result is kept shows no text
-                seen = visit(server.port, FOLDER / f"{name}.json", shots, graph)
+                seen = visit(server.port, others.get(name, FOLDER / f"{name}.json"), shots, graph)
                 assert not seen["errors"], seen["errors"]
                 for kind, shot in shots.items():
                     Image.open(shot).save(ROOT / "web" / "docs" / f"{kind}.webp", quality=88)

@@ -118,23 +118,6 @@ def test_report_of_token_by_token(demo, latent):
     assert "deep block: 24 sweeps, 24 token evaluations\n" in report
 
 
-def test_memory_is_asked_for_before_anything_runs(demo, core, conditioned, latent, told):
-    report = demo.sampler(*conditioned, latent, guidance=2.0)[1]
-    job = core.job(height=32, width=48, frames=13, guidance=2.0)
-    need = sampling.memory.forecast(core.config, job, torch.float32)
-    work = need.cache + need.activations
-    assert told.loads == [(demo.model, work, False)]
-    assert told.texts[0] == f"needs about {sampling.memory.readable(work)} on top of the weights"
-    assert report.splitlines()[3] == f"memory: about {sampling.memory.readable(work)} on top of the weights"
-
-
-def test_memory_that_is_not_there_is_refused(monkeypatch, demo, conditioned, latent, told):
-    monkeypatch.setattr(sampling.memory, "free", lambda device: 1000)
-    with pytest.raises(Exception, match=r"this job needs about .* 1 kB are free on cpu"):
-        demo.sampler(*conditioned, latent)
-    assert told.steps == []
-
-
 def test_the_run_is_shown(monkeypatch, demo, latent, plain, told):
     """After a draft of the first, each frame as it was sampled, then those that are denoised; the bar ends at the last
     token."""

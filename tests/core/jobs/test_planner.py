@@ -11,7 +11,7 @@ from benchmarks.dryrun import CUDA, GIB, DryJob, image, planned, video
 from starflow_core.errors import InputError, OutOfMemoryForecast
 from starflow_core.jobs import planner
 from starflow_core.jobs.memory import Forecast
-from starflow_core.jobs.planner import STREAMED_SPAN, MemoryOptions, choose
+from starflow_core.jobs.planner import STREAMED_SPAN, HostedOptions, MemoryOptions, Room, choose, choose_hosted
 from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means
 from starflow_core.model.cache import CacheSettings
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
@@ -131,6 +131,85 @@ def test_without_accelerate_nothing_is_streamed(monkeypatch):
         choose(JOB, card, MemoryOptions(offload="all"), (False,), by_means())
     with pytest.raises(OutOfMemoryForecast, match="install accelerate"):
         choose(JOB, card, MemoryOptions(16), (False, True), by_means())
+
+
+HOST = Room(torch.device("lazy"), 10**6, 70, streamed=(False, True))  # weights of 70 bytes, which it can move
+
+
+def by_cache(job: Job, means: Means) -> Forecast:
+    """100 bytes of work, less where means save some, and 10 bytes of weights at the least."""
+    saved = 40 * means.cache.quantised + 10 * means.in_turn + 30 * means.cache.offloaded
+    return Forecast(10 if means.streamed else 1000, job.batch * 100 - saved, 0)
+
+
+def hosted(room=HOST, job=JOB, **options):
+    return choose_hosted(job, room, HostedOptions(**options), by_cache)
+
+
+@pytest.mark.parametrize(
+    ("budget", "means"),
+    [
+        (None, PLAIN), (176, PLAIN), (166, Means(in_turn=True)), (135, Means(cache=INT8_CACHE)),
+        (75, Means(streamed=True, cache=INT8_CACHE)), (65, Means(streamed=True, cache=INT8_CACHE, in_turn=True)),
+        (42, Means(streamed=True, cache=CacheSettings(True, True))),
+    ],
+)  # fmt: skip
+def test_a_host_moves_weights_before_the_cache_does(budget, means):
+    plan = hosted(budget=budget)
+    assert plan.means == means
+    assert plan.need.weights == (10 if means.streamed else 70)
+
+
+def test_what_a_user_fixes_in_a_host_is_kept():
+    assert hosted(cache="int8").means == Means(cache=INT8_CACHE)
+    assert hosted(offload_cache="yes").means == Means(cache=CacheSettings(True, True))
+    assert hosted(cache="full", budget=120).means == Means(streamed=True)
+    assert hosted(cache="full", offload_cache="yes").means == Means(cache=CacheSettings(False, True))
+    with pytest.raises(OutOfMemoryForecast, match="at least 0 kB, but 0 kB are free on lazy"):
+        hosted(offload_cache="no", budget=42)
+    assert hosted(replace(HOST, int8=True)).means == Means(True)
+    for options in ({"cache": "int4"}, {"offload_cache": "disk"}, {"budget": 0}):
+        with pytest.raises(InputError, match=next(iter(options))):
+            HostedOptions(**options)
+
+
+def test_a_host_does_what_it_can():
+    with pytest.raises(OutOfMemoryForecast):
+        hosted(replace(HOST, streamed=(False,)), budget=75, offload_cache="no")
+    assert hosted(replace(HOST, streamed=(True,))).means == Means(streamed=True, cache=INT8_CACHE)
+    assert hosted(replace(HOST, kept=50, streamed=(True,))).need.weights == 50
+    assert hosted(replace(HOST, kept=500, streamed=(True,))).need.weights == 70
+
+
+def test_on_a_hosts_cpu_nothing_moves(monkeypatch):
+    """And accelerate, which a host has no need of, isn't asked for."""
+    monkeypatch.setattr(planner, "find_spec", lambda name: None)
+    room = Room(CPU, 100, 70)
+    with pytest.raises(OutOfMemoryForecast, match=r"use a smaller size, guidance 0, or another device$"):
+        hosted(room)
+    with pytest.raises(InputError, match="offload_cache is 'yes', but everything is in main memory on a CPU"):
+        hosted(room, offload_cache="yes")
+
+
+def test_a_host_leaves_room_for_work_and_beyond_a_budget():
+    assert HOST.work(hosted(budget=176)) == 100
+    assert HOST.work(hosted()) == 100
+    assert HOST.work(hosted(budget=75)) == 60 + 10**6 - 75
+
+
+def test_a_span_that_is_fixed_is_the_jobs():
+    assert HostedOptions(span=7).spanned(JOB).solver == JOB.solver.with_numbers(span=7)
+    assert HostedOptions().spanned(JOB) == JOB
+
+
+def test_a_batch_that_given_frames_rule_out_is_not_named():
+    def strict(job: Job, means: Means) -> Forecast:
+        if job.batch == 2:
+            raise InputError("a context of 3 for a batch of 2")
+        return Forecast(100 * job.batch, 0, 0)
+
+    with pytest.raises(OutOfMemoryForecast, match="a batch of 1 fits"):
+        choose(replace(JOB, batch=3), CPU, MemoryOptions(215), (False,), strict)
 
 
 def test_streamed_weights_want_larger_spans():

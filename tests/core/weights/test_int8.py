@@ -18,6 +18,7 @@ from starflow_core.weights.flow import (
     QUANTISED,
     convert,
     expected_shapes,
+    has_int8,
     in_int8,
     load_flow,
     quick_look,
@@ -170,6 +171,12 @@ def test_the_type_asked_for_is_that_of_the_others(converted, dtype):
     others = {name: weight.dtype for name, weight in flow.named_parameters() if not name.endswith("weight_scale")}
     assert {kind for name, kind in others.items() if name not in LINEAR} == {dtype}
     assert {others[name] for name in LINEAR} == {torch.int8}
+
+
+def test_a_flow_says_whether_it_keeps_weights_in_8_bit(source, converted):
+    assert has_int8(load_flow(converted))
+    assert not has_int8(load_flow(converted, int8_linear=None))
+    assert not has_int8(load_flow(source))
 
 
 def test_a_host_brings_its_own_layer(converted):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import enum
 import weakref
+from pathlib import Path
 
 import torch
 
@@ -11,6 +13,15 @@ CPU = torch.device("cpu")
 
 current_loaded_models: list[weakref.ref] = []  # patchers whose weights are on their devices; others own them
 _interrupted = False
+
+
+class VRAMState(enum.Enum):
+    DISABLED, NO_VRAM, LOW_VRAM, NORMAL_VRAM, HIGH_VRAM, SHARED = range(6)
+
+
+vram_state = VRAMState.DISABLED
+lowvram_available = True
+MIN_WEIGHT_MEMORY_RATIO = 0.4  # of what is free: weights that stay on a card that isn't NVIDIA's
 
 
 class InterruptProcessingException(Exception):
@@ -34,6 +45,20 @@ def should_use_bf16(device: torch.device | None = None) -> bool:
 
 
 should_use_fp16 = should_use_bf16
+
+
+def get_free_memory(device: torch.device) -> int:
+    """Of main memory, where all devices are."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+
+
+def extra_reserved_memory() -> int:
+    return 400 * 1024 * 1024
+
+
+def loaded_models() -> list:
+    return [loaded() for loaded in current_loaded_models]
 
 
 def load_models_gpu(models, memory_required: int = 0, force_full_load: bool = False) -> None:
