@@ -19,14 +19,14 @@ from .jobs import memory
 from .jobs.build import default_job, job_with_context
 from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose
 from .jobs.prompts import wrapped
-from .jobs.tasks import PLAIN, Generation, Job, Means
+from .jobs.tasks import Generation, Job, Means
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
-from .weights.flow import find_config, in_int8, load_flow
+from .weights.flow import find_config, has_int8, in_int8, load_flow
 from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
@@ -55,12 +55,12 @@ class Pipeline:
     """A flow with its text encoder and VAE.
 
     The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one. `means` says
-    how jobs are fitted to the device.
+    how jobs are fitted to the device; without it each job is fitted by itself to what is free beside the weights.
     """
 
     def __init__(
         self, flow: Flow, vae: VAE, text: TextEncoderFiles, placement: Placement, dtype: torch.dtype,
-        means: Means = PLAIN,
+        means: Means | None = None,
     ):  # fmt: skip
         self.flow, self.vae, self.text, self.placement, self.dtype = flow, vae, text, placement, dtype
         self.means = means
@@ -94,18 +94,35 @@ class Pipeline:
         keep_text_encoder: bool = False, noise: Tensor | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
         """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
-        Raises OutOfMemoryForecast if the job or the text encoder won't fit on the deep block's device."""
-        self.require(memory.forecast(self.config, job, self.dtype, self.means), "this job", keep_text_encoder)
+        Raises OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
+        means = self._means(job, keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        return Generation(self.flow, job, text, uncond, control, noise, self.placement, self.means), cut
+        return Generation(self.flow, job, text, uncond, control, noise, self.placement, means), cut
 
-    def require(self, need: memory.Forecast, what: str, keep_text_encoder: bool = False) -> None:
+    def _means(self, job: Job, keep_text_encoder: bool) -> Means:
+        """The pipeline's, or else those for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
+        device = self.placement.deep[0]
+
+        def need(job: Job, means: Means) -> memory.Forecast:
+            return self._beside(memory.forecast(self.config, job, self.dtype, means), keep_text_encoder)
+
+        if self.means is None:
+            options = MemoryOptions(offload="none")
+            return choose(job, device, options, (has_int8(self.flow),), need).means
+        memory.require(need(job, self.means).total, device, "this job")
+        return self.means
+
+    def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
+        memory.require(self._beside(need).total, self.placement.deep[0], what)
+
+    def _beside(self, need: memory.Forecast, keep_text_encoder: bool = False) -> memory.Forecast:
+        """What is needed beside the weights that are there."""
         need = replace(need, weights=0)
-        if self._encoder is None:
-            need = need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
-        memory.require(need.total, self.placement.deep[0], what)
+        if self._encoder is not None:
+            return need
+        return need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
 
     @torch.no_grad()
     def generate(self, captions: list[str] | str, job: Job, **options) -> Output:
@@ -169,15 +186,13 @@ class Pipeline:
             return self.vae.encode(pixels, control=control)
 
     def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in self._waiting(pieces))
+        # Where parts take turns, all is made before the VAE comes.
+        pieces = list(pieces) if generation.means.in_turn else pieces
+        latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
         with self._vae_in_place():
             for done, frames in enumerate(self.vae.decode_frames(latents, tile=tile), 1):
                 generation.control.report(Progress("decode", done, generation.layout.frames))
                 yield frames.transpose(1, 2).float().cpu()
-
-    def _waiting(self, pieces: Iterable[Tensor]) -> Iterable[Tensor]:
-        """The pieces, or where parts take turns all of them once the sampler's memory is free again."""
-        return list(pieces) if self.means.in_turn else pieces
 
     @contextmanager
     def _vae_in_place(self) -> Iterator[None]:
@@ -186,7 +201,7 @@ class Pipeline:
         try:
             yield
         finally:
-            if self.means.in_turn:
+            if self.means and self.means.in_turn:
                 self.vae.module.to("cpu")
 
 
@@ -261,11 +276,11 @@ class Parts:
         means: Means | None = None,
     ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
-        means, cpu = means or Means(self.in_int8), Placement.on("cpu")
-        vae = self.vae.load(dtype, cpu.vae if means.in_turn else placement.vae)
-        home = cpu if means.streamed else placement
-        flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=means.int8)
-        if means.streamed:
+        wanted, cpu = means or Means(self.in_int8), Placement.on("cpu")
+        vae = self.vae.load(dtype, cpu.vae if wanted.in_turn else placement.vae)
+        home = cpu if wanted.streamed else placement
+        flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=wanted.int8)
+        if wanted.streamed:
             stream_layers(flow, placement)
         return Pipeline(flow, vae, self.text, placement, dtype, means)
 

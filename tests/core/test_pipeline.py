@@ -16,6 +16,7 @@ from starflow_core.control import Control
 from starflow_core.errors import Cancelled, CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast
+from starflow_core.jobs.tasks import Means
 from starflow_core.model.int8 import Int8Linear
 from starflow_core.model.placement import Placement
 from starflow_core.model.text import EncodedText
@@ -240,7 +241,7 @@ def test_a_text_encoder_that_does_not_fit_is_refused(pipeline, monkeypatch):
     monkeypatch.setattr(pipeline, "_encoder", None)
     monkeypatch.setattr("starflow_core.jobs.memory.free", lambda device: 10**9)
     monkeypatch.setattr(type(pipeline.text), "weight_bytes", lambda self, dtype: 2 * 10**9)
-    with pytest.raises(OutOfMemoryForecast, match=r"this job needs about 2\.0 GB"):
+    with pytest.raises(OutOfMemoryForecast, match=r"this job needs at least 2\.0 GB"):
         pipeline.start("a ring", job)
 
 
@@ -278,3 +279,17 @@ def test_a_pipeline_is_loaded_onto_a_placement(folder):
 def test_rates_that_are_none_are_refused(pipeline, fps):
     with pytest.raises(InputError, match="fps is"):
         pipeline.start("a ring", pipeline.job(frames=9, fps=fps))
+
+
+def test_a_pipeline_fits_each_job_to_what_is_free(pipeline, monkeypatch):
+    """Without means of its own: here the job fits only once parts take turns."""
+    job = pipeline.job(frames=9, height=32, width=32)
+    monkeypatch.setattr(type(pipeline.text), "weight_bytes", lambda self, dtype: 0)
+    needs = [replace(forecast(pipeline.config, job, pipeline.dtype, means), weights=0).total
+             for means in (Means(), Means(in_turn=True))]  # fmt: skip
+    assert needs[1] < needs[0]
+    for free, in_turn in ((2 * needs[0], False), ((needs[0] + needs[1]) / 2, True)):
+        monkeypatch.setattr("starflow_core.jobs.memory.free", lambda device, free=free: int(free / 0.97))
+        generation, _ = pipeline.start("a ring", job)
+        assert generation.means == Means(in_turn=in_turn)
+        assert sum(frames.shape[1] for frames in pipeline.frames(generation)) == 9
