@@ -133,6 +133,17 @@ _BEFORE = (
 )  # fmt: skip
 
 
+def test_what_the_memory_node_fixes_reaches_the_sampler(server):
+    prompt = with_settings(quick(seed=102))
+    prompt[only(prompt, "STARFlowMemory")]["inputs"]["cache"] = "int8"
+    prompt["92"] = {"class_type": "PreviewAny", "inputs": {"source": [only(prompt, "STARFlowSampler"), 1]}}
+    entry = server.run(prompt)
+    assert "keys and values in 8 bit" in json.dumps(entry["outputs"]["92"])
+    prompt[only(prompt, "STARFlowMemory")]["inputs"] |= {"cache": "auto", "budget": 1e-5}
+    with pytest.raises(Failed, match="10 kB are free"):
+        server.run(prompt)
+
+
 def test_a_seed_means_the_same_after_a_restart(server):
     prompt = quick(seed=7, format="png sequence", filename_prefix="same/a")
     first = [f.read_bytes() for f in _pictures(server, server.run(prompt))]
@@ -199,6 +210,7 @@ NUMBERS = {
     "STARFlowEmptyLatent": {"frames": 100002, "batch_size": 0, "width": -8, "height": 9000},
     "STARFlowTextEncode": {"frame_rate": -1.0},
     "STARFlowSampler": {"seed": -1, "guidance": 101.0, "window": -1, "keep": -1},
+    "STARFlowMemory": {"budget": -1.0, "span": -1},
     "STARFlowVAEDecode": {"tile_size": -1},
     "STARFlowVideoCombine": {"frame_rate": 0.0, "quality": 0, "clip_frames": -1},
 }
@@ -236,10 +248,15 @@ def test_unknown_options_are_refused(server, kind):
 
 
 def with_settings(prompt):
-    """The sampler's settings from a node, as in the convergence study; but one wrong branch spoils all."""
+    """The sampler's settings from a node, as in the convergence study, since one wrong branch spoils all; and its
+    options."""
     study = example("convergence_study")
     prompt["90"] = study[next(n for n, v in study.items() if v["class_type"] == "STARFlowJacobiSettings")]
-    prompt[only(prompt, "STARFlowSampler")]["inputs"]["settings"] = ["90", 0]
+    prompt["91"] = {
+        "class_type": "STARFlowMemory",
+        "inputs": {"budget": 0.0, "cache": "auto", "offload_cache": "auto", "span": 0},
+    }
+    prompt[only(prompt, "STARFlowSampler")]["inputs"] |= {"settings": ["90", 0], "options": ["91", 0]}
     return prompt
 
 
