@@ -44,6 +44,11 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", empty)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu":
+            # There a product of two types takes copies of both in float32: scaling what comes out takes a fifth of the
+            # time and of the memory.
+            out = F.linear(inputs, self.weight.to(inputs.dtype)) * self.weight_scale.T
+            return (out if self.bias is None else out.add_(self.bias)).to(inputs.dtype)
         return F.linear(inputs, expand(self.weight, self.weight_scale, inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:
