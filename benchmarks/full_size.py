@@ -10,8 +10,8 @@ models of the same form, to try the benchmark.
 
 Every command runs in a process of its own. "Own" is its peak of memory that isn't mapped from files (RssAnon), above
 what Python and the libraries take before the first weight is read ("base"); "resident" counts everything (VmHWM). The
-forecast is the planner's, which `generate` prints; that of a conversion, its largest weight in all forms that are in
-memory at once. Linux only.
+forecast is the planner's, which `generate` prints; that of a conversion, its largest weight as it is read and as it
+is written. Linux only.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from starflow_core.weights.tensorfiles import write_tensors
 from starflow_core.weights.text import EMBEDDING_ALIAS
 from starflow_core.weights.vae import METADATA_KEY
 
+LARGE = 1 << 24  # numbers of a weight
 PROMPT = "a red circle on a white background"
 SD_VAE = {
     "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
@@ -58,9 +59,8 @@ SMALL_VAE = {
     "image": {"block_out_channels": [32] * 4, "layers_per_block": 1},
     "video": {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1},
 }
-# Bytes that a conversion holds for each number of its largest weight: as it was read, in float32 where that is
-# something else and 8 bit is made of it, divided by its scales, and as it is written.
-CONVERTING = {("pth", "bf16"): 4 + 2, ("pth", "int8"): 4 + 4 + 1, ("safetensors", "int8"): 2 + 4 + 4 + 1}
+# Bytes that a conversion holds for each number of its largest weight: as it was read, and as it is written.
+CONVERTING = {("pth", "bf16"): 4 + 2, ("pth", "int8"): 4 + 1, ("safetensors", "int8"): 2 + 1}
 
 
 @dataclass(frozen=True)
@@ -85,19 +85,24 @@ SIZES = {
 
 
 class Pool:
-    """Random weights, cut out of one long row of numbers: drawing all of them would take longer than the jobs."""
+    """Random weights, cut out of one long row of numbers, which is kept as large weights want it: to draw or scale
+    each of them would take longer than the jobs."""
 
     def __init__(self, largest: int):
-        self.draw = torch.Generator().manual_seed(0)
-        self.numbers = torch.randn(largest + largest // 4 + 1, generator=self.draw)
+        self.draw, self.rows = torch.Generator().manual_seed(0), {}
+        self.numbers = torch.randn(largest + largest // 8 + 1, generator=self.draw)
 
-    def weight(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        """In float32, of `gpu.spread`."""
+    def weight(self, name: str, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
+        """A weight with the deviation of `gpu.spread`."""
         count, deviation = math.prod(shape), spread(name, shape)
         if not deviation:
-            return torch.full(shape, constant(name))
+            return torch.full(shape, constant(name), dtype=dtype)
         start = int(torch.randint(len(self.numbers) - count, (), generator=self.draw))
-        return self.numbers[start : start + count].view(shape) * deviation
+        if count < LARGE:
+            return (self.numbers[start : start + count].view(shape) * deviation).to(dtype)
+        if (deviation, dtype) not in self.rows:
+            self.rows[deviation, dtype] = (self.numbers * deviation).to(dtype)
+        return self.rows[deviation, dtype][start : start + count].view(shape)
 
 
 def make_files(folder: Path, model: Model, small: bool) -> FlowConfig:
@@ -138,7 +143,7 @@ def outline(kind: type[nn.Module], *settings, **named) -> nn.Module:
 def write_weights(path: Path, shapes: Shapes, dtype: torch.dtype, metadata: dict[str, str], pool: Pool) -> None:
     """A safetensors file, a tensor at a time."""
     layout = {name: (shape, dtype) for name, shape in shapes.items()}
-    write_tensors(path, layout, metadata, (pool.weight(*each).to(dtype) for each in shapes.items()))
+    write_tensors(path, layout, metadata, (pool.weight(*each, dtype) for each in shapes.items()))
 
 
 def write_archive(path: Path, shapes: Shapes, more: Shapes, pool: Pool) -> None:
