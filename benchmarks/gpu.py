@@ -11,8 +11,9 @@ reaches in one large bf16 product. `--small` replaces the models by tiny ones of
 from __future__ import annotations
 
 import argparse
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -199,9 +200,13 @@ def random_flow(config: FlowConfig, device: torch.device, dtype: torch.dtype) ->
 def random_text_encoder(config: FlowConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
     from transformers import T5Config, T5EncoderModel
 
-    small = {} if config.text_dim == FLAN_T5_XL["d_model"] else {"num_layers": 1, "d_ff": 64}
-    settings = T5Config(**{**FLAN_T5_XL, **small, "d_model": config.text_dim}, feed_forward_proj="gated-gelu")
-    return filled(T5EncoderModel, device, dtype, settings)
+    return filled(T5EncoderModel, device, dtype, T5Config(**t5_settings(config.text_dim)))
+
+
+def t5_settings(dim: int) -> dict:
+    """Those of flan-t5-xl; with other channels than its own, a small one."""
+    small = {} if dim == FLAN_T5_XL["d_model"] else {"num_layers": 1, "d_ff": 64}
+    return {**FLAN_T5_XL, **small, "d_model": dim, "feed_forward_proj": "gated-gelu"}
 
 
 def random_vae(small: bool, device: torch.device, dtype: torch.dtype) -> VAE:
@@ -219,15 +224,27 @@ def filled(kind: type[nn.Module], device: torch.device, dtype: torch.dtype, *set
 
 
 def fill(module: nn.Module, device: torch.device) -> nn.Module:
-    """Memory on the device, random matrices and kernels of unit gain; a flow's output layers have less, so that
-    Jacobi contracts."""
+    """Memory on the device, with random weights of `spread`."""
     module = module.to_empty(device=device).requires_grad_(False)
     for name, weight in module.named_parameters():
-        if weight.ndim > 1 and weight[0].numel() > 1:
-            weight.normal_(std=(GAIN if "proj_out" in name else 1.0) * weight[0].numel() ** -0.5)
+        deviation = spread(name, weight.shape)
+        if deviation:
+            weight.normal_(std=deviation)
         else:
-            weight.fill_(0.0 if name.endswith(("bias", "final_norm.weight")) else 1.0)
+            weight.fill_(constant(name))
     return module.eval()
+
+
+def spread(name: str, shape: Sequence[int]) -> float:
+    """The deviation of a random weight, 0 for a vector: matrices and kernels have unit gain, a flow's output layers
+    less, so that Jacobi contracts."""
+    inputs = math.prod(shape[1:])
+    return (GAIN if "proj_out" in name else 1.0) * inputs**-0.5 if len(shape) > 1 and inputs > 1 else 0.0
+
+
+def constant(name: str) -> float:
+    """The value of a bias or of a norm's gain."""
+    return 0.0 if name.endswith(("bias", "final_norm.weight")) else 1.0
 
 
 def shrunk(config: FlowConfig) -> FlowConfig:

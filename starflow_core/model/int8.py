@@ -11,14 +11,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 LARGEST = 127  # of a weight's magnitude; -128 is left out, so that rows are symmetric
+PIECE = 1 << 22  # numbers that are divided at once, so that a large weight isn't in memory twice
 LEAST_SCALE = 1e-30  # of a row of zeros
 
 
 def quantise(weight: Tensor) -> tuple[Tensor, Tensor]:
     """A weight (rows, columns) as int8, and the scales (rows, 1) in float32 that its rows are multiples of."""
-    low, high = torch.aminmax(weight, dim=1, keepdim=True)
-    scale = (torch.maximum(-low, high).float() / LARGEST).clamp_(min=LEAST_SCALE)
-    return (weight / scale).round_().to(torch.int8), scale
+    # Two passes, since aminmax by row takes five times as long.
+    reach = torch.maximum(weight.amax(1, keepdim=True), -weight.amin(1, keepdim=True))
+    scale = (reach.float() / LARGEST).clamp_(min=LEAST_SCALE)
+    values = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
+    rows = max(1, PIECE // weight.shape[1])
+    for part, by, into in zip(weight.split(rows), scale.split(rows), values.split(rows), strict=True):
+        into.copy_((part / by).round_())
+    return values, scale
 
 
 def expand(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -44,6 +50,11 @@ class Int8Linear(nn.Module):
         self.register_parameter("bias", empty)
 
     def forward(self, inputs: Tensor) -> Tensor:
+        if inputs.dtype == torch.bfloat16 and inputs.device.type == "cpu":
+            # There a product of two types takes copies of both in float32: scaling what comes out takes a fifth of the
+            # time and of the memory.
+            out = F.linear(inputs, self.weight.to(inputs.dtype)) * self.weight_scale.T
+            return (out if self.bias is None else out.add_(self.bias)).to(inputs.dtype)
         return F.linear(inputs, expand(self.weight, self.weight_scale, inputs.dtype), self.bias)
 
     def extra_repr(self) -> str:

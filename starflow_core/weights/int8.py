@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..errors import CheckpointError
 from ..model.int8 import expand, quantise
 from ..model.schema import shown
-from .keys import Shapes
+from .keys import Shapes, loading_dtype
 from .tensorfiles import Layout, StoredTensor, TensorFile, cast
 
 WEIGHT, SCALE, MARK = ".weight", ".weight_scale", ".comfy_quant"
@@ -103,7 +103,7 @@ def paired(weight: StoredTensor, read: Callable[[], tuple[Tensor, Tensor]]) -> S
 def int8_weight(file: TensorFile, name: str) -> tuple[Tensor, Tensor]:
     """Values and scales of a weight: those of the file, or made from it. Errors as in `cast`."""
     stored = file.tensors[name]
-    return stored.int8() if stored.int8 else quantise(cast(stored.read(), torch.float32, name, file.path))
+    return stored.int8() if stored.int8 else quantise(cast(stored.read(), loading_dtype(stored.dtype), name, file.path))
 
 
 def put(module: nn.Module, name: str, weight: Tensor, scale: Tensor) -> None:

@@ -72,14 +72,14 @@ class ArchivedTensor:
         count = _extent(self.shape, self.stride)
         if not count:
             return torch.empty(self.shape, dtype=self.dtype)
-        buffer = bytearray(count * self.dtype.itemsize)
+        numbers = torch.empty(count, dtype=self.dtype)  # unlike a bytearray not filled with zeros first
+        buffer = numbers.view(torch.uint8).numpy()
         with open(self.record.path, "rb") as file:
             file.seek(self.record.start + self.offset * self.dtype.itemsize)
             if file.readinto(buffer) != len(buffer):
                 name = self.record.path.name
                 raise CheckpointError(f"{name} changed while it was read; load it again when it is complete")
-        tensor = torch.frombuffer(buffer, dtype=self.dtype).as_strided(self.shape, self.stride)
-        return tensor.contiguous()
+        return numbers.as_strided(self.shape, self.stride).contiguous()
 
 
 def open_archive(path: Path) -> Any:

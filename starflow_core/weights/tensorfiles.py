@@ -393,14 +393,12 @@ def _folder(target: Path) -> Path:
 def cast(tensor: Tensor, dtype: torch.dtype, name: str, file: Path) -> Tensor:
     """`tensor` in `dtype`. Raises NonFiniteError for NaN or infinity and CheckpointError on overflow; both
     name the tensor and its file."""
-    if not math.isfinite(_reach(tensor)):
+    reach = _reach(tensor)
+    if not math.isfinite(reach):
         raise NonFiniteError(f"{name} of {file.name} has NaN or infinity; use an undamaged copy")
-    result = tensor.to(dtype)
-    if not math.isfinite(_reach(result)):
-        raise CheckpointError(
-            f"{name} of {file.name} reaches {_reach(tensor):.4g}, too large for {dtype}; use bf16 or fp32"
-        )
-    return result
+    if not torch.tensor(reach, dtype=tensor.dtype).to(dtype).isfinite():  # nothing is rounded beyond the largest
+        raise CheckpointError(f"{name} of {file.name} reaches {reach:.4g}, too large for {dtype}; use bf16 or fp32")
+    return tensor.to(dtype)
 
 
 def _reach(tensor: Tensor) -> float:

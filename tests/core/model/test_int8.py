@@ -63,7 +63,14 @@ def test_a_layer_computes_in_the_inputs_type(dtype, bias):
     if bias:
         made.bias.data = made.bias.data.to(dtype)
     expected = F.linear(inputs, expand(made.weight, made.weight_scale, dtype), made.bias)
-    assert torch.equal(made(inputs), expected)
+    if dtype != torch.bfloat16:
+        assert torch.equal(made(inputs), expected)
+        return
+    # On a CPU what comes out is scaled instead of the weight: rounded twice instead of once.
+    weight, offset = expand(made.weight, made.weight_scale, torch.float64), made.bias.double() if bias else None
+    exact = F.linear(inputs.double(), weight, offset)
+    assert made(inputs).dtype == dtype
+    assert models.relative_error(made(inputs), exact) < 3 * models.relative_error(expected, exact) < 1e-4
 
 
 def test_gradients_reach_the_input_alone():
