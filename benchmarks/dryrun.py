@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from benchmarks.gpu import WAN22
+from benchmarks.gpu import SD_VAE, WAN22, t5_settings
 from benchmarks.meter import Meter
 from benchmarks.solver import write_json
 from starflow_core.jobs import memory
@@ -47,11 +48,6 @@ CPU = torch.device("cpu")
 SPAN = ABSORBED
 SWEEPS = 8
 CUDA = 1 << 29  # bytes of a card that CUDA keeps for itself
-FLAN_T5_XL = 1_222_903_808  # parameters of its encoder
-SD_VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4, "norm_num_groups": 32,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
 GIB = 1 << 30
 LOWEST, HIGHEST = 1.0, 1.05  # of the forecast over what is counted
 CARDS = {"H200": (0.79e15, 4.8e12, 55e9), "4090": (0.165e15, 1.0e12, 25e9)}  # 16-bit FLOP/s, memory and bus bytes/s
@@ -155,7 +151,7 @@ def span_of(job: DryJob, plan: MemoryPlan) -> int:
 
 def planned(job: DryJob) -> MemoryPlan:
     """The planner's choice for the job's budget."""
-    vae, text = _vae(job.config), 2 * FLAN_T5_XL
+    vae, text = _vae(job.config), 2 * _count(_text_encoder(job.config))
     cells = (side // job.config.latent.spatial for side in (job.job.height, job.job.width))
     step = job.dtype.itemsize * (vae.step_values(*cells, job.job.batch) + _count(vae.module))
     budget = None if job.budget is None else int(job.budget * GIB) - CUDA
@@ -275,6 +271,14 @@ def _vae(config: FlowConfig) -> VAE:
     with torch.device("meta"):
         module = AutoencoderKLWan(**WAN22) if config.kind == "video" else AutoencoderKL(**SD_VAE)
     return VAE(module)
+
+
+@lru_cache
+def _text_encoder(config: FlowConfig) -> nn.Module:
+    from transformers import T5Config, T5EncoderModel
+
+    with torch.device("meta"):
+        return T5EncoderModel(T5Config(**t5_settings(config.text_dim)))
 
 
 def _count(module: nn.Module) -> int:

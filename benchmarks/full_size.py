@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.convert_memory import AnonymousPeak, memory
-from benchmarks.gpu import MODELS, WAN22, constant, shrunk, spread, t5_settings
+from benchmarks.gpu import MODELS, SD_VAE, WAN22, constant, shrunk, spread, t5_settings
 from benchmarks.solver import machine, write_json
 from starflow_core import cli
 from starflow_core.cli import settings as cli_settings
@@ -51,10 +51,6 @@ from starflow_core.weights.vae import METADATA_KEY
 
 LARGE = 1 << 24  # numbers of a weight
 PROMPT = "a red circle on a white background"
-SD_VAE = {
-    "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4,
-}  # fmt: skip
 SMALL_VAE = {
     "image": {"block_out_channels": [32] * 4, "layers_per_block": 1},
     "video": {"base_dim": 8, "decoder_base_dim": 8, "num_res_blocks": 1},

@@ -118,9 +118,9 @@ class Pipeline:
         memory.require(self._beside(need).total, self.placement.deep[0], what)
 
     def _beside(self, need: memory.Forecast, keep_text_encoder: bool = False) -> memory.Forecast:
-        """What is needed beside the weights that are there."""
+        """What is needed on the deep block's device beside the weights that are there."""
         need = replace(need, weights=0)
-        if self._encoder is not None:
+        if self._encoder is not None or self.placement.text != self.placement.deep[0]:
             return need
         return need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
 

@@ -194,10 +194,12 @@ def _first(
     """The first means with which a job fits into its budget and what is free, both in bytes or None."""
     if budget is not None:
         free = budget if free is None else min(free, budget)
-    plans = [_plan(forecast(job, means), means, free, device) for means in allowed]
-    for plan in plans:
+    plans = []
+    for means in allowed:
+        plan = _plan(forecast(job, means), means, free, device)
         if free is None or memory.fits(plan.need.total, free):
             return plan
+        plans.append(plan)
     least = min(plans, key=lambda plan: plan.need.total)
     nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free), remedy)
     raise OutOfMemoryForecast(

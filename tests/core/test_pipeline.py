@@ -281,6 +281,18 @@ def test_rates_that_are_none_are_refused(pipeline, fps):
         pipeline.start("a ring", pipeline.job(frames=9, fps=fps))
 
 
+def test_a_text_encoder_elsewhere_takes_nothing_of_the_device(pipeline, monkeypatch):
+    """As planned where it alone would not fit: here on another device than the flow."""
+    job = pipeline.job(frames=9, height=32, width=32)
+    monkeypatch.setattr(pipeline, "_encoder", None)
+    monkeypatch.setattr("starflow_core.jobs.memory.free", lambda device: 10**9)
+    monkeypatch.setattr(type(pipeline.text), "weight_bytes", lambda self, dtype: 2 * 10**9)
+    with pytest.raises(OutOfMemoryForecast):
+        pipeline.start("a ring", job)
+    monkeypatch.setattr(pipeline, "placement", replace(pipeline.placement, text=torch.device("cpu", 0)))
+    pipeline.start("a ring", job)
+
+
 def test_a_pipeline_fits_each_job_to_what_is_free(pipeline, monkeypatch):
     """Without means of its own: here the job fits only once parts take turns."""
     job = pipeline.job(frames=9, height=32, width=32)

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import weakref
-
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from benchmarks.meter import Meter
 from starflow_core.jobs.memory import forecast, forecast_encode
 from starflow_core.jobs.tasks import Generation, Job, layout
 from starflow_core.model.cache import Cache
@@ -21,42 +18,19 @@ from tests.core import models
 LEAST, MOST = 0.95, 1.5
 
 
-class Counted(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made while it is open: those that are alive, and their peak.
-
-    A cache is counted by itself.
-    """
+class Counted(Meter):
+    """Counts caches by themselves."""
 
     def __init__(self):
         super().__init__()
-        self.alive: dict[int, int] = {}  # bytes by storage
-        self.now = self.peak = self.cache = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        known = {x.untyped_storage()._cdata for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)}
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, torch.Tensor) and tensor.untyped_storage()._cdata not in known:
-                self._add(tensor.untyped_storage())
-        self.peak = max(self.peak, self.now)
-        return out
-
-    def _add(self, storage) -> None:
-        key = storage._cdata
-        if key not in self.alive:
-            self.alive[key] = storage.nbytes()
-            self.now += storage.nbytes()
-            weakref.finalize(storage, self._gone, key)
-
-    def _gone(self, key: int) -> None:
-        self.now -= self.alive.pop(key)
+        self.cache = 0
 
     def set_cache_apart(self, cache: Cache) -> None:
-        sizes = [cache.recent.untyped_storage()]
-        for storage in sizes:
-            self.now -= self.alive[storage._cdata]
-            self.alive[storage._cdata] = 0
-        self.cache = max(self.cache, sum(storage.nbytes() for storage in sizes))
+        storage = cache.recent.untyped_storage()
+        kind, size = self.alive[storage._cdata]
+        self.now[kind] -= size
+        self.alive[storage._cdata] = kind, 0
+        self.cache = max(self.cache, storage.nbytes())
 
 
 @pytest.fixture
@@ -97,7 +71,7 @@ def test_sampling_takes_what_was_forecast(counted, kind, job):
     with torch.no_grad(), counted:
         Generation(flow, job, text, uncond if job.guidance else None).run()
     assert need.cache == counted.cache
-    assert LEAST * counted.peak < need.activations < MOST * counted.peak
+    assert LEAST * counted.peak["cpu"] < need.activations < MOST * counted.peak["cpu"]
     assert need.weights == 4 * sum(parameter.numel() for parameter in flow.parameters())
 
 
@@ -109,4 +83,4 @@ def test_encoding_takes_what_was_forecast(counted, kind, frames):
     latents, text = models.randn(1, plan.total, *plan.shape), models.text(flow)
     with torch.no_grad(), counted:
         flow.encode(latents, text)
-    assert LEAST * counted.peak < need.activations < MOST * counted.peak
+    assert LEAST * counted.peak["cpu"] < need.activations < MOST * counted.peak["cpu"]
