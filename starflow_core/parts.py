@@ -48,9 +48,7 @@ def replacing(path: str | os.PathLike) -> Iterator[Path]:
     part = part_of(path)
     try:
         part.touch()
-        mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # save_file of safetensors 0.8 writes files that only their owner can read
         with open(part, "r+b") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -23,7 +23,6 @@ from pathlib import Path
 import safetensors
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from ..control import Progress
@@ -320,35 +319,28 @@ def save_tensors(tensors: dict[str, Tensor], path: str | Path, dtype: str, metad
     """
     torch_dtype, path = parse_dtype(dtype), Path(path)
     check_target(path, None, overwrite=True)
-    check_space(path, {name: (tuple(tensor.shape), torch_dtype) for name, tensor in tensors.items()})
-    ready = {name: cast(tensor.cpu(), torch_dtype, name, path).contiguous() for name, tensor in tensors.items()}
-    with _writing(path) as part:
-        save_file(ready, part, metadata)
+    layout = {name: (tuple(tensor.shape), torch_dtype) for name, tensor in tensors.items()}
+    check_space(path, layout)
+    write_tensors(path, layout, metadata, (cast(t.cpu(), torch_dtype, name, path) for name, t in tensors.items()))
 
 
 def write_tensors(path: Path, layout: Layout, metadata: dict[str, str], tensors: Iterable[Tensor]) -> None:
-    """Write a safetensors file, over an earlier one, with one tensor in memory at a time.
+    """Write a safetensors file, over an earlier one, with one tensor in memory at a time. Equal content gives equal
+    bytes.
 
     `tensors` come in the order, shapes and types of `layout`, on the CPU. Raises InputError if the
     file cannot be written; nothing is left behind on an error, be it one of `tensors` themselves.
 
     safetensors' `save_file` needs all tensors at once: converting a checkpoint of 1.4 GB to bf16 takes
-    829 MB with it (1384 MB before 0.8) and 245 MB here, see benchmarks/convert_memory.py.
+    829 MB with it (1384 MB before 0.8) and 245 MB here, see benchmarks/convert_memory.py. It also writes the
+    metadata in an order that changes with each run.
     """
-    with _writing(path) as part, open(part, "wb") as file:
-        file.write(_header(layout, metadata))
-        file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
-
-
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[Path]:
-    """As `replacing`. Raises InputError for errors of the system."""
     try:
-        with replacing(path) as part:
-            yield part
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{path} could not be written: {reason}") from None
+        with replacing(path) as part, open(part, "wb") as file:
+            file.write(_header(layout, metadata))
+            file.writelines(map(_bytes, tensors))  # a loop here would keep each one until the next is made
+    except OSError as error:
+        raise InputError(f"{path} could not be written: {error.strerror or error}") from None
 
 
 def parse_dtype(name: str, known: tuple[str, ...] = FLOAT_TYPES) -> torch.dtype:

@@ -45,7 +45,6 @@ FAULTS = [
     Fault(f"{WEIGHTS}/pickles.py", "if entry.compress_type != zipfile.ZIP_STORED:", "if False:",
           "a compressed archive is inflated", FILES),
     in_files('text += b" " * (-len(text) % 8)', "pass", "the header isn't aligned", f"{FILES} {FLOW}"),
-    Fault(PARTS, "        part.chmod(mode)", "        pass", "only the owner can read a saved file", FILES),
     Fault(PARTS, "    finally:\n        remove(part)", "    finally:\n        pass",
           "a failed write leaves its part behind", f"{FILES} {FLOW} tests/core/test_parts.py"),
     Fault(f"{WEIGHTS}/pickles.py", "if record.size > LARGEST_PICKLE:", "if False:",

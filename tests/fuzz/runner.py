@@ -27,7 +27,7 @@ BAD = OUTCOMES[2:]
 LONGEST = 20  # seconds of computing that a case may take, unless its module has a LONGEST of its own
 PATIENCE = 10  # as many times as long by the clock: the machine may be busy
 START = 120  # seconds of the first in a process, which loads libraries
-MOST = 1 << 30  # bytes that a case may take
+MOST = 1 << 30  # bytes that a case may take, unless its module has a MOST of its own
 # What Python tells of that no case may do, unless its module has a FORBIDDEN of its own.
 FORBIDDEN = ("os.system", "os.exec", "os.fork", "os.posix_spawn", "os.spawn", "subprocess.Popen", "socket.connect")
 
@@ -113,6 +113,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
     torch.set_num_threads(1)
     home, module, executed = os.getcwd(), import_module(f"tests.fuzz.{subject}"), []
     forbidden, longest = getattr(module, "FORBIDDEN", FORBIDDEN), getattr(module, "LONGEST", LONGEST)
+    most = getattr(module, "MOST", MOST)
     sys.addaudithook(lambda event, _: executed.append(event) if event in forbidden else None)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     stream = enumerate(module.cases(seed))
@@ -135,7 +136,7 @@ def _work(subject: str, seed: int, indices: list[int], pipe: Connection) -> None
             except Exception:
                 outcome = ("traceback", traceback.format_exc(limit=-3).strip().replace("\n", " | "))
             signal.setitimer(signal.ITIMER_PROF, 0)
-            if _peak() - before > MOST:
+            if _peak() - before > most:
                 outcome = ("memory", f"{(_peak() - before) / 1e9:.1f} GB")
             if executed:
                 outcome = ("executed", ", ".join(executed))

@@ -431,6 +431,13 @@ def test_saved_tensors(tmp_path):
     assert os.listdir(path.parent) == [path.name]
 
 
+def test_equal_content_gives_equal_bytes(tmp_path):
+    tensors, metadata = {"b": torch.ones(3), "a": torch.zeros(2, 2)}, {key: key * 2 for key in "qwertyuiop"}
+    for name in "ab":
+        save_tensors(tensors, tmp_path / f"{name}.safetensors", "fp32", metadata)
+    assert (tmp_path / "a.safetensors").read_bytes() == (tmp_path / "b.safetensors").read_bytes()
+
+
 def test_saved_files_have_the_usual_permissions(tmp_path):
     (tmp_path / "usual").touch()
     save_tensors({"a": torch.ones(1)}, tmp_path / "a.safetensors", "fp32", {})
