@@ -50,6 +50,8 @@ from starflow_core.weights.text import EMBEDDING_ALIAS
 from starflow_core.weights.vae import METADATA_KEY
 
 LARGE = 1 << 24  # numbers of a weight
+# A few wide sweeps: each takes what it takes, and random weights have no answer to come near to.
+SWEEPS = ("--preset", "fast", "--image-span", "64", "--first-span", "64", "--span", "64", "--max-sweeps", "3")
 PROMPT = "a red circle on a white background"
 SMALL_VAE = {
     "image": {"block_out_channels": [32] * 4, "layers_per_block": 1},
@@ -188,7 +190,7 @@ def steps(folder: Path, model: Model, shapes: Shapes) -> Iterator[tuple[str, lis
         yield f"convert to {dtype}", ["convert", source, folder / f"{dtype}.safetensors", "--dtype", dtype], need
     source.unlink()
     output = folder / ("clip.mp4" if "--frames" in model.job else "picture.png")
-    run = ("--device", "cpu", "--dtype", "bf16", "--preset", "fast", "-o", output)
+    run = ("--device", "cpu", "--dtype", "bf16", "-o", output, *SWEEPS)
     for dtype in model.types:
         weights = folder / f"{dtype}.safetensors"
         yield f"inspect {dtype}", ["inspect", weights, *model.job], None

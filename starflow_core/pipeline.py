@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -87,6 +88,9 @@ class Pipeline:
         text = encoder.encode(self.prompts(captions, job), tokens)
         uncond = encoder.encode(self.prompts([negative], job, "text"), tokens) if job.guidance else None
         self._encoder = encoder if keep_encoder else None
+        if not keep_encoder:
+            del encoder
+            _give_back()
         return text.embeddings.to(home), uncond.embeddings.to(home) if uncond else None, text.cut
 
     def start(
@@ -203,6 +207,12 @@ class Pipeline:
         finally:
             if self.means and self.means.in_turn:
                 self.vae.module.to("cpu")
+
+
+def _give_back() -> None:
+    """Return freed main memory to the system. glibc may keep that of tensors below 32 MB: 0.8 GB of a T5-XL's 2.4."""
+    with suppress(OSError, AttributeError, TypeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def load_pipeline(
