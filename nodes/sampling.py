@@ -228,9 +228,10 @@ def _sample(
         job,
         text.to(flow.compute_dtype),
         None if uncond is None else uncond.to(flow.compute_dtype),
-        Control(watch.progress),
+        Control(watch.progress, warn=host.log.warning),
         placement=Placement.on(device),
         means=plan.means,
+        fallbacks=plan.fallbacks,
     )
     watch.generation = generation
     final = []

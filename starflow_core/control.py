@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -24,10 +25,12 @@ class Progress:
 
 @dataclass(frozen=True)
 class Control:
-    """`progress` is called for every sweep and frame, `cancelled` at least as often."""
+    """`progress` is called for every sweep and frame, `cancelled` at least as often, `warn` where a job goes on, but
+    not as it was asked to."""
 
     progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
+    warn: Callable[[str], None] = warnings.warn
 
     def report(self, progress: Progress) -> None:
         """Raises Cancelled if the caller wants to stop."""

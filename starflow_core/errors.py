@@ -23,3 +23,9 @@ class OutOfMemoryForecast(StarflowError):
 
 class Cancelled(StarflowError):
     """The caller cancelled the job. Nothing was written."""
+
+
+def ran_out(error: BaseException) -> bool:
+    """Whether an exception means that a device ran out of memory."""
+    text = str(error).lower()
+    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text

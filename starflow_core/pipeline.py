@@ -21,6 +21,7 @@ from .jobs.build import default_job, job_with_context
 from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
+from .jobs.unfinished import Unfinished, identity
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.placement import Placement, default_dtype, pick_device
@@ -55,16 +56,16 @@ OPTIONS = ("negative", "control", "keep_text_encoder", "noise")  # of `Pipeline.
 class Pipeline:
     """A flow with its text encoder and VAE.
 
-    The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one. `means` says
+    The text encoder is loaded to read a prompt and dropped afterwards, unless it is kept for the next one. `plan` says
     how jobs are fitted to the device; without it each job is fitted by itself to what is free beside the weights.
     """
 
     def __init__(
         self, flow: Flow, vae: VAE, text: TextEncoderFiles, placement: Placement, dtype: torch.dtype,
-        means: Means | None = None,
+        plan: MemoryPlan | None = None,
     ):  # fmt: skip
         self.flow, self.vae, self.text, self.placement, self.dtype = flow, vae, text, placement, dtype
-        self.means = means
+        self.plan = plan
         self._encoder: TextEncoder | None = None
         self.config.check_vae(vae.channels, vae.spatial, vae.temporal)
 
@@ -95,27 +96,34 @@ class Pipeline:
 
     def start(
         self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
-        keep_text_encoder: bool = False, noise: Tensor | None = None,
+        keep_text_encoder: bool = False, noise: Tensor | None = None, unfinished: str | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
         """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
+        Beside the file `unfinished` each complete window is kept, and gone on from if it is there: see `Unfinished`.
         Raises OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
-        means = self._means(job, keep_text_encoder)
+        plan = self._plan(job, keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
+        kept = {}
+        if unfinished:
+            file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
+            kept = {"settled": file.load(), "on_window": file.save}
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        return Generation(self.flow, job, text, uncond, control, noise, self.placement, means), cut
+        run = Generation(
+            self.flow, job, text, uncond, control, noise, self.placement, plan.means, plan.fallbacks, **kept
+        )  # fmt: skip
+        return run, cut
 
-    def _means(self, job: Job, keep_text_encoder: bool) -> Means:
-        """The pipeline's, or else those for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
+    def _plan(self, job: Job, keep_text_encoder: bool) -> MemoryPlan:
+        """The pipeline's, or else one for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
         device = self.placement.deep[0]
 
         def need(job: Job, means: Means) -> memory.Forecast:
             return self._beside(memory.forecast(self.config, job, self.dtype, means), keep_text_encoder)
 
-        if self.means is None:
-            options = MemoryOptions(offload="none")
-            return choose(job, device, options, (has_int8(self.flow),), need).means
-        memory.require(need(job, self.means).total, device, "this job")
-        return self.means
+        if self.plan is None:
+            return choose(job, device, MemoryOptions(offload="none"), (has_int8(self.flow),), need)
+        memory.require(need(job, self.plan.means).total, device, "this job")
+        return self.plan
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
@@ -205,7 +213,7 @@ class Pipeline:
         try:
             yield
         finally:
-            if self.means and self.means.in_turn:
+            if self.plan and self.plan.means.in_turn:
                 self.vae.module.to("cpu")
 
 
@@ -283,16 +291,16 @@ class Parts:
 
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None,
-        means: Means | None = None,
+        plan: MemoryPlan | None = None,
     ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
-        wanted, cpu = means or Means(self.in_int8), Placement.on("cpu")
+        wanted, cpu = plan.means if plan else Means(self.in_int8), Placement.on("cpu")
         vae = self.vae.load(dtype, cpu.vae if wanted.in_turn else placement.vae)
         home = cpu if wanted.streamed else placement
         flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=wanted.int8)
         if wanted.streamed:
             stream_layers(flow, placement)
-        return Pipeline(flow, vae, self.text, placement, dtype, means)
+        return Pipeline(flow, vae, self.text, placement, dtype, plan)
 
 
 def find_parts(

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..errors import StarflowError
+from ..errors import StarflowError, ran_out
 from .arguments import parser
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; the last two are a shell's for SIGINT and SIGTERM
@@ -49,8 +49,6 @@ def exit_code_of(act: Callable[[], object]) -> int:
         print("interrupted; no partial files were left", file=sys.stderr)
         return TERMINATED if isinstance(error, Terminated) else INTERRUPTED
     except (MemoryError, RuntimeError) as error:
-        from ..jobs.memory import ran_out
-
         if not ran_out(error):
             raise
         return _fail(OUT_OF_MEMORY_ADVICE)

@@ -78,6 +78,10 @@ def _generate(command: argparse.ArgumentParser) -> None:
     _add_model(command)
     _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)
+    command.add_argument(
+        "--resume", action="store_true",
+        help="long clips: keep complete windows in OUTPUT.unfinished.safetensors, and go on from it if it is there",
+    )  # fmt: skip
 
 
 def _encode(command: argparse.ArgumentParser) -> None:

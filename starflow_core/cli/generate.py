@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from argparse import Namespace
 from contextlib import ExitStack
@@ -11,11 +12,13 @@ from torch import Tensor
 
 from ..control import Control
 from ..jobs.tasks import Generation, Job
+from ..jobs.unfinished import path_of
 from ..media import VideoWriter
+from ..parts import remove
 from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
 from .plan import Plan
-from .progress import Meter, SamplingBar
+from .progress import Meter, SamplingBar, warn
 from .settings import tell_plan, warn_of_cut
 
 
@@ -33,20 +36,27 @@ def generate(args: Namespace) -> None:
             part = replace(job, seed=job.seed + first, batch=len(captions))
             sampling = meter.sampling(job.frames)
             more = chunk.stop < len(plan.captions)
-            run = start(pipeline, captions, part, args.negative, sampling, keep_text_encoder=more)
+            unfinished = plan.paths[first] if args.resume else None
+            control = Control(sampling, warn=warn)
+            run = start(
+                pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished
+            )  # fmt: skip
             write(pipeline, run, plan.writers[chunk], sampling, plan.source, args.tile)
+            if unfinished:
+                remove(path_of(unfinished))
             statistics.append(run.statistics)
     report(plan.paths, began, statistics)
 
 
 def start(
-    pipeline: Pipeline, captions: list[str], job: Job, negative: str, sampling: SamplingBar, keep_text_encoder: bool
-) -> Generation:
-    """A generation that is ready to run. Warns of prompts that were cut off."""
-    control = Control(sampling)
-    run, cut = pipeline.start(captions, job, negative=negative, control=control, keep_text_encoder=keep_text_encoder)
+    pipeline: Pipeline, captions: list[str], job: Job, negative: str, control: Control, **options
+) -> Generation:  # fmt: skip
+    """A generation that is ready to run. Warns of prompts that were cut off, and says what it goes on from."""
+    run, cut = pipeline.start(captions, job, negative=negative, control=control, **options)
     for caption, rest in dict(zip(captions, cut, strict=True)).items():
         warn_of_cut(caption, rest, pipeline.config)
+    if run.sampler.done > run.layout.given:
+        print(f"going on after {run.sampler.done} of {run.layout.total} latent frames", file=sys.stderr)
     return run
 
 

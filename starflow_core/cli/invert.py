@@ -17,8 +17,8 @@ from ..jobs.prompts import check_text
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
-from .progress import Meter
-from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell_plan, warn, warn_of_cut
+from .progress import Meter, warn
+from .settings import OUTPUTS, Setup, check_tile, default_output, size_options, solver, tell_plan, warn_of_cut
 
 
 def encode(args: Namespace) -> None:

@@ -15,11 +15,13 @@ from ..jobs.build import chosen_size, job_with_context, shapes_only
 from ..jobs.planner import MemoryPlan
 from ..jobs.prompts import TASK_PREFIX, check_text
 from ..jobs.tasks import Job, layout
+from ..jobs.unfinished import check_unfinished
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
 from ..solve import noise
 from ..weights import INT8
-from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver, warn
+from .progress import warn
+from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver
 
 
 @dataclass(frozen=True)
@@ -182,6 +184,8 @@ def name_outputs(args: Namespace, setup: Setup, job: Job, captions: list[str], s
         paths = [numbered(args.output, i) for i in range(len(captions))]
     for path in paths:
         check_writable(path, frames)
+        if args.resume:
+            check_unfinished(path)
     return paths
 
 

@@ -1,7 +1,8 @@
-"""Progress on stderr: one bar at a time, with what the solver is doing and the time left."""
+"""Progress and warnings on stderr: one bar at a time, with what the solver is doing and the time left."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 
 from tqdm import tqdm
@@ -33,6 +34,11 @@ class Meter:
     def sampling(self, frames: int) -> SamplingBar:
         """For one job that makes this many frames."""
         return SamplingBar(self._show, frames)
+
+    def warn(self, message: str) -> None:
+        """A warning, above the bar."""
+        self.close()
+        warn(message)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -77,3 +83,7 @@ class SamplingBar:
             self._show("tokens", self._deep.settled, self._deep.tokens, f"{phase:>7}", ", ".join(state), unit="token")
         else:
             self._show("frames", self.written, self._frames, f"{phase:>7}", ", ".join(state), unit="frame")
+
+
+def warn(message: str) -> None:
+    print("warning:", message, file=sys.stderr)

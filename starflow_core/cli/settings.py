@@ -24,7 +24,7 @@ from ..pipeline import Parts, Pipeline, find_parts
 from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
 from ..weights import INT8
 from ..weights.tensorfiles import DTYPES
-from .progress import Meter
+from .progress import Meter, warn
 
 NUMBERS = tuple(f.name for f in fields(SolverSettings) if f.name != "method")
 OUTPUTS = Path("outputs")
@@ -62,7 +62,7 @@ class Setup:
         placement = Placement.on(self.device)
         if plan and plan.text_away:
             placement = replace(placement, text=torch.device("cpu"))
-        pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan and plan.means)
+        pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan)
         meter.close()
         return pipeline
 
@@ -119,10 +119,6 @@ def numbered(path: str, index: int) -> str:
 def tell_plan(plan: MemoryPlan) -> None:
     """Say how a job is fitted to its device, where it isn't taken for a result."""
     print("memory:", plan, file=sys.stderr)
-
-
-def warn(message: str) -> None:
-    print("warning:", message, file=sys.stderr)
 
 
 def warn_of_cut(prompt: str, cut: str, config: FlowConfig) -> None:

@@ -189,12 +189,6 @@ def require(need: int, device: torch.device, what: str) -> None:
         )
 
 
-def ran_out(error: BaseException) -> bool:
-    """Whether an exception means that a device ran out of memory."""
-    text = str(error).lower()
-    return isinstance(error, MemoryError) or "out of memory" in text or "can't allocate memory" in text
-
-
 def readable(count: int) -> str:
     """Bytes as people read them: 1.5 GB."""
     for unit, scale in (("GB", 1e9), ("MB", 1e6)):

@@ -134,12 +134,13 @@ class HostedOptions:
 @dataclass(frozen=True)
 class MemoryPlan:
     """The means for a job, what it needs with them, and how many bytes are `free` on the device (None: unknown).
-    `text_away` says that the text encoder computes on the CPU."""
+    `text_away` says that the text encoder computes on the CPU, `fallbacks` what takes less with weights as they are."""
 
     means: Means
     need: Forecast
     free: int | None
     text_away: bool = False
+    fallbacks: tuple[Means, ...] = ()
 
     def fitted(self, job: Job, widen: bool) -> Job:
         """The job with a span that suits the means, if `widen` allows it."""
@@ -148,18 +149,10 @@ class MemoryPlan:
         return replace(job, solver=job.solver.with_numbers(span=max(job.solver.span, STREAMED_SPAN)))
 
     def __str__(self) -> str:
-        means = self.means
-        words = [
-            f"weights {'in 8 bit' if means.int8 else 'in full'}"
-            + (", brought in layer by layer" if means.streamed else ""),
-            f"keys and values {'in 8 bit' if means.cache.quantised else 'in full'}"
-            + (" in main memory" if means.cache.offloaded else ""),
-            *(["denoised and decoded after sampling"] if means.in_turn else []),
-            *(["text encoder on the CPU"] if self.text_away else []),
-        ]
+        words = f"{self.means}{'; text encoder on the CPU' if self.text_away else ''}"
         phases = ", ".join(f"{phase} {readable(size)}" for phase, size in self.need.phases.items())
         away = f"; {readable(self.need.host)} in main memory" if self.need.host else ""
-        return f"{'; '.join(words)}. Needs {readable(self.need.total)} ({phases}){away}"
+        return f"{words}. Needs {readable(self.need.total)} ({phases}){away}"
 
 
 def choose(
@@ -194,17 +187,28 @@ def _first(
     """The first means with which a job fits into its budget and what is free, both in bytes or None."""
     if budget is not None:
         free = budget if free is None else min(free, budget)
-    plans = []
+    allowed, plans = iter(allowed), []
     for means in allowed:
         plan = _plan(forecast(job, means), means, free, device)
         if free is None or memory.fits(plan.need.total, free):
-            return plan
+            return replace(plan, fallbacks=_fallbacks(means, allowed))
         plans.append(plan)
     least = min(plans, key=lambda plan: plan.need.total)
     nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free), remedy)
     raise OutOfMemoryForecast(
         f"{what} needs at least {readable(least.need.total)}, but {readable(free)} are free on {device}; {nearest}"
     )
+
+
+def _fallbacks(means: Means, others: Iterable[Means]) -> tuple[Means, ...]:
+    """Of the others those that differ in the cache alone, each smaller than the one before."""
+    steps = [means]
+    for other in others:
+        now, then = steps[-1].cache, other.cache
+        smaller = (now.quantised, now.offloaded) < (then.quantised, then.offloaded)
+        if smaller and other == replace(means, cache=then):
+            steps.append(other)
+    return tuple(steps[1:])
 
 
 def _plan(need: Forecast, means: Means, free: int | None, device: torch.device) -> MemoryPlan:

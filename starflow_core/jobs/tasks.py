@@ -7,14 +7,16 @@ without a `Context`, run by a `Generation`.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from ..control import Control
-from ..errors import InputError
+from ..errors import InputError, ran_out
 from ..model.cache import RESIDENT, CacheSettings
 from ..model.config import FlowConfig
 from ..model.flow import Flow
@@ -23,7 +25,7 @@ from ..model.placement import Placement
 from ..model.schema import check_kinds
 from ..solve import noise
 from ..solve.denoising import DenoiseStream, score_denoise
-from ..solve.sampling import Sampler
+from ..solve.sampling import Sampler, Settled
 from ..solve.solvers import PRESETS, SolverSettings, Statistics
 from .context import Context, later_factors
 
@@ -67,6 +69,16 @@ class Means:
     streamed: bool = False
     cache: CacheSettings = RESIDENT
     in_turn: bool = False
+
+    def __str__(self) -> str:
+        cache = self.cache
+        return "; ".join([
+            f"weights {'in 8 bit' if self.int8 else 'in full'}"
+            + (", brought in layer by layer" if self.streamed else ""),
+            f"keys and values {'in 8 bit' if cache.quantised else 'in full'}"
+            + (" in main memory" if cache.offloaded else ""),
+            *(["denoised and decoded after sampling"] if self.in_turn else []),
+        ])  # fmt: skip
 
 
 PLAIN = Means()  # all on the device, at once
@@ -154,7 +166,9 @@ class Piece:
 class Generation:
     """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
     (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given. Without a
-    `placement` everything computes where the text is. Of `means`, `cache` and `in_turn` matter here."""
+    `placement` everything computes where the text is. Of `means`, `cache` and `in_turn` matter here; of the
+    `fallbacks`, to which it turns one by one where memory runs out, `cache`. With `settled` frames it goes on where
+    another one of the same job was, and `on_window` is called each time that a window is complete."""
 
     def __init__(
         self,
@@ -166,15 +180,20 @@ class Generation:
         noise: Tensor | None = None,
         placement: Placement | None = None,
         means: Means = PLAIN,
+        fallbacks: Iterable[Means] = (),
+        settled: Settled | None = None,
+        on_window: Callable[[Settled], None] = lambda settled: None,
     ):
         self.flow, self.job, self.control, self.means = flow, job, control or Control(), means
+        self.fallbacks, self.on_window = list(fallbacks), on_window
         self.placement = placement or Placement.on(text.device)
         self.layout = layout(flow.config, job)
         if len(text) not in (1, job.batch):
             raise InputError(f"{len(text)} prompts for a batch of {job.batch}; give one, or one each")
         self.text = text.expand(job.batch, -1, -1)
         self.given = self._given()
-        self.sampler = Sampler(
+        self._sampler = partial(
+            Sampler,
             flow,
             self._noise(noise),
             self.text,
@@ -186,8 +205,8 @@ class Generation:
             settings=job.solver,
             control=self.control,
             placement=self.placement,
-            cache=means.cache,
         )
+        self.sampler = self._sampler(cache=means.cache, settled=settled)
 
     @property
     def statistics(self) -> Statistics:
@@ -195,7 +214,7 @@ class Generation:
 
     def run(self) -> Tensor:
         """All latents at once: (B, C, T, h, w) in VAE space."""
-        sampled = self.sampler.sample().latents
+        sampled = self._sampled()
         hidden = self.layout.hidden
         return self._convert(self._denoised(sampled)[:, hidden:], hidden)
 
@@ -207,7 +226,7 @@ class Generation:
             return
         denoiser = self._denoise_stream() if self._learned else None
         done = first = 0
-        for frames in self.sampler.stream():
+        for frames in self._frames():
             if denoiser:
                 yield from self._piece(first, frames, False)
                 final = self._fed(denoiser, frames)
@@ -220,11 +239,44 @@ class Generation:
     def _stream_in_turn(self) -> Iterator[Piece]:
         """The cache is gone when denoising begins."""
         sampled, first = [], 0
-        for frames in self.sampler.stream():
+        for frames in self._frames():
             sampled.append(frames)
             yield from self._piece(first, frames, False)
             first += frames.shape[1]
         yield from self._piece(0, self._denoised(torch.cat(sampled, 1)), True)
+
+    def _sampled(self) -> Tensor:
+        with self._falling_back():
+            return self.sampler.sample().latents
+        return torch.cat(list(self._frames()), 1)
+
+    def _frames(self) -> Iterator[Tensor]:
+        """Sampled frames, each once, whatever it takes."""
+        done, known = 0, self.sampler.done
+        while done < self.layout.total:
+            with self._falling_back():
+                for frames in self.sampler.stream(done):
+                    done += frames.shape[1]
+                    if done > known and self.sampler.ends_window(done):
+                        self.on_window(self.sampler.settled)
+                    yield frames
+
+    @contextmanager
+    def _falling_back(self) -> Iterator[None]:
+        """Where memory runs out inside, the sampler becomes one that takes less and goes on from what is settled.
+        Raises the error where there is none."""
+        try:
+            yield
+            return
+        except (MemoryError, RuntimeError) as error:
+            if not (self.fallbacks and ran_out(error)):
+                raise
+        self.means = replace(self.means, cache=self.fallbacks.pop(0).cache)
+        settled, statistics = self.sampler.settled, self.sampler.statistics
+        self.sampler = self._sampler(cache=self.means.cache, settled=settled)
+        self.sampler.statistics = statistics
+        done = f"{self.sampler.done} of {self.layout.total} latent frames"
+        self.control.warn(f"memory ran out after {done}; going on with {self.means}")
 
     def draft(self) -> Piece | None:
         """The result's frame that is being solved, roughly: noise where it hasn't settled yet. Call it from

@@ -40,6 +40,15 @@ class Sample:
     statistics: Statistics
 
 
+@dataclass(frozen=True)
+class Settled:
+    """Frames that are sampled already, after any given ones: `tokens` (B, n, N, c) as the deep block leaves them, in
+    row-major order, and `latents` (B, m, C, H, W) in flow space of the first m of them. All on the CPU."""
+
+    tokens: Tensor
+    latents: Tensor
+
+
 class Sampler:
     """One sampling job.
 
@@ -47,7 +56,8 @@ class Sampler:
     with guidance 0. `context` holds the first latent frames, noise included; they come back as they
     are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
     when it is full, it slides on, keeping the last `keep` of them. `cache` says how settled keys and values are kept.
-    Without a `placement` everything computes where the text is.
+    Without a `placement` everything computes where the text is. Frames that are `settled` aren't sampled again; the
+    others are the same to the bit if the settled ones end with a window (see `ends_window`).
     """
 
     def __init__(
@@ -65,6 +75,7 @@ class Sampler:
         control: Control | None = None,
         placement: Placement | None = None,
         cache: CacheSettings = RESIDENT,
+        settled: Settled | None = None,
     ):
         self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
         self.context, self.settings, self.control = context, settings, control or Control()
@@ -76,6 +87,8 @@ class Sampler:
         self.window = min(window, self.frames)
         self.statistics = Statistics()
         self._solving: tuple[int, Tensor] | None = None  # the first frame that isn't settled, and its tokens so far
+        self._tokens = _each(settled.tokens) if settled else []
+        self._latents = _each(settled.latents) if settled else []
         self._check()
 
     def _check(self) -> None:
@@ -96,18 +109,42 @@ class Sampler:
         if not torch.isfinite(self.noise).all():
             raise NonFiniteError("NaN or infinity in the given noise")
 
+    @property
+    def settled(self) -> Settled:
+        """What is sampled so far."""
+        tokens, latents = self.flow.tokens(self.noise[:, :0]).cpu(), self.noise[:, :0].float().cpu()
+        return Settled(torch.cat([tokens, *self._tokens], 1), torch.cat([latents, *self._latents], 1))
+
+    @property
+    def done(self) -> int:
+        """How many frames have latents, given ones included."""
+        return self.given + len(self._latents)
+
+    def ends_window(self, frames: int) -> bool:
+        """Whether a window of the deep block ends after so many frames."""
+        beyond = frames - self.window
+        return frames == self.frames or (beyond >= 0 and beyond % (self.window - self.keep) == 0)
+
     def sample(self) -> Sample:
         """All frames at once: shallow blocks take them as one batch."""
-        deep = torch.cat([tokens for _, tokens in self._solved(self._known())], 1)
-        latents = torch.cat([*self._context(), self._shallow(deep, self.given)], 1)
+        for _ in self._solved():
+            pass
+        tokens = torch.cat(self._tokens[len(self._latents) :], 1).to(self.placement.shallow)
+        done = [latents.to(self.placement.shallow) for latents in self._latents]
+        latents = torch.cat([*self._context(), *done, self._shallow(tokens, self.given + len(done))], 1)
         return Sample(latents, self.statistics)
 
-    def stream(self) -> Iterator[Tensor]:
-        """Latents (B, n, C, H, W), given frames first, each frame as soon as it is settled."""
-        known = self._known()
-        yield from self._context()
-        for frame, tokens in self._solved(known):
-            yield self._shallow(tokens, frame)
+    def stream(self, first: int = 0) -> Iterator[Tensor]:
+        """Latents (B, n, C, H, W) from frame `first` on, given frames first, each frame as soon as it is settled."""
+        if first < self.given:
+            yield from (context[:, first:] for context in self._context())
+        done = max(first - self.given, 0)
+        yield from (latents.to(self.placement.shallow) for latents in self._latents[done:])
+        for index in self._solved():
+            tokens = self._tokens[index].to(self.placement.shallow)
+            latents = self._shallow(tokens, self.given + index)
+            self._latents.append(latents.cpu())
+            yield latents
 
     def draft(self) -> tuple[int, Tensor] | None:
         """The frame that is being solved: its index and rough latents (B, 1, C, H, W), noise where tokens haven't
@@ -136,34 +173,42 @@ class Sampler:
             return self.flow.tokens(self.noise[:, :0]).to(home)
         return block.ordered(self.flow.encode_shallow(*self._context())[0]).to(home)
 
-    def _solved(self, known: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Each sampled frame's index and its tokens (B, 1, N, c) as the deep block leaves them, in row-major order."""
-        block = self.flow.deep
-        z = block.ordered(self.flow.tokens(self.noise)).to(self.placement.deep[0])
-        for frame, tokens in self._deep(z, known):
-            yield frame, block.ordered(tokens.to(self.placement.shallow))
+    def _solved(self) -> Iterator[int]:
+        """Which of the sampled frames have tokens, but no latents yet: those that are settled, then the others as they
+        are solved."""
+        block, home = self.flow.deep, self.placement.deep[0]
+        yield from range(len(self._latents), len(self._tokens))
+        z = block.ordered(self.flow.tokens(self.noise)).to(home)
+        for tokens in self._deep(z, torch.cat((self._known(), block.ordered(self.settled.tokens).to(home)), 1)):
+            self._tokens.append(block.ordered(tokens).cpu())
+            yield len(self._tokens) - 1
 
-    def _deep(self, z: Tensor, known: Tensor) -> Iterator[tuple[int, Tensor]]:
+    def _deep(self, z: Tensor, known: Tensor) -> Iterator[Tensor]:
         """The frames (B, 1, N, c) after the `known` ones, window by window, from noise z (B, T, N, c)."""
+        if known.shape[1] == self.frames:
+            return
         grid = self.grid.with_frames(self.window)
         run = DeepRun(
             self.flow, grid, self.text, self.uncond, self.guidance, self.placement.deep, self.settings.widest,
             partial(Cache, settings=self.cache),
         )  # fmt: skip
-        recent = deque((known[:, i : i + 1] for i in range(self.given)), max(self.keep, self.given))
+        recent = deque(_each(known), max(self.keep, self.given))
         first = 0  # absolute index of the window's first frame
+        while first + self.window <= known.shape[1]:
+            first += self.window - self.keep
+        known = known[:, first:]
         while True:
             stop = min(first + self.window, self.frames)
             window = torch.cat((known, z[:, first + known.shape[1] : stop]), 1)
-            for frame, tokens in self._window(run, window, known.shape[1], first):
-                yield frame, tokens
+            for tokens in self._window(run, window, known.shape[1], first):
+                yield tokens
                 recent.append(tokens)
             if stop == self.frames:
                 return
             known = torch.cat(list(recent)[-self.keep :], 1)
             first = stop - self.keep
 
-    def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[tuple[int, Tensor]]:
+    def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[Tensor]:
         """Solve the frames after the first `known` of z (B, W, N, c), which are tokens, not noise."""
         size = self.grid.frame_tokens
         window = Window(z.flatten(1, 2), size, self.grid.width, known * size, first * size)
@@ -173,7 +218,7 @@ class Sampler:
             self._solving = _unsettled(window, settled, first)
             self.control.report(Progress("deep", *tokens, *tokens, residual))
             while known < settled // size:
-                yield first + known, window.x[:, None, known * size : (known + 1) * size].clone()
+                yield window.x[:, None, known * size : (known + 1) * size].clone()
                 known += 1
 
     def _solver(self, run: Evaluate, window: Window) -> Iterator[tuple[int, float]]:
@@ -219,6 +264,11 @@ class Sampler:
             self.statistics.shallow_evaluations += rows
             report(settled * rows)
         return window.x
+
+
+def _each(frames: Tensor) -> list[Tensor]:
+    """Frames (B, n, ..), there may be none, as n of (B, 1, ..)."""
+    return [frame.unsqueeze(1) for frame in frames.unbind(1)]
 
 
 def _unsettled(window: Window, settled: int, first: int) -> tuple[int, Tensor] | None:

@@ -81,11 +81,11 @@ FAULTS: list[Fault] = [
         "the text encoder stays for the last frames", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
     ),
     Fault(
-        GENERATE, "keep_text_encoder=more)", "keep_text_encoder=False)",
+        GENERATE, "keep_text_encoder=more,", "keep_text_encoder=False,",
         "the text encoder is read for every batch", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
     ),
     Fault(
-        GENERATE, "start(pipeline, captions, part, args.negative,", 'start(pipeline, captions, part, "",',
+        GENERATE, "pipeline, captions, part, args.negative, control,", 'pipeline, captions, part, "", control,',
         "the negative prompt is ignored", TESTS + "test_guidance_steers_away_from_the_negative_prompt",
     ),
     Fault(

@@ -34,6 +34,7 @@ COMMANDS = {
     "sequence": (*GENERATE, "-o", "{folder}/out/"),
     "sequence again": (*GENERATE, "--seed", "1", "-o", "{folder}/out/"),  # over that of "sequence"
     "several": (*GENERATE, "--batch", "2", "-o", "{folder}/out.mp4"),
+    "resume": (*GENERATE, "--frames", "41", "--window", "3", "--keep", "1", "--resume", "-o", "{folder}/out.mp4"),
     "extend": (*GENERATE, "--video", "{source}", "--task", "extend", "-o", "{folder}/out.mp4"),
     "convert": ("starflow_core", "convert", str(BUNDLED / FLOW_FILE), "{folder}/out.safetensors", "--overwrite"),
     "encode": ("starflow_core", "encode", "{source}", "-o", "{folder}/out.safetensors"),
@@ -125,7 +126,7 @@ def _parts(folder: Path) -> list[Path]:
 def _files(folder: Path) -> dict[str, bytes]:
     """The finished files that a run leaves the same each time."""
     files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.suffix != STATES}
-    unfinished = (".part", ".old")
+    unfinished = (".part", ".old", ".unfinished.safetensors")
     return {
         name.as_posix(): path.read_bytes()
         for name, path in files.items()

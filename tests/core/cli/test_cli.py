@@ -33,8 +33,8 @@ PROMPT = "a red circle moving left"
 FLAGS = {
     "generate": "aspect batch cache denoise device dtype first-span fps frames guidance height image image-span join "
     "keep last-image "
-    "max-sweeps memory model negative no-denoise offload output preset prompt-file quality seed shallow-tolerance size "
-    "solver span task text-encoder tile tolerance vae video width window",
+    "max-sweeps memory model negative no-denoise offload output preset prompt-file quality resume seed "
+    "shallow-tolerance size solver span task text-encoder tile tolerance vae video width window",
     "encode": "aspect device dtype fps frames height model output prompt size text-encoder vae width",
     "decode": "cache device dtype first-span image-span max-sweeps memory model offload output preset quality "
     "shallow-tolerance solver span text-encoder tile tolerance vae",
@@ -553,6 +553,32 @@ def test_interruption_keeps_what_is_complete(run, monkeypatch, tmp_path):
     monkeypatch.setattr(generate, "start", start)
     run("generate", "one", "two", "--frames", 1, "-o", "a.png", code=130, err="^interrupted")
     assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
+
+
+LONG = ("--frames", 33, "--window", 4, "--keep", 1, "--guidance", 0, "--height", 32, "--width", 48)
+
+
+def test_a_long_clip_is_resumed(run, monkeypatch, tmp_path):
+    """After a kill within the third window: the same file, without the first two windows' sweeps."""
+    command = ("generate", PROMPT, *LONG, "--resume", "-o", "a.mp4")
+    sweeps = int(re.search(r"(\d+) deep sweeps", run(*command)[-1])[1])
+    whole, writes = Path("a.mp4").read_bytes(), []
+
+    def wrote(self, frames):
+        writes.append(frames)
+        if sum(writes) > 27:  # the eighth latent frame
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingBar, "wrote", wrote)
+        run("generate", PROMPT, *LONG, "--resume", "-o", "b.mp4", code=130, err="^interrupted")
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4.unfinished.safetensors"]
+    message = "b.mp4.unfinished.safetensors is of another job: seed differ. Give the same options"
+    run("generate", PROMPT, *LONG, "--resume", "--seed", 1, "-o", "b.mp4", code=2, err=message)
+    out = run("generate", PROMPT, *LONG, "--resume", "-o", "b.mp4", err="^going on after 7 of 9 latent frames\n$")
+    assert int(re.search(r"(\d+) deep sweeps", out[-1])[1]) < sweeps / 2
+    assert Path("b.mp4").read_bytes() == whole
+    assert sorted(os.listdir(tmp_path)) == ["a.mp4", "b.mp4"]
 
 
 # Progress

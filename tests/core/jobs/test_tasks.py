@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from dataclasses import replace
 from fractions import Fraction
 
@@ -10,13 +12,17 @@ import pytest
 import torch
 
 from starflow_core.control import Control
-from starflow_core.errors import InputError, NonFiniteError
+from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.jobs.context import Context, extend, later_factors
-from starflow_core.jobs.tasks import Generation, Job, layout
+from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means, Piece, layout
+from starflow_core.jobs.unfinished import Unfinished, identity
+from starflow_core.model.cache import CacheSettings
 from starflow_core.model.latent import to_flow_space, to_vae_space
 from starflow_core.solve import noise
 from starflow_core.solve.denoising import denoise
-from starflow_core.solve.solvers import PRESETS
+from starflow_core.solve.runs import DeepRun
+from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
+from starflow_core.weights.tensorfiles import save_tensors
 from tests.core import models
 from tests.core.models import relative_error
 
@@ -298,3 +304,120 @@ def test_nan_in_a_context_is_named(flow):
     bad[0, 0, 0, 1, 2] = float("nan")
     with pytest.raises(NonFiniteError, match=r"token 5"):
         generation(flow, job(Context("first_frame", bad), 3)).run()
+
+
+# Going on
+
+
+LONG = {"window": 3, "keep": 1}
+INT8, AWAY = CacheSettings(True), CacheSettings(True, True)
+
+
+@pytest.mark.parametrize("cache", [CacheSettings(), INT8, AWAY], ids=["full", "int8", "offloaded"])
+@pytest.mark.parametrize("kind", ["text", "first_frame", "extend"])
+@pytest.mark.parametrize("solver", [PRESETS["balanced"], AUTOREGRESSIVE], ids=["jacobi", "autoregressive"])
+def test_a_clip_goes_on_from_each_window_to_the_same_bits(flow, kind, cache, solver):
+    work = job(CONTEXTS[kind][0], frames=8, guidance=1.5, solver=solver, **LONG)
+    kept, means = [], Means(cache=cache)
+    whole = [*generation(flow, work, means=means, on_window=kept.append).stream()]
+    assert [state.tokens.shape[1] + len_given(work) for state in kept] == [3, 5, 7, 8]
+    for state in kept:
+        run = generation(flow, work, means=means, settled=state)
+        again = [*run.stream()]
+        assert [(p.first, p.final) for p in again] == [(p.first, p.final) for p in whole]
+        assert all(torch.equal(one.latents, other.latents) for one, other in zip(again, whole, strict=True))
+    assert run.statistics.deep_sweeps == run.statistics.shallow_sweeps == 0  # nothing was left to sample
+
+
+def len_given(work) -> int:
+    return work.context.frames if work.context else 0
+
+
+def test_a_resumed_clip_keeps_only_its_new_windows(flow):
+    kept, later = [], []
+    work = job(frames=6, **LONG)
+    list(generation(flow, work, on_window=kept.append).stream())
+    list(generation(flow, work, settled=kept[0], on_window=later.append).stream())
+    assert [state.tokens.shape[1] for state in (*kept, *later)] == [3, 5, 6, 5, 6]
+
+
+def running_out(monkeypatch, times, error=None):
+    """Memory runs out in the deep block's next evaluations but a few, so many times."""
+    left, evaluate = list(times), DeepRun.__call__
+
+    def evaluated(self, before, start):
+        if left:
+            left[0] -= 1
+            if left[0] == 0:
+                left.pop(0)
+                raise error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        return evaluate(self, before, start)
+
+    monkeypatch.setattr(DeepRun, "__call__", evaluated)
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+def test_where_memory_runs_out_a_smaller_cache_goes_on(flow, monkeypatch, streamed):
+    work = job(CONTEXTS["first_frame"][0], frames=7, guidance=1.5, solver=EXACT, **LONG)
+    expected = generation(flow, work).run()
+    said, fallbacks = [], [Means(cache=INT8), Means(cache=AWAY)]
+    running_out(monkeypatch, (20, 20))
+    run = generation(flow, work, fallbacks=fallbacks, control=Control(warn=said.append))
+    pieces = run.stream() if streamed else [Piece(0, run.run(), True)]
+    found = torch.cat([piece.latents for piece in pieces if piece.final], 2)
+    assert run.means == Means(cache=AWAY)
+    assert relative_error(found, expected) < 1e-3
+    assert len(said) == 2
+    begins = r"memory ran out after \d of 7 latent frames; going on with weights in full; keys and values in 8 bit"
+    assert all(re.match(begins, words) for words in said)
+    assert run.statistics.deep_sweeps > 40  # those before, too
+
+
+def test_what_is_sampled_is_not_sampled_again(flow, monkeypatch):
+    work = job(frames=7, solver=AUTOREGRESSIVE)
+    running_out(monkeypatch, (31,))  # within the sixth frame of 6 tokens each
+    said = []
+    run = generation(flow, work, fallbacks=[Means(cache=INT8)], control=Control(warn=said.append))
+    list(run.stream())
+    assert run.statistics.deep_evaluations == 7 * 6
+    assert said[0].startswith("memory ran out after 5 of 7 latent frames")
+
+
+@pytest.mark.parametrize(("fallbacks", "error"), [
+    ((), torch.OutOfMemoryError("CUDA out of memory")),
+    ((Means(cache=INT8),), RuntimeError("another")),
+])  # fmt: skip
+def test_what_cannot_go_on_fails_as_it_did(flow, monkeypatch, fallbacks, error):
+    running_out(monkeypatch, (3,), error)
+    run = generation(flow, job(), fallbacks=fallbacks)
+    with pytest.raises(RuntimeError, match=str(error)):
+        list(run.stream())
+
+
+def test_frames_of_another_job_are_refused(flow, tmp_path):
+    def known(work, means=PLAIN, captions=("a",), of=flow):
+        return identity(of, work, means, list(captions), "")
+
+    work = job(CONTEXTS["first_frame"][0], frames=6, **LONG)
+    file = Unfinished(str(tmp_path / "clip.mp4"), known(work))
+    assert file.load() is None
+    kept = []
+    list(generation(flow, work, on_window=kept.append).stream())
+    file.save(kept[0])
+    assert os.listdir(tmp_path) == ["clip.mp4.unfinished.safetensors"]
+    again = file.load()
+    assert all(map(torch.equal, vars(again).values(), vars(kept[0]).values()))
+    others = {
+        "seed": known(replace(work, seed=1)),
+        "cache": known(work, Means(cache=INT8)),
+        "prompt": known(work, captions=["b"]),
+        "given frames": known(replace(work, context=Context("first_frame", latents(1, seed=9)))),
+        "guidance, solver": known(replace(work, guidance=2.0, solver=EXACT)),
+        "weights": known(work, of=models.flow(seed=9)),
+    }
+    for names, other in others.items():
+        with pytest.raises(InputError, match=rf"is of another job: {names} differ\. Give the same options"):
+            replace(file, identity=other).load()
+    save_tensors({"noise": torch.zeros(1)}, file.path, "fp32", {})
+    with pytest.raises(CheckpointError, match="isn't an unfinished clip"):
+        file.load()
