@@ -81,6 +81,7 @@ JOBS = {
     "3B, image": DryJob(STARFLOW_3B, image()),
     "3B, image, no denoising": DryJob(STARFLOW_3B, image(denoise=False)),
     "3B, image, no guidance": DryJob(STARFLOW_3B, image(guidance=0.0)),
+    "3B, 512 x 512, no guidance": DryJob(STARFLOW_3B, image(512, guidance=0.0)),
     "3B, image, float32": DryJob(STARFLOW_3B, image(), dtype=torch.float32),
     "3B, batch of 8": DryJob(STARFLOW_3B, image(batch=8)),
     "3B, 512 x 512": DryJob(STARFLOW_3B, image(512)),

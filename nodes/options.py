@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from comfy_api.latest import io
 
 from ..starflow_core.jobs import CACHE_PLACES, CACHES, memory
+from ..starflow_core.jobs.pace import Pace
 from ..starflow_core.jobs.planner import HostedOptions, MemoryPlan, choose_hosted
 from ..starflow_core.jobs.tasks import Job, Means
 from . import host
@@ -95,4 +96,10 @@ def fitted(model, job: Job, options: Options, widen: bool) -> tuple[Job, MemoryP
         return memory.forecast(flow.config, job, flow.compute_dtype, means)
 
     plan = choose_hosted(job, room, fixed, forecast)
+    plan = plan.timed(pace(model, job, plan))
     return plan.fitted(job, widen and fixed.span is None), plan, room.work(plan)
+
+
+def pace(model, job: Job, plan: MemoryPlan) -> Pace:
+    """How long such jobs take here."""
+    return Pace(model.model.config, job, model.load_device, model.model.compute_dtype, plan.means)

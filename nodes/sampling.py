@@ -16,7 +16,7 @@ from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
-from .options import Options, fitted
+from .options import Options, fitted, pace
 from .plot import convergence
 from .preview import Preview
 from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, OptionsType, SolverType
@@ -234,12 +234,14 @@ def _sample(
         fallbacks=plan.fallbacks,
     )
     watch.generation = generation
-    final = []
+    final, began = [], time.monotonic()
     for piece in generation.stream():
         watch.show(piece)
         if piece.final:
             final.append(piece.latents.to(host.result_device()))
     watch.finished()
+    if generation.means == plan.means:
+        pace(model, job, plan).note(time.monotonic() - began)
     samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 

@@ -17,6 +17,7 @@ from .. import pipeline
 from ..errors import OutOfMemoryForecast
 from ..jobs import memory
 from ..jobs.build import default_job
+from ..jobs.pace import Pace
 from ..jobs.planner import MemoryOptions, choose
 from ..jobs.tasks import Job, Means
 from ..media import read_metadata
@@ -111,7 +112,8 @@ def _plan(
     weights = (in_int8 or name == INT8,) if name or in_int8 else (False, True)
     need = partial(memory.forecast, config, dtype=dtype)
     try:
-        return str(choose(job, device, options, weights, lambda job, means: need(job, means=means)))
+        plan = choose(job, device, options, weights, lambda job, means: need(job, means=means))
+        return str(plan.timed(Pace(config, job, device, dtype, plan.means)))
     except OutOfMemoryForecast as error:
         return f"doesn't fit: {error}"
 

@@ -41,7 +41,10 @@ def generate(args: Namespace) -> None:
             run = start(
                 pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished
             )  # fmt: skip
+            whole, started = run.sampler.done == run.layout.given, time.monotonic()
             write(pipeline, run, plan.writers[chunk], sampling, plan.source, args.tile)
+            if whole and run.means == plan.memory.means:
+                plan.setup.pace(part, plan.memory).note(time.monotonic() - started)
             if unfinished:
                 remove(path_of(unfinished))
             statistics.append(run.statistics)

@@ -14,6 +14,7 @@ import torch
 
 from ..errors import InputError
 from ..jobs import memory
+from ..jobs.pace import Pace
 from ..jobs.planner import MemoryOptions, MemoryPlan
 from ..jobs.tasks import Job
 from ..media import STILLS
@@ -52,7 +53,12 @@ class Setup:
         """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
         options = MemoryOptions(args.memory, args.cache, args.offload)
         may_quantise = args.dtype == "auto"
-        return self.parts.plan(job, self.dtype, self.device, options, may_quantise, args.tile, keep_text_encoder)
+        plan = self.parts.plan(job, self.dtype, self.device, options, may_quantise, args.tile, keep_text_encoder)
+        return plan.timed(self.pace(job, plan))
+
+    def pace(self, job: Job, plan: MemoryPlan) -> Pace:
+        """How long such jobs take here."""
+        return Pace(self.config, job, self.device, self.dtype, plan.means)
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""

@@ -151,14 +151,14 @@ def _denoising(config: FlowConfig, job: Job, item: int, frames: int, tokens: int
 
 
 def _score_step(config: FlowConfig, tokens: int, item: int, means: Means) -> int:
-    """One sample's gradient: a hidden state per layer, one layer's activations and their gradients, and that layer's
-    weights, expanded from 8 bit, which wait for the way back."""
+    """One sample's gradient: a hidden state per layer, one layer's activations and their gradients, counted, the masks
+    of its attention, and that layer's weights, expanded from 8 bit, which wait for the way back."""
     tokens += config.prompt.tokens
     hidden = sum(n * (config.deep_width if i == len(config.layers) - 1 else config.width)
                  for i, n in enumerate(config.layers))  # fmt: skip
     widest = max(config.width, config.deep_width)
     kept = 8 * widest**2 * item if means.int8 else 0
-    return item * tokens * (hidden + 24 * widest) + kept + _brought(widest, item, means)
+    return item * tokens * (hidden + 28 * widest) + 3 * tokens**2 + kept + _brought(widest, item, means)
 
 
 def free(device: torch.device) -> int | None:

@@ -18,9 +18,11 @@ from ..errors import InputError, OutOfMemoryForecast
 from ..model.cache import CacheSettings
 from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
+from .pace import Pace, about
 from .tasks import Job, Means
 
 REMEDY = "use a smaller size, guidance 0, or another device"
+MAIN = torch.device("cpu")  # main memory
 STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer, larger ones are faster
 
 
@@ -134,13 +136,19 @@ class HostedOptions:
 @dataclass(frozen=True)
 class MemoryPlan:
     """The means for a job, what it needs with them, and how many bytes are `free` on the device (None: unknown).
-    `text_away` says that the text encoder computes on the CPU, `fallbacks` what takes less with weights as they are."""
+    `text_away` says that the text encoder computes on the CPU, `fallbacks` what takes less with weights as they are;
+    `seconds` is about how long it takes, if known."""
 
     means: Means
     need: Forecast
     free: int | None
     text_away: bool = False
     fallbacks: tuple[Means, ...] = ()
+    seconds: float | None = None
+
+    def timed(self, pace: Pace) -> MemoryPlan:
+        """With what the pace of this machine says."""
+        return replace(self, seconds=pace.estimate())
 
     def fitted(self, job: Job, widen: bool) -> Job:
         """The job with a span that suits the means, if `widen` allows it."""
@@ -152,7 +160,8 @@ class MemoryPlan:
         words = f"{self.means}{'; text encoder on the CPU' if self.text_away else ''}"
         phases = ", ".join(f"{phase} {readable(size)}" for phase, size in self.need.phases.items())
         away = f"; {readable(self.need.host)} in main memory" if self.need.host else ""
-        return f"{words}. Needs {readable(self.need.total)} ({phases}){away}"
+        long = f". Takes {about(self.seconds)}, going by the last such job here" if self.seconds else ""
+        return f"{words}. Needs {readable(self.need.total)} ({phases}){away}{long}"
 
 
 def choose(
@@ -187,17 +196,32 @@ def _first(
     """The first means with which a job fits into its budget and what is free, both in bytes or None."""
     if budget is not None:
         free = budget if free is None else min(free, budget)
+    room = {MAIN: memory.free(MAIN)} | {device: free}
     allowed, plans = iter(allowed), []
     for means in allowed:
         plan = _plan(forecast(job, means), means, free, device)
-        if free is None or memory.fits(plan.need.total, free):
+        if _lacks(plan.need, device, room) is None:
             return replace(plan, fallbacks=_fallbacks(means, allowed))
         plans.append(plan)
     least = min(plans, key=lambda plan: plan.need.total)
-    nearest = _nearest(job, lambda smaller: memory.fits(forecast(smaller, least.means).total, free), remedy)
+    nearest = _nearest(job, lambda smaller: _lacks(forecast(smaller, least.means), device, room) is None, remedy)
+    lacking = _lacks(least.need, device, room)
+    need = least.need.total if lacking == device else least.need.host
     raise OutOfMemoryForecast(
-        f"{what} needs at least {readable(least.need.total)}, but {readable(free)} are free on {device}; {nearest}"
+        f"{what} needs at least {readable(need)}, but {readable(room[lacking])} are free on {lacking}; {nearest}"
     )
+
+
+def _lacks(need: Forecast, device: torch.device, room: dict[torch.device, int | None]) -> torch.device | None:
+    """Where there is too little room for a job on a device, there or in main memory; None where there is enough. Room
+    of None is unknown."""
+    needs = {MAIN: need.host} | {device: need.total}
+    lacking = [place for place, size in needs.items() if size and not _has_room(room[place], size)]
+    return lacking[-1] if lacking else None
+
+
+def _has_room(free: int | None, size: int) -> bool:
+    return free is None or memory.fits(size, free)
 
 
 def _fallbacks(means: Means, others: Iterable[Means]) -> tuple[Means, ...]:

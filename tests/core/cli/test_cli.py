@@ -555,6 +555,16 @@ def test_interruption_keeps_what_is_complete(run, monkeypatch, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["a-0.png"]
 
 
+def test_the_second_job_says_how_long_it_takes(run, monkeypatch):
+    said = []
+    monkeypatch.setattr(generate, "tell_plan", lambda plan: said.append(str(plan)))
+    for _ in range(2):
+        run("generate", PROMPT, "--frames", 5, "--height", 32, "--width", 48)
+    assert "Takes" not in said[0]
+    assert re.search(r"Takes about \d+ s, going by the last such job here$", said[1])
+    assert any("Takes about" in line for line in run("inspect", "--device", "cpu", "--dtype", "fp32"))
+
+
 LONG = ("--frames", 33, "--window", 4, "--keep", 1, "--guidance", 0, "--height", 32, "--width", 48)
 
 

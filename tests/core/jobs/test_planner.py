@@ -136,6 +136,45 @@ def test_without_accelerate_nothing_is_streamed(monkeypatch):
 HOST = Room(torch.device("lazy"), 10**6, 70, streamed=(False, True))  # weights of 70 bytes, which it can move
 
 
+def test_main_memory_is_asked_for_what_moves_there(monkeypatch):
+    card = torch.device("lazy")
+
+    def forecast(job: Job, means: Means) -> Forecast:
+        return Forecast(40 if means.streamed else 100, 10, 0, host=60 * job.batch if means.streamed else 0)
+
+    free = {"lazy": 60, "cpu": 100}
+    monkeypatch.setattr(planner, "can_stream", lambda: True)
+    monkeypatch.setattr(planner.memory, "free", lambda device: free[device.type])
+    assert choose(JOB, card, MemoryOptions(), (False,), forecast).means.streamed
+    free["cpu"] = 55
+    with pytest.raises(OutOfMemoryForecast, match="needs at least 0 kB, but 0 kB are free on cpu; use a smaller size"):
+        choose(JOB, card, MemoryOptions(), (False,), forecast)
+    free["cpu"] = 100
+    with pytest.raises(OutOfMemoryForecast, match="are free on cpu; a batch of 1 fits"):
+        choose(replace(JOB, batch=2), card, MemoryOptions(), (False,), forecast)
+    free["lazy"] = 40
+    with pytest.raises(OutOfMemoryForecast, match="are free on lazy"):
+        choose(JOB, card, MemoryOptions(), (False,), forecast)
+
+
+def test_what_a_job_falls_back_to():
+    def fallbacks(device="lazy", **options):
+        plan = choose(JOB, torch.device(device), MemoryOptions(**options), (False,), by_means())
+        assert all(replace(other, cache=plan.means.cache) == plan.means for other in plan.fallbacks)
+        return [other.cache for other in plan.fallbacks]
+
+    away = CacheSettings(True, True)
+    assert fallbacks(offload="none") == [INT8_CACHE]
+    assert fallbacks("cpu") == [INT8_CACHE]
+    assert fallbacks(offload="weights") == [INT8_CACHE]
+    assert fallbacks(offload="all") == []
+    assert fallbacks(cache="full", offload="none") == []
+    assert fallbacks(offload="weights", cache="int8") == []
+    room = replace(HOST, free=10**6, weights=1)
+    plan = choose_hosted(JOB, room, HostedOptions(), by_cache)
+    assert [other.cache for other in plan.fallbacks] == [INT8_CACHE, away]
+
+
 def by_cache(job: Job, means: Means) -> Forecast:
     """100 bytes of work, less where means save some, and 10 bytes of weights at the least."""
     saved = 40 * means.cache.quantised + 10 * means.in_turn + 30 * means.cache.offloaded
