@@ -43,6 +43,8 @@ _WHERE = {
     "read_metadata": "media",
     "VideoWriter": "media",
     "fit": "media",
+    "Noise": "jobs.noises",
+    "fresh_noise": "jobs.noises",
     "Inversion": "inversion",
     "encode_to_noise": "inversion",
     "decode_from_noise": "inversion",

@@ -2,114 +2,63 @@
 
 from __future__ import annotations
 
-import json
-import os
-from dataclasses import asdict, dataclass
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
 from .control import Control
-from .errors import CheckpointError, InputError
 from .jobs import memory
 from .jobs.build import default_job
-from .jobs.tasks import Generation, Job, layout
-from .model.config import FlowConfig
-from .model.latent import to_flow_space
+from .jobs.context import Context
+from .jobs.noises import Noise, inversion_job, inverted, noise_of
+from .jobs.tasks import Generation
 from .pipeline import Pipeline
+from .solve.inverting import Inverted
 from .solve.solvers import PRESETS, SolverSettings
-from .weights.tensorfiles import TensorFile, save_tensors
 
-NOISE_SCHEMA = 1  # version of the noise file
-NOISE_KEY = "starflow_noise"
-NO_NOISE = "{} isn't a noise file; create one with `encode`"
-
-
-@dataclass(frozen=True)
-class Inversion:
-    """The noise (1, T, C, h, w) that a clip is made from, under a prompt, and how likely it is.
-
-    `log_likelihood` in nats and `bits_per_dim` are those of the clean latents; the model was trained
-    on latents with noise added. `model` is the name of the flow.
-    """
-
-    noise: Tensor
-    prompt: str
-    fps: float
-    model: str
-    log_likelihood: float
-    bits_per_dim: float
-
-    def job(self, config: FlowConfig, solver: SolverSettings = PRESETS["exact"]) -> Job:
-        """The job that makes the clip again."""
-        frames, _, height, width = self.noise.shape[1:]
-        height, width = height * config.latent.spatial, width * config.latent.spatial
-        return inversion_job(config, height, width, config.latent.frames(frames), self.fps, solver)
-
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file, missing folders included. Raises InputError where that fails."""
-        values = {"schema": NOISE_SCHEMA, **{k: v for k, v in asdict(self).items() if k != "noise"}}
-        save_tensors({"noise": self.noise}, path, "fp32", {NOISE_KEY: json.dumps(values)})
-
-    @classmethod
-    def load(cls, path: str | Path) -> Inversion:
-        """Read what `save` wrote. Raises CheckpointError for anything else."""
-        if os.path.isfile(path) and Path(path).suffix.lower() != ".safetensors":
-            raise CheckpointError(NO_NOISE.format(path))
-        file = TensorFile.open(path)
-        try:
-            values = json.loads(file.metadata[NOISE_KEY])
-            if values.pop("schema") != NOISE_SCHEMA:
-                raise CheckpointError(f"{path} was written by a newer version; update this one")
-            noise = file.tensor("noise")
-            if noise.ndim != 5:
-                raise ValueError(noise.shape)
-            return cls(noise, **values)
-        except (KeyError, ValueError, TypeError, AttributeError):
-            raise CheckpointError(NO_NOISE.format(path)) from None
-
-
-def inversion_job(
-    config: FlowConfig, height: int, width: int, frames: int, fps: float | None = None,
-    solver: SolverSettings = PRESETS["exact"],
-) -> Job:  # fmt: skip
-    """The job that inverts a clip and makes it again: no guidance, no denoising, one window."""
-    rate = {} if fps is None else {"fps": fps}
-    job = default_job(
-        config, height=height, width=width, frames=frames, guidance=0.0, denoise=False, solver=solver, **rate
-    )
-    plan = layout(config, job)
-    if plan.total > plan.window:
-        raise InputError(
-            f"the clip is longer than the window of {plan.window} latent frames; "
-            f"shorten it to {config.latent.frames(plan.window)} frames or fewer"
-        )
-    return job
+Inversion = Noise  # its name in version 0.1
 
 
 @torch.no_grad()
 def encode_to_noise(
-    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None
-) -> tuple[Inversion, str]:
+    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None,
+    **options,
+) -> tuple[Noise, str]:  # fmt: skip
     """The noise of a clip (F, 3, H, W) in [-1, 1] (a picture if F = 1), and what was cut off the prompt.
 
-    Raises InputError for impossible sizes and frame counts, and for clips longer than the window.
+    Options: `seed` adds the model's own noise to the latents first, drawn from it; `negative` and `guidance` as when
+    sampling; `window` and `keep` for clips longer than the window; `context`, the frames that are given. Raises
+    InputError for impossible sizes and frame counts.
     """
-    config = pipeline.config
-    job = inversion_job(config, *pixels.shape[-2:], len(pixels), fps)
+    return measure(pipeline, pixels, prompt, fps, control, **options)[1:]
+
+
+@torch.no_grad()
+def measure(
+    pipeline: Pipeline, pixels: Tensor, prompt: str = "", fps: float | None = None, control: Control | None = None, *,
+    seed: int | None = None, negative: str = "", guidance: float = 0.0, window: int | None = None,
+    keep: int | None = None, context: Context | None = None,
+) -> tuple[Inverted, Noise, str]:  # fmt: skip
+    """As `encode_to_noise`, with the surprise of each token."""
+    config, (height, width) = pipeline.config, pixels.shape[-2:]
+    job = default_job(
+        config, height=height, width=width, frames=len(pixels), guidance=guidance, seed=seed or 0, window=window,
+        keep=keep, context=context, **({} if fps is None else {"fps": fps}),
+    )  # fmt: skip
+    job = inversion_job(config, job, seed is None)
     pipeline.require(memory.forecast_encode(config, job, pipeline.dtype), "encoding this")
-    text, _, cut = pipeline.encode_text([prompt], "", job)
+    text, uncond, cut = pipeline.encode_text([prompt], negative, job)
     latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
-    clean = to_flow_space(config.latent, latents, layout(config, job).factors).to(pipeline.placement.shallow)
-    encoding = pipeline.flow.encode(clean, text, control)
-    values = (float(encoding.log_likelihood), float(encoding.bits_per_dim))
-    return Inversion(encoding.noise.cpu(), prompt, job.fps, config.name, *values), cut[0]
+    found = inverted(pipeline.flow, job, latents, text, uncond, control=control, placement=pipeline.placement)
+    noise = noise_of(config, job, found, prompt, negative)
+    return found, noise, cut[0]
 
 
 def decode_from_noise(
-    pipeline: Pipeline, inversion: Inversion, solver: SolverSettings = PRESETS["exact"], control: Control | None = None
-) -> Generation:
-    """A generation that makes the clip again; `Pipeline.frames` gives its pixels."""
-    job = inversion.job(pipeline.config, solver)
-    return pipeline.start(inversion.prompt, job, control=control, noise=inversion.noise)[0]
+    pipeline: Pipeline, noise: Noise, solver: SolverSettings = PRESETS["exact"], control: Control | None = None,
+    prompt: str | None = None, **settings,
+) -> Generation:  # fmt: skip
+    """A generation that makes the clip again, or another one from the same noise with another `prompt` or other job
+    `settings`; `Pipeline.frames` gives its pixels."""
+    job = noise.job(pipeline.config, solver, **settings)
+    caption = noise.prompt if prompt is None else prompt
+    return pipeline.start(caption, job, negative=noise.negative, control=control, noise=noise.noise)[0]

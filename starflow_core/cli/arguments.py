@@ -86,10 +86,16 @@ def _generate(command: argparse.ArgumentParser) -> None:
 
 def _encode(command: argparse.ArgumentParser) -> None:
     command.description += (
-        " Encodes the latents without adding noise, though the flow was trained on noisy ones. "
-        "Prints their log-likelihood and bits per dimension."
+        " Encodes the latents as they are, though the flow was trained on noisy ones, and prints their log-likelihood "
+        "and bits per dimension. With --seed the model's own noise is added to them first, so that the result is like "
+        "fresh noise and can be blended with it."
     )
     _add_input(command)
+    command.add_argument("--seed", type=whole, metavar="N", help="add the model's own noise first, drawn from it")
+    command.add_argument("--guidance", type=float, metavar="W", help="of the sampling that is inverted (default: 0)")
+    command.add_argument("--negative", default="", metavar="TEXT", help="what that guidance steers away from")
+    command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once")
+    command.add_argument("--keep", type=whole, metavar="N", help="latent frames kept when the window slides")
     _add_model(command)
     command.add_argument(
         "-o", "--output", metavar="FILE", help=".safetensors file (default: outputs/INPUT.safetensors)"
@@ -97,12 +103,31 @@ def _encode(command: argparse.ArgumentParser) -> None:
 
 
 def _decode(command: argparse.ArgumentParser) -> None:
-    command.description += " Uses the prompt, frame rate and size stored in the file, without guidance or denoising."
-    command.add_argument("input", metavar="NOISE", help="file written by encode")
+    command.description += " Uses the prompt, guidance, frame rate and size stored in the file."
+    command.add_argument("input", metavar="NOISE", help="file written by encode or mix")
+    command.add_argument("--prompt", metavar="TEXT", help="another prompt for the same noise")
+    command.add_argument("--guidance", type=float, metavar="W", help="another guidance than the file's")
     _add_solver(command, "exact")
     _add_model(command)
     _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)
+
+
+def _mix(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Of one noise makes a variation, by blending it with fresh noise; of two makes one between them, on the arc. "
+        "Noise that is to be varied has to be encoded with --seed."
+    )
+    command.add_argument("input", nargs="+", metavar="NOISE", help="one or two files written by encode or mix")
+    command.add_argument(
+        "--amount", type=float, default=0.35, metavar="X",
+        help="how much of the fresh or the second noise, 0 to 1 (default: 0.35)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=whole, metavar="N", help="of the fresh noise (default: 0)")
+    command.add_argument(
+        "--keep-frames", type=whole, default=0, metavar="N", help="latent frames at the start that stay (default: 0)"
+    )
+    command.add_argument("-o", "--output", metavar="FILE", help=".safetensors file (default: in outputs/)")
 
 
 def _score(command: argparse.ArgumentParser) -> None:
@@ -139,6 +164,7 @@ COMMANDS = {
     "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
     "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
+    "mix": ("invert", _mix, "vary a noise, or mix two"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),

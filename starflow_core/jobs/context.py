@@ -20,12 +20,13 @@ class Context:
     """Clean latents of given frames (B, C, T, h, w) in VAE space, and the task they stand for.
 
     The deep sequence begins with them. The first `hidden` of them are not part of the result: the source of an edit, or
-    a last frame.
+    a last frame. The model's own noise is added to them, as in training, if `noisy`.
     """
 
     task: str
     latents: Tensor
     hidden: int = 0
+    noisy: bool = True
 
     @property
     def frames(self) -> int:

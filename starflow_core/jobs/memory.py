@@ -95,16 +95,11 @@ def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
 
 
 def forecast_encode(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN) -> Forecast:
-    """What encoding such a job's clip to noise needs."""
-    plan = layout(config, job)
-    tokens = plan.total * (job.height // config.cell) * (job.width // config.cell)
-    item = dtype.itemsize
-    shallow = _layer(item, min(SHALLOW_TOKENS, job.batch * tokens), config.width, means)
-    deep = _layer(item, job.batch * (config.prompt.tokens + tokens), config.deep_width, means)
-    # Latents, and a log-determinant of their size for each block, all in float32.
-    latents = 4 * (3 + len(config.layers)) * job.batch * plan.total * math.prod(plan.shape)
-    weights, away = _weights(config, dtype, means)
-    return Forecast(weights, 0, max(shallow, deep) + latents, host=away)
+    """What inverting such a job's clip needs: as much as sampling it, and a log-determinant of the latents' size for
+    each block."""
+    need, plan = forecast(config, replace(job, denoise=False), dtype, means), layout(config, job)
+    logdets = 4 * len(config.layers) * job.batch * plan.total * math.prod(plan.shape)
+    return replace(need, activations=need.activations + logdets)
 
 
 def _layer(item: int, tokens: int, width: int, means: Means) -> int:

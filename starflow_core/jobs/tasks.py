@@ -324,6 +324,8 @@ class Generation:
     def _noisy_context(self) -> Tensor | None:
         if not self.layout.given:
             return None
+        if not self.job.context.noisy:
+            return self.given
         drawn = noise.draw_context(self.job.seed, self.job.batch, self.layout.given, self.layout.shape)
         return self.given + self.flow.config.noise_std * drawn.to(self.given)
 

@@ -80,7 +80,7 @@ def check_unfinished(output: str) -> None:
 def identity(flow: Flow, job: Job, means: Means, captions: list[str], negative: str) -> dict[str, Any]:
     """All that decides what is sampled. The text encoder is taken to be the same."""
     context, named = job.context, {"prompt": captions, "negative": negative, "noise version": noise.VERSION}
-    given = context and [context.task, context.hidden, _digest([context.latents])]
+    given = context and [context.task, context.hidden, context.noisy, _digest([context.latents])]
     numbers = {k: v for k, v in vars(job).items() if k not in ("context", "solver", "denoise")}
     types = {"dtype": str(flow.compute_dtype), "cache": asdict(means.cache)}
     values = {**named, **numbers, "solver": asdict(job.solver), "given frames": given, **types, "weights": _known(flow)}

@@ -122,11 +122,13 @@ class Window:
         return self.x[:, max(start - 1, 0) : stop - 1]
 
 
-def absorb(evaluate: Evaluate, window: Window) -> None:
-    """Run the known tokens, so that their keys and values are in the cache."""
+def absorb(evaluate: Evaluate, window: Window, report: Callable[[int], None] = lambda done: None) -> None:
+    """Run the known tokens, so that their keys and values are in the cache, and their scale and shift in the window.
+    `report` is told how many are done."""
     for start in range(0, window.known, ABSORBED):
         stop = min(start + ABSORBED, window.known)
         window.a[:, start:stop], window.b[:, start:stop] = evaluate(window.before(start, stop), start)
+        report(stop)
 
 
 def solve_tokens(evaluate: Evaluate, window: Window) -> Iterator[int]:

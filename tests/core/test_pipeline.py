@@ -27,9 +27,9 @@ from tests.core import models, tiny
 ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled CheckpointError Context Control Encoding Flow FlowConfig Generation InputError Inversion Job
-NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress Sampler SolverSettings StarflowError
-VideoWriter convert decode_from_noise denoise encode_to_noise fit load_flow load_pipeline load_text_encoder load_vae
-read_image read_metadata read_video sample score_denoise write_video
+Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress Sampler SolverSettings
+StarflowError VideoWriter convert decode_from_noise denoise encode_to_noise fit fresh_noise load_flow load_pipeline
+load_text_encoder load_vae read_image read_metadata read_video sample score_denoise write_video
 """
 
 

@@ -135,7 +135,7 @@ FAULTS: list[Fault] = [
         "encode ignores --fps", TESTS + "test_decoding_is_exact_unless_told_otherwise",
     ),
     Fault(
-        INVERT, "inversion.job(config, solver(args))", "inversion.job(config)",
+        INVERT, "noise.job(config, solver(args), **settings)", "noise.job(config, **settings)",
         "decode ignores the solver's options", TESTS + "test_decoding_is_exact_unless_told_otherwise",
     ),
     Fault(
@@ -155,7 +155,7 @@ FAULTS: list[Fault] = [
         "odd frames are not left out", TESTS + "test_frames_that_do_not_fill_a_latent_frame",
     ),
     Fault(
-        INVERT, "if inversion.model != config.name:", "if False:",
+        INVERT, "if noise.model != config.name:", "if False:",
         "noise of another model is decoded without a word",
         TESTS + "test_a_picture_and_back_by_an_image_model",
     ),

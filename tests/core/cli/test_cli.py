@@ -35,9 +35,11 @@ FLAGS = {
     "keep last-image "
     "max-sweeps memory model negative no-denoise offload output preset prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile tolerance vae video width window",
-    "encode": "aspect device dtype fps frames height model output prompt size text-encoder vae width",
-    "decode": "cache device dtype first-span image-span max-sweeps memory model offload output preset quality "
-    "shallow-tolerance solver span text-encoder tile tolerance vae",
+    "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
+    "vae width window",
+    "mix": "amount keep-frames output seed",
+    "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
+    "quality shallow-tolerance solver span text-encoder tile tolerance vae",
     "score": "aspect device dtype fps frames height json model prompt size text-encoder vae width",
     "convert": "dtype overwrite",
     "inspect": "aspect batch cache device dtype frames guidance height json memory offload size width",
@@ -706,6 +708,53 @@ def test_a_picture_and_back_by_an_image_model(run, given, image_model):
     run("decode", "outputs/picture.safetensors", err=message)
 
 
+def test_a_long_clip_and_back(run, given, demo):
+    """Window by window, with guidance."""
+    options = ("--frames", 21, "--guidance", 1.5, "--negative", "blue")
+    out = run("encode", given / "long.mp4", *options, "-o", "n.safetensors")
+    assert out == ["n.safetensors"]  # under guidance there is no likelihood
+    run("decode", "n.safetensors", "-o", "back/%05d.png")
+    assert (pixels("back/") - vae_round_trip(given / "long.mp4", demo, 21)).abs().max() <= 1.01 / 127.5
+    found = read_metadata("back/")
+    assert (found["guidance"], found["negative"], found["denoise"]) == (1.5, "blue", False)
+    assert found["noise"] == ["from a clip", "prompt ''"]
+
+
+def test_variations_and_mixtures(run, given):
+    for name, seed in (("a", 4), ("b", 5)):
+        run("encode", given / "clip.mp4", "--seed", seed, "-o", f"{name}.safetensors")
+    assert run("mix", "a.safetensors") == ["outputs/a-mixed.safetensors"]
+    run("mix", "a.safetensors", "--amount", 0, "-o", "same.safetensors")
+    run("mix", "a.safetensors", "--amount", 1, "--seed", 7, "--keep-frames", 1, "-o", "other.safetensors")
+    run("mix", "a.safetensors", "b.safetensors", "--amount", 1, "-o", "second.safetensors")
+    noise = {path.stem: load_file(path)["noise"] for path in Path().glob("*.safetensors")}
+    assert torch.equal(noise["same"], noise["a"])
+    assert torch.equal(noise["other"][:, :1], noise["a"][:, :1])
+    assert not torch.isclose(noise["other"][:, 1:], noise["a"][:, 1:]).any()
+    torch.testing.assert_close(noise["second"], noise["b"])
+    for name in ("same", "other"):
+        run("decode", f"{name}.safetensors", "--prompt", "blue", "-o", f"{name}/")
+    assert (pixels("same/") - pixels("other/")).abs().max() > 0.1
+    found = read_metadata("other/")
+    assert (found["prompt"], found["denoise"]) == ("blue", True)
+    assert found["noise"] == [
+        "from a clip, with the model's own noise of seed 4", "varied by 1, seed 7, 1 latent frames kept", "prompt ''",
+    ]  # fmt: skip
+    run("encode", given / "clip.mp4", "-o", "clean.safetensors")
+    message = "^error: this noise is that of clean latents, which can't be blended with fresh noise"
+    run("mix", "clean.safetensors", code=2, err=message)
+    run("mix", "clean.safetensors", "a.safetensors", code=2, err="one noise is that of clean latents, the other isn't")
+    for amount in (-0.1, 1.1, "nan"):
+        run(
+            "mix",
+            "a.safetensors",
+            "--amount",
+            amount,
+            code=2,
+            err="^error: the strength of a variation is .*from 0 to 1",
+        )
+
+
 def test_score(run, given):
     options = (given / "clip.mp4", "--prompt", PROMPT)
     text = run("score", *options)
@@ -729,12 +778,16 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
     ("encode {given}/noise.png", "cannot be read"),
     ("encode {given}/clip.mp4 --frames 10", "has only 9 frames; lower --frames"),
     ("encode {given}/clip.mp4 --frames 6", "6 frames: .* nearest are 5 and 9"),
-    ("encode {given}/long.mp4", "longer than the window of 5 latent frames; shorten it to 17 frames"),
+    ("encode {given}/long.mp4", "longer than the window of 17 frames; give --frames 17, or more of them"),
     ("encode {given}/clip.mp4 -o noise.bin", "does not end in .safetensors"),
     ("encode {given}/clip.mp4 -o {given}/clip.mp4/n.safetensors", "cannot be written"),
     ("decode missing.safetensors", "no checkpoint at missing.safetensors"),
     ("decode {demo}/flow.safetensors", "flow.safetensors isn't a noise file; create one with `encode`"),
     ("decode {given}/noise.png", "noise.png isn't a noise file; create one with `encode`"),
+    ("encode {given}/clip.mp4 --frames 9 --window 2 --keep 2", "keeps 1 to 1 when it slides"),
+    ("mix missing.safetensors", "no checkpoint at missing.safetensors"),
+    ("mix a b c", "3 noises; give one for a variation of it, or two to mix"),
+    ("mix a b --seed 1", "--seed and --keep-frames are for variations of one noise"),
     ("score {given}/clip.mp4 --height 30 --width 30", "height 30 .* nearest are 16 and 32"),
 ])  # fmt: skip
 def test_what_cannot_be_inverted(refused, given, demo, words, message):
