@@ -74,6 +74,7 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PL
     angles = 3 * 4 * config.head_dim * shape.slots
     vectors = angles + 4 * VECTORS * job.batch * plan.total * math.prod(plan.shape)
     deep = _layer(item, shape.rows * max(shape.widest, shape.prefix), config.deep_width, means)
+    deep += shape.moving(means.cache)
     frames = min(max(1, SHALLOW_TOKENS // tokens), job.batch * plan.total)
     shallow = _layer(item, frames * tokens, config.width, means)
     held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens, means)

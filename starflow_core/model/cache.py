@@ -59,11 +59,14 @@ class CacheShape:
         if not settings.in_groups:
             return here, 0
         value = self.head_dim + SCALE.itemsize if settings.quantised else self.head_dim * itemsize
-        settled, piece = row * self.layers * self.slots * value, row * min(PIECE, self.slots)
-        here += piece * self.head_dim * itemsize
-        if not settings.offloaded:
-            return here + settled, 0
-        return here + (piece * value if settings.quantised else 0), settled
+        settled = row * self.layers * self.slots * value
+        here += row * min(PIECE, self.slots) * self.head_dim * itemsize
+        return (here, settled) if settings.offloaded else (here + settled, 0)
+
+    def moving(self, settings: CacheSettings) -> int:
+        """What attention takes on the device besides: a piece in 8 bit that has come from main memory."""
+        piece = 2 * self.rows * self.heads * min(PIECE, self.slots)
+        return piece * (self.head_dim + SCALE.itemsize) if settings.quantised and settings.offloaded else 0
 
 
 class Cache:

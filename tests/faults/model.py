@@ -66,5 +66,5 @@ FAULTS = [
           "what settled after a group is lost", CACHES),
     Fault(f"{MODEL}/cache.py", "x.abs().amax(-1, keepdim=True)", "x.abs().amax()", "one scale for all rows", CACHES),
     Fault(f"{MODEL}/cache.py", "range(0, stop, PIECE)", "range(0, PIECE, PIECE)", "the first piece alone", CACHES),
-    Fault(f"{MODEL}/cache.py", "return here + settled, 0", "return here, 0", "settled slots aren't counted", CACHES),
+    Fault(f"{MODEL}/cache.py", "(here + settled, 0)", "(here, 0)", "settled slots aren't counted", CACHES),
 ]  # fmt: skip
