@@ -10,7 +10,7 @@ from .jobs import memory
 from .jobs.build import default_job
 from .jobs.context import Context
 from .jobs.noises import Noise, inversion_job, inverted, noise_of
-from .jobs.tasks import Generation
+from .jobs.tasks import Generation, Job
 from .pipeline import Pipeline
 from .solve.inverting import Inverted
 from .solve.solvers import PRESETS, SolverSettings
@@ -46,19 +46,28 @@ def measure(
     )  # fmt: skip
     job = inversion_job(config, job, seed is None)
     pipeline.require(memory.forecast_encode(config, job, pipeline.dtype), "encoding this")
-    text, uncond, cut = pipeline.encode_text([prompt], negative, job)
     latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
+    return measure_latents(pipeline, latents, job, prompt, negative, control)
+
+
+@torch.no_grad()
+def measure_latents(
+    pipeline: Pipeline, latents: Tensor, job: Job, prompt: str, negative: str = "", control: Control | None = None,
+    keep_text_encoder: bool = False,
+) -> tuple[Inverted, Noise, str]:  # fmt: skip
+    """As `measure`, for a clip's latents (1, C, T, h, w) in VAE space, inverted as `job` says."""
+    text, uncond, cut = pipeline.encode_text([prompt], negative, job, keep_text_encoder)
     found = inverted(pipeline.flow, job, latents, text, uncond, control=control, placement=pipeline.placement)
-    noise = noise_of(config, job, found, prompt, negative)
-    return found, noise, cut[0]
+    return found, noise_of(pipeline.config, job, found, prompt, negative), cut[0]
 
 
 def decode_from_noise(
     pipeline: Pipeline, noise: Noise, solver: SolverSettings = PRESETS["exact"], control: Control | None = None,
-    prompt: str | None = None, **settings,
+    prompt: str | None = None, keep_text_encoder: bool = False, **settings,
 ) -> Generation:  # fmt: skip
     """A generation that makes the clip again, or another one from the same noise with another `prompt` or other job
     `settings`; `Pipeline.frames` gives its pixels."""
     job = noise.job(pipeline.config, solver, **settings)
     caption = noise.prompt if prompt is None else prompt
-    return pipeline.start(caption, job, negative=noise.negative, control=control, noise=noise.noise)[0]
+    options = {"control": control, "noise": noise.noise, "keep_text_encoder": keep_text_encoder}
+    return pipeline.start(caption, job, negative=noise.negative, **options)[0]

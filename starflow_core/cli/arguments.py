@@ -9,6 +9,7 @@ from fractions import Fraction
 from ..jobs import CACHES, OFFLOADS
 from ..weights import WEIGHT_TYPES
 
+HOLDS = ("clip", "first-frame")  # as in `reprompt`, which is heavy to import
 INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
@@ -35,7 +36,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
 
     given = command.add_argument_group("given frames", "Without --aspect, their nearest trained ratio is used.")
-    given.add_argument("--image", metavar="FILE", help="first frame")
+    given.add_argument("--image", metavar="FILE", help="first-frame")
     given.add_argument("--last-image", metavar="FILE", help="last frame")
     given.add_argument("--video", metavar="FILE", help="clip to extend or edit; its frame rate is kept")
     given.add_argument("--task", choices=("extend", "edit"), help="what to do with --video")
@@ -130,6 +131,33 @@ def _mix(command: argparse.ArgumentParser) -> None:
     command.add_argument("-o", "--output", metavar="FILE", help=".safetensors file (default: in outputs/)")
 
 
+def _reprompt(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Finds the noise of a clip under the caption that it has, and samples it under another one: what the caption "
+        "says changes, the rest stays. Several candidates are compared, and the best is kept."
+    )
+    _add_input(command, described="--was")
+    command.add_argument("new", metavar="PROMPT", help="what it shall show, all of it")
+    command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
+    command.add_argument(
+        "--hold", choices=HOLDS, default="clip",
+        help="what stays: the whole clip, or its first frame alone, as for another motion (default: clip)",
+    )  # fmt: skip
+    command.add_argument(
+        "--strength",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="how strongly to hold on to the clip, 0 to 1 (default: 1)",
+    )
+    command.add_argument("--guidance", type=float, metavar="W", help="(default: 0 for the clip, 3 for its first frame)")
+    command.add_argument("--candidates", type=_positive, default=1, metavar="N", help="how many to make (default: 1)")
+    command.add_argument("--seed", type=whole, default=0, help="candidate i uses seed + i (default: 0)")
+    _add_solver(command, "balanced")
+    _add_model(command)
+    _add_video_output(command)
+
+
 def _score(command: argparse.ArgumentParser) -> None:
     command.description += " Scores the latents without adding noise, though the flow was trained on noisy ones."
     _add_input(command)
@@ -165,6 +193,7 @@ COMMANDS = {
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
     "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
     "mix": ("invert", _mix, "vary a noise, or mix two"),
+    "reprompt": ("reprompt", _reprompt, "change a clip by another prompt for its noise"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),
@@ -178,9 +207,9 @@ def _add_size(group) -> None:
     group.add_argument("--width", type=whole, metavar="PIXELS")
 
 
-def _add_input(command: argparse.ArgumentParser) -> None:
+def _add_input(command: argparse.ArgumentParser, described: str = "--prompt") -> None:
     command.add_argument("input", metavar="INPUT", help="picture or clip; it is scaled to cover the size, then cropped")
-    command.add_argument("--prompt", default="", metavar="TEXT", help="what it shows (default: empty)")
+    command.add_argument(described, dest="prompt", default="", metavar="TEXT", help="what it shows (default: empty)")
     command.add_argument("--frames", type=_positive, metavar="N", help="use only the first N frames")
     command.add_argument("--fps", type=_rate, metavar="RATE", help="frames per second (default: the clip's)")
     _add_size(command)

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
+
+from torch import Tensor
 
 from .. import __version__
 from ..control import Control
@@ -15,6 +17,7 @@ from ..inversion import decode_from_noise, encode_to_noise
 from ..jobs.build import chosen_size, default_job
 from ..jobs.noises import Noise
 from ..jobs.prompts import check_text
+from ..jobs.tasks import Job
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..weights.tensorfiles import check_target
 from .generate import report, write
@@ -96,36 +99,49 @@ def decode(args: Namespace) -> None:
 
 def _encoded(args: Namespace, **settings) -> Noise:
     """The noise of the input, after fitting it to the requested size. Settings as of `encode_to_noise`."""
-    check_text(args.prompt)
     check_text(settings.get("negative", ""))
-    setup = Setup.find(args)
-    config, latent = setup.config, setup.config.latent
-    longest = latent.frames(settings.get("window") or max(config.window, 1))
-    clip = read_video(args.input, args.frames or longest + latent.temporal)  # more need not be read
-    found = len(clip.pixels)
-    if args.frames and found < args.frames:
-        raise InputError(f"{args.input} has only {found} frames; lower --frames")
-    if not args.frames and found >= longest + latent.temporal:
-        raise InputError(
-            f"{args.input} is longer than the window of {longest} frames; give --frames {longest}, or more of them to "
-            "invert it window by window"
-        )
-    frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
-    height, width = chosen_size(config, clip.pixels, **size_options(args))
-    rate = args.fps or clip.fps
-    given = {"height": height, "width": width, "frames": frames, **({"fps": float(rate)} if rate else {})}
-    numbers = {name: settings[name] for name in ("window", "keep") if name in settings}
-    job = default_job(config, **given, **numbers, guidance=settings.get("guidance", 0.0))
-    setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
-    if frames < found:
-        warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
-    pixels = fit(clip.pixels[:frames], height, width)
+    numbers = {name: settings[name] for name in ("window", "keep", "guidance") if name in settings}
+    source = Source.read(args, Setup.find(args), **{"guidance": 0.0, **numbers})
     with Meter() as meter:
-        pipeline = setup.load(meter)
+        pipeline = source.setup.load(meter)
         control = Control(meter.encoding, warn=warn)
-        noise, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps, control, **settings)
-    warn_of_cut(args.prompt, cut, config)
+        noise, cut = encode_to_noise(pipeline, source.pixels, args.prompt, source.job.fps, control, **settings)
+    warn_of_cut(args.prompt, cut, pipeline.config)
     return noise
+
+
+@dataclass(frozen=True)
+class Source:
+    """A picture or clip (F, 3, H, W) to invert, fitted to the requested size, and the job that makes its like."""
+
+    setup: Setup
+    pixels: Tensor
+    job: Job
+
+    @classmethod
+    def read(cls, args: Namespace, setup: Setup, **settings) -> Source:
+        """Checks everything before a model is loaded, memory included. Settings are the job's."""
+        check_text(args.prompt)
+        config, latent = setup.config, setup.config.latent
+        longest = latent.frames(settings.get("window") or max(config.window, 1))
+        clip = read_video(args.input, args.frames or longest + latent.temporal)  # more need not be read
+        found = len(clip.pixels)
+        if args.frames and found < args.frames:
+            raise InputError(f"{args.input} has only {found} frames; lower --frames")
+        if not args.frames and found >= longest + latent.temporal:
+            raise InputError(
+                f"{args.input} is longer than the window of {longest} frames; give --frames {longest}, or more of them "
+                "to invert it window by window"
+            )
+        frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
+        height, width = chosen_size(config, clip.pixels, **size_options(args))
+        rate = args.fps or clip.fps
+        given = {"height": height, "width": width, "frames": frames, **({"fps": float(rate)} if rate else {})}
+        job = default_job(config, **given, **settings)
+        setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
+        if frames < found:
+            warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
+        return cls(setup, fit(clip.pixels[:frames], height, width), job)
 
 
 def _print_likelihood(noise: Noise) -> None:

@@ -38,6 +38,9 @@ FLAGS = {
     "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
     "vae width window",
     "mix": "amount keep-frames output seed",
+    "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span max-sweeps model "
+    "negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance vae "
+    "was width",
     "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
     "quality shallow-tolerance solver span text-encoder tile tolerance vae",
     "score": "aspect device dtype fps frames height json model prompt size text-encoder vae width",
@@ -755,6 +758,22 @@ def test_variations_and_mixtures(run, given):
         )
 
 
+@pytest.mark.parametrize("hold", ["clip", "first-frame"])
+def test_reprompt(run, given, hold):
+    words = ("reprompt", given / "clip.mp4", "a blue ring", "--was", PROMPT, "--hold", hold)
+    out = run(*words, "--candidates", 2, "--seed", 3)
+    assert out[0] == "outputs/clip-a-blue-ring.mp4"
+    assert [re.sub(r"-?[\d.]+( \(kept\))?$", "", line) for line in out[1:3]] == ["candidate 0: ", "candidate 1: "]
+    assert sum(line.endswith(" (kept)") for line in out[1:3]) == 1
+    assert read_video(out[0]).fps == 12
+    found = read_metadata(out[0])
+    assert (found["prompt"], found["was"], found["hold"], found["seed"]) == ("a blue ring", PROMPT, hold, 3)
+    assert found["scores"][found["candidate"]] == max(found["scores"])
+    assert found["guidance"] == {"clip": 0.0, "first-frame": 3.0}[hold]
+    run(*words, "--strength", 0, "-o", "other.mp4")
+    assert (read_metadata("other.mp4")["noise"][-1].startswith("varied by 1")) == (hold == "clip")
+
+
 def test_score(run, given):
     options = (given / "clip.mp4", "--prompt", PROMPT)
     text = run("score", *options)
@@ -786,6 +805,9 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
     ("decode {given}/noise.png", "noise.png isn't a noise file; create one with `encode`"),
     ("encode {given}/clip.mp4 --frames 9 --window 2 --keep 2", "keeps 1 to 1 when it slides"),
     ("mix missing.safetensors", "no checkpoint at missing.safetensors"),
+    ("reprompt {given}/clip.mp4 blue --strength 2", "the strength of holding on is 2; give a number from 0 to 1"),
+    ("reprompt {given}/clip.mp4 blue --guidance nan", "guidance is nan; 0 is off"),
+    ("reprompt {given}/clip.mp4 blue -o {given}/clip.mp4/x.mp4", "cannot be written|not a directory|exists"),
     ("mix a b c", "3 noises; give one for a variation of it, or two to mix"),
     ("mix a b --seed 1", "--seed and --keep-frames are for variations of one noise"),
     ("score {given}/clip.mp4 --height 30 --width 30", "height 30 .* nearest are 16 and 32"),

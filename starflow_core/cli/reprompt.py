@@ -1,0 +1,65 @@
+"""`reprompt`: a clip under another prompt, by the noise that it has under its own."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+from .. import __version__
+from ..control import Control
+from ..media import VideoWriter, check_writable
+from ..reprompt import Candidate, Wish
+from ..reprompt import reprompt as make
+from .invert import Source
+from .progress import Meter, warn
+from .settings import Setup, check_tile, default_output, slug, solver
+
+
+def reprompt(args: Namespace) -> None:
+    """Make the candidates, keep the best, and say what each was worth."""
+    began = time.monotonic()
+    check_tile(args.tile)
+    names = ("negative", "hold", "strength", "guidance", "candidates", "seed")
+    wish = Wish(args.prompt, args.new, **{name: getattr(args, name) for name in names})
+    settings = solver(args)
+    source = Source.read(args, Setup.find(args), guidance=wish.guidance, solver=settings)
+    job = source.job
+    output = args.output or default_output(f"{Path(args.input).stem}-{slug(args.new)}", job.frames)
+    check_writable(output, job.frames)
+    with Meter() as meter:
+        pipeline = source.setup.load(meter)
+        sampling = meter.sampling(job.frames * wish.candidates)
+        best, scores = make(
+            pipeline, source.pixels, wish, job.fps, settings, Control(sampling, warn=warn), tile=args.tile
+        )  # fmt: skip
+    with VideoWriter(output, job.fps, _metadata(args, source, wish, best, scores), args.quality) as writer:
+        writer.add(best.pixels)
+    _report(output, scores, time.monotonic() - began)
+
+
+def _metadata(args: Namespace, source: Source, wish: Wish, best: Candidate, scores: list[float]) -> dict:
+    """What it takes to make the result again."""
+    job = source.job
+    return {
+        "prompt": wish.prompt,
+        "task": "reprompt",
+        "source": args.input,
+        **{k: v for k, v in asdict(wish).items() if k != "prompt"},
+        **{name: getattr(job, name) for name in ("height", "width", "frames", "fps")},
+        "candidate": scores.index(best.score),
+        "scores": scores,
+        "noise": list(best.noise.made),
+        "solver": asdict(job.solver),
+        "model": source.setup.config.name,
+        "version": __version__,
+    }
+
+
+def _report(output: str, scores: list[float], seconds: float) -> None:
+    print(output)
+    best = max(scores)
+    for index, score in enumerate(scores):
+        print(f"candidate {index}: {score:.3f}{' (kept)' if index == scores.index(best) else ''}")
+    print(f"{seconds:.1f} s")

@@ -1,0 +1,81 @@
+"""Another prompt for a clip's noise, on the demo by the pixel judge; `benchmarks/flow_features.py` has more cases."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from benchmarks import flow_features
+from benchmarks.flow_features import FRAMES, reprompted
+from starflow_core.control import Control
+from starflow_core.errors import Cancelled, InputError
+from starflow_core.pipeline import load_pipeline
+from starflow_core.reprompt import Wish, reprompt, structure_likeness
+from starflow_core.training.demo import clips
+from tests.core import models
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load_pipeline(device="cpu")
+
+
+@pytest.mark.parametrize(("attribute", "options", "least"), [
+    ("kind", {}, 3),
+    ("background", {}, 4),
+    ("direction", {"hold": "first-frame"}, 3),
+])  # fmt: skip
+def test_one_attribute_changes_and_the_rest_stays(demo, attribute, options, least):
+    met = [row["met"] for row in reprompted(demo, attribute, 5, seed=3, **options)]
+    assert sum(met) >= least, met
+
+
+def test_the_same_prompt_gives_the_clip_back(demo):
+    """But for what the VAE loses."""
+    source = flow_features.drawn(flow_features.scenes(1, 3))[0]
+    caption = flow_features.prompt(flow_features.scenes(1, 3)[0])
+    best, scores = reprompt(demo, source, Wish(caption, caption))
+    latents = demo.encode_pixels(source.transpose(0, 1)[None])
+    assert models.relative_error(best.latents, latents) < 1e-2
+    assert scores == [best.score]
+    assert best.score > 0.95
+    weaker, _ = reprompt(demo, source, Wish(caption, caption, strength=0.3))
+    assert weaker.score < best.score
+
+
+def test_candidates_differ_and_the_best_is_kept(demo):
+    source = flow_features.drawn(flow_features.scenes(1, 3))[0][:5]
+    best, scores = reprompt(demo, source, Wish("a red circle", "a blue ring", candidates=3))
+    assert len(set(scores)) == 3
+    assert best.score == max(scores)
+
+
+def test_likeness_is_of_outlines_not_colours():
+    scene = flow_features.scenes(4, 3)[0]
+    drawn = clips.render([scene, scene.recoloured("green"), replace(scene, x=96 - scene.x)], FRAMES, 96, 96)
+    same, recoloured, moved = drawn.transpose(1, 2)
+    assert structure_likeness(same, same) == pytest.approx(1)
+    assert structure_likeness(same, recoloured) > 0.95 > 0.6 > structure_likeness(same, moved)
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    ({"prompt": " "}, "the prompt is empty"),
+    ({"hold": "all"}, "hold is 'all'; choose one of clip, first-frame"),
+    ({"strength": 1.5}, "from 0 to 1"),
+    ({"candidates": 0}, "candidates is 0; the minimum is 1"),
+])  # fmt: skip
+def test_wishes_that_are_none(options, message):
+    with pytest.raises(InputError, match=message):
+        Wish(**{"was": "a", "prompt": "b", **options})
+
+
+def test_a_picture_has_no_later_frames(demo):
+    with pytest.raises(InputError, match="a picture has no frames after its first"):
+        reprompt(demo, torch.zeros(1, 3, 96, 96), Wish("a", "b", hold="first-frame"))
+
+
+def test_cancel(demo):
+    with pytest.raises(Cancelled):
+        reprompt(demo, torch.zeros(5, 3, 96, 96), Wish("a", "b"), control=Control(cancelled=lambda: True))
