@@ -81,7 +81,6 @@ def test_another_prompt_changes_the_kind_and_keeps_the_path(server):
     assert abs(made.path - source.path).max() < 8
 
 
-
 @pytest.mark.parametrize(
     "file", sorted((ROOT / "tests" / "nodes" / "saved" / "api").glob("*.json")), ids=lambda f: f.stem
 )
@@ -227,13 +226,14 @@ NUMBERS = {
     "STARFlowVAEDecode": {"tile_size": -1},
     "STARFlowVideoCombine": {"frame_rate": 0.0, "quality": 0, "clip_frames": -1},
 }
+WITH_IT = {"STARFlowExtend": "extend", "STARFlowInvert": "variations", "STARFlowMixNoise": "variations"}
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"), [(k, n, v) for k, given in NUMBERS.items() for n, v in given.items()]
 )
 def test_numbers_out_of_range_are_refused(server, kind, name, value):
-    prompt = with_settings(quick()) if kind != "STARFlowExtend" else example("extend")
+    prompt = example(WITH_IT[kind]) if kind in WITH_IT else with_settings(quick())
     prompt[only(prompt, kind)]["inputs"][name] = value
     with pytest.raises(Refused) as refused:
         server.queue(prompt)
