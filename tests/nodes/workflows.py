@@ -501,7 +501,7 @@ def variations() -> Graph:
     latent = parts.encoded(parts.frames("starflow_red_circle.mp4"))
     text = parts.prompt("a red circle moving right on a black background", latent, "LATENT")
     inverted = parts.flowed("STARFlowInvert", text, latent, "LATENT", guidance=1.0)
-    mixed = parts.graph.add("STARFlowMixNoise", noise=(inverted, "noise"), amount=0.35, seed=1)
+    mixed = parts.graph.add("STARFlowMixNoise", noise=(inverted, "noise"), amount=0.35, seed=2)
     sampler = parts.flowed("STARFlowSampler", text, latent, "LATENT", noise=(mixed, "noise"))
     sampler.after = "fixed"  # the noise's seed counts
     parts.combined(parts.decoded(sampler), "variation")
