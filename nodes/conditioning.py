@@ -13,7 +13,7 @@ from ..starflow_core.jobs.prompts import MadeFor, wrapped
 from ..starflow_core.jobs.tasks import MAX_FPS, Job
 from ..starflow_core.model.config import FlowConfig
 from . import host
-from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, TextEncoderType
+from .types import CATEGORY, KEY, PROMPT, SEARCH, ContextType, ModelType, TextEncoderType
 
 
 class STARFlowTextEncode(io.ComfyNode):
@@ -72,14 +72,16 @@ class STARFlowTextEncode(io.ComfyNode):
         texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
-        stamp = {KEY: MadeFor.of(config, job)}
+        made_for = MadeFor.of(config, job)
         rows = encoded.embeddings.float().to(host.result_device())
         cut = _cut(config, *encoded.cut)
         report = "\n".join([*cut, texts[0].strip()])
         host.show(report, cls.hidden.unique_id)
         for line in cut:
             host.log.warning("%s", line)
-        return io.NodeOutput([[rows[:1], stamp]], [[rows[1:], dict(stamp)]], report)
+        positive = [[rows[:1], {KEY: made_for, PROMPT: prompt}]]
+        negative = [[rows[1:], {KEY: made_for, PROMPT: negative_prompt}]]
+        return io.NodeOutput(positive, negative, report)
 
 
 NODES = [STARFlowTextEncode]
@@ -107,6 +109,11 @@ def at_rate_of(conditioning: list, job: Job) -> Job:
     """The job at the frame rate that a prompt asks for."""
     made_for = conditioning[0][1].get(KEY) if conditioning else None
     return replace(job, fps=made_for.fps) if made_for and made_for.fps else job
+
+
+def prompt_of(conditioning: list) -> str:
+    """The prompt that a conditioning was made from."""
+    return conditioning[0][1].get(PROMPT, "")
 
 
 def embeddings_for(config: FlowConfig, job: Job, conditioning: list, name: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from comfy_api.latest import io
@@ -89,15 +90,25 @@ def fitted(model, job: Job, options: Options, widen: bool) -> tuple[Job, MemoryP
 
     `widen` allows a larger span. Raises OutOfMemoryForecast if nothing fits.
     """
-    flow, fixed, room = model.model, options.memory, host.room(model)
+    fixed = options.memory
     job = fixed.spanned(job)
-
-    def forecast(job: Job, means: Means) -> memory.Forecast:
-        return memory.forecast(flow.config, job, flow.compute_dtype, means)
-
-    plan = choose_hosted(job, room, fixed, forecast)
+    plan, work = planned(model, job, options, memory.forecast, "this job")
     plan = plan.timed(pace(model, job, plan))
-    return plan.fitted(job, widen and fixed.span is None), plan, room.work(plan)
+    return plan.fitted(job, widen and fixed.span is None), plan, work
+
+
+def planned(
+    model, job: Job, options: Options, forecast: Callable[..., memory.Forecast], what: str
+) -> tuple[MemoryPlan, int]:  # fmt: skip
+    """The means with which a job fits the host, and the bytes that the host has to leave free of weights. `forecast` is
+    one of memory's. Raises OutOfMemoryForecast, which names `what`, if nothing fits."""
+    flow, room = model.model, host.room(model)
+
+    def need(job: Job, means: Means) -> memory.Forecast:
+        return forecast(flow.config, job, flow.compute_dtype, means)
+
+    plan = choose_hosted(job, room, options.memory, need, what)
+    return plan, room.work(plan)
 
 
 def pace(model, job: Job, plan: MemoryPlan) -> Pace:

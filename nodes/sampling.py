@@ -10,16 +10,19 @@ from comfy_api.latest import io
 
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
+from ..starflow_core.jobs.noises import Noise
 from ..starflow_core.jobs.planner import MemoryPlan
 from ..starflow_core.jobs.tasks import Generation, Job, Piece
+from ..starflow_core.model.config import FlowConfig
 from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
+from .noise import job_from
 from .options import Options, fitted, pace
 from .plot import convergence
 from .preview import Preview
-from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, OptionsType, SolverType
+from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, NoiseType, OptionsType, SolverType
 
 METHODS = (*PRESETS, "autoregressive")
 OWN = 0  # in a number's place: what the preset says
@@ -172,6 +175,12 @@ class STARFlowSampler(io.ComfyNode):
                 OptionsType.Input(
                     "options", optional=True, tooltip="From STARFlow Memory. Without it, the fastest way that fits."
                 ),
+                NoiseType.Input(
+                    "noise",
+                    optional=True,
+                    tooltip="Used in place of the seed's; from STARFlow Invert, Noise or Mix Noise. Guidance -1, "
+                    "window 0 and keep 0 mean the noise's own.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
@@ -189,7 +198,7 @@ class STARFlowSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
-        window: int = 0, keep: int = 0, options=None,
+        window: int = 0, keep: int = 0, options=None, noise=None,
     ) -> io.NodeOutput:  # fmt: skip
         if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
@@ -197,17 +206,16 @@ class STARFlowSampler(io.ComfyNode):
         given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         given |= {"solver": settings} if settings else {}
         given |= {"guidance": guidance} if guidance >= 0 else {}
-        job = job_of(flow.config, latent["samples"], **given)
-        job = at_rate_of(positive, job)
+        job = at_rate_of(positive, _job(flow.config, latent["samples"], noise, **given))
         text = embeddings_for(flow.config, job, positive, "positive")
         uncond = embeddings_for(flow.config, job, negative, "negative") if job.guidance else None
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
         began = time.monotonic()
         job, plan, work = fitted(model, job, options or Options(), settings is None)
-        samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id)
-        report = _report(statistics, job, plan, time.monotonic() - began)
-        overlap = context.overlap(flow.config.latent) if context else 0
+        samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise)
+        report = _report(statistics, job, plan, time.monotonic() - began, noise)
+        overlap = job.context.overlap(flow.config.latent) if job.context else 0
         result = {"samples": samples, KEY: {"overlap": overlap}}
         return io.NodeOutput(result, report, convergence(statistics, job, flow.config))
 
@@ -215,8 +223,13 @@ class STARFlowSampler(io.ComfyNode):
 NODES = [STARFlowJacobiSettings, STARFlowSampler]
 
 
+def _job(config: FlowConfig, samples: torch.Tensor, noise: Noise | None, seed: int, **settings) -> Job:
+    """What the latents, settings and a noise ask for; the seed counts only without a noise."""
+    return job_from(noise, config, samples, **settings) if noise else job_of(config, samples, seed=seed, **settings)
+
+
 def _sample(
-    model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id
+    model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id, noise: Noise | None
 ) -> tuple[torch.Tensor, Statistics]:  # fmt: skip
     """The host's latents, streamed so that finished frames can be shown; `work` bytes stay free of weights."""
     flow, device = model.model, model.load_device
@@ -229,6 +242,7 @@ def _sample(
         text.to(flow.compute_dtype),
         None if uncond is None else uncond.to(flow.compute_dtype),
         Control(watch.progress, warn=host.log.warning),
+        noise and noise.noise,
         placement=Placement.on(device),
         means=plan.means,
         fallbacks=plan.fallbacks,
@@ -326,7 +340,7 @@ class Watch:
         self.bar.update(self.step, self.total, self.preview.picture(latents))
 
 
-def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float) -> str:
+def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float, noise: Noise | None) -> str:
     tokens = {first + i for first, change in statistics.deep_changes for i in range(len(change))}
     per_token = statistics.deep_evaluations / max(len(tokens), 1)
     return "\n".join(
@@ -336,5 +350,6 @@ def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float) 
             + (f", {per_token:.1f} per token" if tokens else ""),
             f"shallow blocks: {statistics.shallow_sweeps} sweeps, {statistics.shallow_evaluations} token evaluations",
             f"memory: {plan}",
+            *([f"noise: {'; '.join(noise.made)}"] if noise else []),
         ]
     )

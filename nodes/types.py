@@ -7,6 +7,7 @@ CATEGORY = "STARFlow"
 ModelType = io.Custom("STARFLOW_MODEL")  # a model patcher of the host around a Flow
 TextEncoderType = io.Custom("STARFLOW_TEXT_ENCODER")  # loaders.LoadedText
 ContextType = io.Custom("STARFLOW_CONTEXT")  # starflow_core.jobs.context.Context
+NoiseType = io.Custom("STARFLOW_NOISE")  # starflow_core.jobs.noises.Noise
 OptionsType = io.Custom("STARFLOW_OPTIONS")  # options.Options
 SolverType = io.Custom("STARFLOW_SOLVER")  # starflow_core.solve.solvers.SolverSettings
 
@@ -15,3 +16,4 @@ WORDS = ["normalizing flow", "normalising flow", "autoregressive flow", "Apple S
 SEARCH = {"search_aliases": WORDS} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
 
 KEY = "starflow"  # where latents and conditionings keep what this pack knows of them
+PROMPT = "starflow_prompt"  # where a conditioning keeps its prompt

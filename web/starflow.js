@@ -7,6 +7,7 @@ const COLOURS = {
   STARFLOW_CONTEXT: '#5fd3a5',
   STARFLOW_SOLVER: '#ff8f6b',
   STARFLOW_OPTIONS: '#6bb7ff',
+  STARFLOW_NOISE: '#f48fc0',
 }
 
 /** The host takes unknown types' colours away when it applies a palette, so this is done for each graph anew. */

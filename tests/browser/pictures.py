@@ -14,7 +14,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from starflow_core.media import read_video
 from starflow_core.media.pixels import to_bytes
-from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT, Graph, text_to_image
+from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT, Graph, Node, text_to_image
 from tests.server.host import Server, example
 
 from .page import visit
@@ -28,7 +28,9 @@ SHOWN = {  # which example a help page's picture is from
     "extend": ("Extend",),
     "video_edit": ("VideoEdit",),
     "convergence_study": ("JacobiSettings",),
+    "variations": ("Invert", "MixNoise"),
     "memory": ("Memory",),
+    "noise": ("Noise",),
 }  # fmt: skip
 
 
@@ -55,11 +57,24 @@ def card(*lines: str) -> Image.Image:
 
 
 def memory() -> Graph:
-    """An example with the node that none has."""
+    """An example with a node that none has."""
     graph = text_to_image()
-    sampler = next(node for node in graph.nodes if node.type == "STARFlowSampler")
-    sampler.links["options"] = (graph.add("STARFlowMemory", cache="int8"), "options")
+    _only(graph, "Sampler").links["options"] = (graph.add("STARFlowMemory", cache="int8"), "options")
     return graph
+
+
+def noise() -> Graph:
+    """The same with another one."""
+    graph = text_to_image()
+    sampler = _only(graph, "Sampler")
+    given = {name: sampler.links[name] for name in ("model", "latent")}
+    sampler.links["noise"] = (graph.add("STARFlowNoise", **given, seed=3), "noise")
+    return graph
+
+
+def _only(graph: Graph, kind: str) -> Node:
+    (node,) = (node for node in graph.nodes if node.type == f"STARFlow{kind}")
+    return node
 
 
 def main() -> None:
@@ -76,8 +91,9 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            others = {"memory": Path(folder) / "memory.json"}
-            others["memory"].write_text(json.dumps(memory().page()), encoding="utf-8")
+            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise)}
+            for make in (memory, noise):
+                others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}
                 graph = Path(folder) / "graph.png" if name == "text_to_video" else None

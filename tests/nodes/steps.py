@@ -51,6 +51,11 @@ class Loaded:
         given = {"model": self.model, "positive": positive, "negative": negative, "latent": latent}
         return run("STARFlowSampler", **given, **inputs)
 
+    def inverted(self, positive: list, negative: list, latent: dict, **inputs) -> tuple:
+        """Noise, bits per dimension and the report."""
+        given = {"model": self.model, "positive": positive, "negative": negative, "latent": latent}
+        return run("STARFlowInvert", **given, **inputs)
+
     def decode(self, samples: dict, **inputs):
         return run("STARFlowVAEDecode", samples=samples, vae=self.vae, **inputs)[0]
 

@@ -28,11 +28,13 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
         "last frame": lambda: run("STARFlowFirstLastFrame", last_image=clip[:1], **given),
         "extend": lambda: run("STARFlowExtend", model=demo.model, images=clip, **given),
         "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
+        "invert": lambda: demo.inverted(*pair, {"samples": latent["samples"] + 1}),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
-NAMES = ["load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "combine"]
+NAMES = ["load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert",
+         "combine"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

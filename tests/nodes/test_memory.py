@@ -70,9 +70,8 @@ def test_the_node_says_what_is_fixed():
     assert vars(fixed(**{**wanted, "budget": 1.5}).memory) == wanted
 
 
-def test_options_are_the_samplers_last_input_and_optional():
+def test_options_are_an_optional_input_of_the_sampler():
     info = pack.load()["STARFlowSampler"].GET_NODE_INFO_V1()
-    assert info["input_order"]["optional"][-1] == "options"
     assert info["input"]["optional"]["options"][0] == "STARFLOW_OPTIONS"
 
 

@@ -18,6 +18,7 @@ CORE = {  # what the examples use of core: inputs in order, outputs
     "LoadImage": ({"image": "COMBO"}, {"IMAGE": "IMAGE", "MASK": "MASK"}),
     "LoadVideo": ({"file": "COMBO"}, {"VIDEO": "VIDEO"}),
     "GetVideoComponents": ({"video": "VIDEO"}, {"images": "IMAGE", "audio": "AUDIO", "fps": "FLOAT"}),
+    "VAEEncode": ({"pixels": "IMAGE", "vae": "VAE"}, {"LATENT": "LATENT"}),
     "PreviewImage": ({"images": "IMAGE"}, {}),
     "SaveImage": ({"images": "IMAGE", "filename_prefix": "STRING"}, {}),
     "PreviewAny": ({"source": "*"}, {}),
@@ -126,12 +127,12 @@ class Graph:
         }  # fmt: skip
 
     def _arrange(self) -> None:
-        """Loaders come first; every other node stands just before the first that needs it."""
+        """Loaders come first; every other node stands just before the first that needs it. Prompts stand together."""
         for node in self.nodes:
             node.column = 1 + max((source.column for source, _ in node.links.values()), default=-1)
         for node in reversed(self.nodes):
             used = [n.column for n in self.nodes if any(source is node for source, _ in n.links.values())]
-            if used and node.type not in GROUPS["Loaders"][1]:
+            if used and node.type not in (*GROUPS["Loaders"][1], "STARFlowTextEncode"):
                 node.column = min(used) - 1
 
     def _groups(self, drawn: list[dict]) -> list[dict]:
@@ -301,7 +302,7 @@ def _height(node: Node, sockets: int, values: int) -> int:
 SHOWN = {  # pictures and lines of text
     "LoadImage": 340, "LoadVideo": 340, "PreviewImage": 260, "SaveImage": 300, "PreviewAny": 140,
     "STARFlowEmptyLatent": 50, "STARFlowTextEncode": 150, "STARFlowSampler": 280, "STARFlowVAEDecode": 280,
-    "STARFlowVideoCombine": 340,
+    "STARFlowVideoCombine": 340, "STARFlowInvert": 50,
 }  # fmt: skip
 
 
@@ -341,21 +342,32 @@ class Parts:
         """Those of a clip in the host's input folder."""
         return self.graph.add("GetVideoComponents", video=(self.graph.add("LoadVideo", file=file), "VIDEO"))
 
+    def encoded(self, source: Node) -> Node:
+        """Latents of a clip's frames."""
+        return self.graph.add("VAEEncode", pixels=(source, "images"), vae=(self.vae, "vae"))
+
+    def prompt(self, prompt: str, latent: Node, output: str = "latent", title: str = "", **given) -> Node:
+        return self.graph.add(
+            "STARFlowTextEncode", title, model=(self.model, "model"), text_encoder=(self.text, "text_encoder"),
+            latent=(latent, output), prompt=prompt, **given,
+        )  # fmt: skip
+
+    def flowed(self, kind: str, text: Node, latent: Node, output: str = "latent", **given) -> Node:
+        """A node that needs the flow, a prompt and latents: the sampler, or its inverse."""
+        return self.graph.add(
+            kind, model=(self.model, "model"), positive=(text, "positive"), negative=(text, "negative"),
+            latent=(latent, output), **given,
+        )  # fmt: skip
+
     def context(self, kind: str, latent: Node, **given) -> Node:
         return self.graph.add(kind, vae=(self.vae, "vae"), latent=(latent, "latent"), **given)
 
     def sampled(self, prompt: str, latent: Node, context: Node | None = None, seed: int = 1, **values) -> Node:
         """Text encode and sampler."""
         given = {"context": (context, "context")} if context else {}
-        link = (latent, "latent")
-        text = self.graph.add(
-            "STARFlowTextEncode", model=(self.model, "model"), text_encoder=(self.text, "text_encoder"),
-            latent=link, prompt=prompt, **given,
-        )  # fmt: skip
-        return self.graph.add(
-            "STARFlowSampler", model=(self.model, "model"), positive=(text, "positive"),
-            negative=(text, "negative"), latent=link, seed=seed, **given, **values,
-        )  # fmt: skip
+        return self.flowed(
+            "STARFlowSampler", self.prompt(prompt, latent, **given), latent, seed=seed, **given, **values
+        )
 
     def decoded(self, sampler: Node, **values) -> Node:
         return self.graph.add("STARFlowVAEDecode", samples=(sampler, "latent"), vae=(self.vae, "vae"), **values)
@@ -469,15 +481,49 @@ def convergence_study() -> Graph:
             )
             text = sampler.links["positive"][0]
         else:
-            sampler = parts.graph.add(
-                "STARFlowSampler", model=(parts.model, "model"), positive=(text, "positive"),
-                negative=(text, "negative"), latent=(latent, "latent"), seed=1, settings=(settings, "settings"),
-            )  # fmt: skip
+            sampler = parts.flowed("STARFlowSampler", text, latent, seed=1, settings=(settings, "settings"))
         sampler.after = "fixed"  # the three are to be compared
         parts.graph.add("PreviewImage", images=(sampler, "convergence"))
         parts.graph.add("PreviewAny", source=(sampler, "statistics"))
         if preset == "balanced":
             parts.combined(parts.decoded(sampler), "convergence")
+    return parts.graph
+
+
+def variations() -> Graph:
+    parts = Parts.of(
+        "**Variations of a clip.** Invert finds the noise that makes the clip in Load Video, Mix Noise changes it a "
+        "little, and the sampler makes a clip of that: another one each time you press Run. "
+        + INPUT
+        + "\n\nThe amount in Mix Noise says how much changes, from 0 to 1. With a second noise it finds what lies "
+        "between two clips."
+    )
+    latent = parts.encoded(parts.frames("starflow_red_circle.mp4"))
+    text = parts.prompt("a red circle moving right on a black background", latent, "LATENT")
+    inverted = parts.flowed("STARFlowInvert", text, latent, "LATENT", guidance=1.0)
+    mixed = parts.graph.add("STARFlowMixNoise", noise=(inverted, "noise"), amount=0.35, seed=2)
+    sampler = parts.flowed("STARFlowSampler", text, latent, "LATENT", noise=(mixed, "noise"))
+    sampler.after = "fixed"  # the noise's seed counts
+    parts.combined(parts.decoded(sampler), "variation")
+    return parts.graph
+
+
+def another_prompt() -> Graph:
+    parts = Parts.of(
+        "**Another prompt for the same noise.** Invert finds the noise that makes the clip in Load Video under a "
+        "prompt that describes it. From the same noise and another prompt, the sampler makes another clip, which moves "
+        "as the source does. "
+        + INPUT
+        + "\n\nNo noise is added and guidance is 0 both ways: with the first prompt, the very same clip would come "
+        "back."
+    )
+    latent = parts.encoded(parts.frames("starflow_red_circle.mp4"))
+    shown = parts.prompt("a red circle moving right on a black background", latent, "LATENT", "What it shows")
+    wanted = parts.prompt("a red triangle moving right on a black background", latent, "LATENT", "What it shall show")
+    inverted = parts.flowed("STARFlowInvert", shown, latent, "LATENT", add_noise=False)
+    sampler = parts.flowed("STARFlowSampler", wanted, latent, "LATENT", guidance=0.0, noise=(inverted, "noise"))
+    sampler.after = "fixed"  # there is no seed in this noise
+    parts.combined(parts.decoded(sampler), "prompt")
     return parts.graph
 
 
@@ -509,7 +555,7 @@ EXAMPLES = {
     function.__name__: function
     for function in (
         text_to_image, text_to_video, image_to_video, video_edit, extend, first_and_last_frame, long_video,
-        convergence_study,
+        convergence_study, variations, another_prompt,
     )
 }  # fmt: skip
 REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack

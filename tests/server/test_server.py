@@ -25,6 +25,8 @@ EXPECTED = {  # frames of each saved clip, and what its prompt says
     "first_and_last_frame": {"last": (33, "purple", None)},
     "long_video": {"long": (97, "green", "left")},
     "convergence_study": {"convergence": (33, "orange", "up")},
+    "variations": {"variation": (17, "red", "right")},
+    "another_prompt": {"prompt": (17, "red", "right")},
 }
 
 
@@ -69,6 +71,14 @@ def test_example_runs_to_the_end(server, name):
         for node in kept["prompt"].values():
             node.pop("is_changed", None)  # what the host notes of a loaded file
         assert kept["prompt"] == prompt
+
+
+def test_another_prompt_changes_the_kind_and_keeps_the_path(server):
+    source = look(read_video(ROOT / "example_workflows" / "inputs" / "starflow_red_circle.mp4").pixels)
+    (file,) = (f for f in server.files(server.run(example("another_prompt"))) if "output" in f.parts)
+    made = look(read_video(file).pixels)
+    assert (source.kind, made.kind) == ("circle", "triangle")
+    assert abs(made.path - source.path).max() < 8
 
 
 @pytest.mark.parametrize(
@@ -211,16 +221,19 @@ NUMBERS = {
     "STARFlowTextEncode": {"frame_rate": -1.0},
     "STARFlowSampler": {"seed": -1, "guidance": 101.0, "window": -1, "keep": -1},
     "STARFlowMemory": {"budget": -1.0, "span": -1},
+    "STARFlowInvert": {"seed": -1, "guidance": -1.0, "window": -1, "keep": -1},
+    "STARFlowMixNoise": {"amount": 1.5, "seed": -1, "keep_frames": -1},
     "STARFlowVAEDecode": {"tile_size": -1},
     "STARFlowVideoCombine": {"frame_rate": 0.0, "quality": 0, "clip_frames": -1},
 }
+WITH_IT = {"STARFlowExtend": "extend", "STARFlowInvert": "variations", "STARFlowMixNoise": "variations"}
 
 
 @pytest.mark.parametrize(
     ("kind", "name", "value"), [(k, n, v) for k, given in NUMBERS.items() for n, v in given.items()]
 )
 def test_numbers_out_of_range_are_refused(server, kind, name, value):
-    prompt = with_settings(quick()) if kind != "STARFlowExtend" else example("extend")
+    prompt = example(WITH_IT[kind]) if kind in WITH_IT else with_settings(quick())
     prompt[only(prompt, kind)]["inputs"][name] = value
     with pytest.raises(Refused) as refused:
         server.queue(prompt)
