@@ -150,6 +150,11 @@ class Pipeline:
         """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, as they are made."""
         yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
 
+    @torch.no_grad()
+    def decoded(self, latents: Tensor, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
+        """Frames (B, f, 3, H, W) in [-1, 1], piece by piece, of latents (B, C, T, h, w) that a generation made."""
+        yield from self._decoded([latents], generation, tile)
+
     # One call for each task. Settings are those of `job`, and the options of `start`.
 
     def text_to_image(self, prompt, **settings) -> Output:

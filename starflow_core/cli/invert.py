@@ -5,21 +5,31 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 from .. import __version__
 from ..control import Control
 from ..errors import InputError
-from ..inversion import decode_from_noise, encode_to_noise
+from ..inversion import decode_from_noise, encode_to_noise, measure
 from ..jobs.build import chosen_size, default_job
 from ..jobs.noises import Noise
 from ..jobs.prompts import check_text
+from ..jobs.surprise import UNIT, Surprise
+from ..likelihood import Choice, check_captions, choose
 from ..media import VideoWriter, check_writable, fit, read_video
+from ..media.overlay import overlaid
+from ..pipeline import Pipeline
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter, warn
 from .settings import OUTPUTS, Setup, check_tile, chosen, default_output, size_options, solver, tell_plan, warn_of_cut
+
+LIKELIHOOD = ("log_likelihood", "bits_per_dim")
 
 
 def encode(args: Namespace) -> None:
@@ -50,13 +60,62 @@ def mix(args: Namespace) -> None:
 
 
 def score(args: Namespace) -> None:
-    """Print how likely a picture or clip is."""
-    inversion = _encoded(args)
-    if not args.json:
-        return _print_likelihood(inversion)
-    names = ("log_likelihood", "bits_per_dim", "model", "prompt")
-    values = {name: getattr(inversion, name) for name in names}
-    print(json.dumps({**values, "dimensions": inversion.noise.numel()}))
+    """Print how likely a picture or clip is, which caption fits it, or what in it is unlikely."""
+    if args.choose is not None:
+        if args.prompt:
+            raise InputError("--choose compares captions, so leave out --prompt")
+        check_captions(args.choose)
+    given = _read_input(args)
+    writer = partial(_map_writer, args, given)
+    if args.map:
+        writer(Surprise(torch.zeros(0), given.setup.config, *given.pixels.shape[-2:]), args.prompt)  # or it is refused
+    choice = None
+    with Meter() as meter:
+        pipeline, control = given.load(meter)
+        if args.choose is None:
+            surprise, prompt = _surprise(args, pipeline, given, control), args.prompt
+        else:
+            choice = choose(pipeline, given.pixels, args.choose, given.fps, control)
+            surprise, prompt = choice.surprise, choice.captions[choice.winner]
+    for caption, cut in zip(choice.captions, choice.cut, strict=True) if choice else ():
+        warn_of_cut(caption, cut, pipeline.config)
+    if args.map:
+        with writer(surprise, prompt) as file:
+            file.add(overlaid(given.pixels, surprise.map, UNIT))
+    _print_score(args, surprise, prompt, choice)
+
+
+def _surprise(args: Namespace, pipeline: Pipeline, given: Given, control: Control) -> Surprise:
+    """Under the prompt."""
+    found, _, cut = measure(pipeline, given.pixels, args.prompt, given.fps, control)
+    warn_of_cut(args.prompt, cut, pipeline.config)
+    return Surprise(found.surprise[0], pipeline.config, *given.pixels.shape[-2:])
+
+
+def _map_writer(args: Namespace, given: Given, surprise: Surprise, prompt: str) -> VideoWriter:
+    """Raises InputError for what can't be written."""
+    check_writable(args.map, len(given.pixels))
+    likelihood = {name: getattr(surprise, name) for name in LIKELIHOOD} if len(surprise.nats) else {}
+    values = {"task": "score", "prompt": prompt, "source": Path(args.input).name, **likelihood, "unit": UNIT,
+              "model": given.setup.config.name, "version": __version__}  # fmt: skip
+    return VideoWriter(args.map, given.fps if len(given.pixels) > 1 else 0, values)
+
+
+def _print_score(args: Namespace, surprise: Surprise, prompt: str, choice: Choice | None) -> None:
+    if args.json:
+        values = {name: getattr(surprise, name) for name in LIKELIHOOD}
+        values |= {"model": surprise.config.name, "prompt": prompt, "dimensions": surprise.dimensions}
+        if choice:
+            captions = dict(zip(choice.captions, choice.log_likelihoods, strict=True))
+            values |= {"captions": captions, "winner": prompt, "distance": choice.distance}
+        return print(json.dumps({**values, "frames": surprise.curve(), **({"map": args.map} if args.map else {})}))
+    if choice:
+        for caption, nats in zip(choice.captions, choice.log_likelihoods, strict=True):
+            print(f"{nats:.2f} nats: {caption}")
+        print(f"best: {prompt} ({choice.distance:.2f} nats ahead)")
+    _print_likelihood(surprise)
+    if args.map:
+        print(args.map)
 
 
 def decode(args: Namespace) -> None:
@@ -94,10 +153,32 @@ def decode(args: Namespace) -> None:
     report([output], began, [run.statistics])
 
 
+@dataclass(frozen=True)
+class Given:
+    """A picture or clip (F, 3, H, W) that was read and fitted, and what it is for."""
+
+    setup: Setup
+    pixels: Tensor
+    fps: float
+
+    def load(self, meter: Meter) -> tuple[Pipeline, Control]:
+        return self.setup.load(meter), Control(meter.encoding, warn=warn)
+
+
 def _encoded(args: Namespace, **settings) -> Noise:
-    """The noise of the input, after fitting it to the requested size. Settings as of `encode_to_noise`."""
-    check_text(args.prompt)
+    """The noise of the input. Settings as of `encode_to_noise`."""
     check_text(settings.get("negative", ""))
+    given = _read_input(args, **settings)
+    with Meter() as meter:
+        pipeline, control = given.load(meter)
+        noise, cut = encode_to_noise(pipeline, given.pixels, args.prompt, given.fps, control, **settings)
+    warn_of_cut(args.prompt, cut, pipeline.config)
+    return noise
+
+
+def _read_input(args: Namespace, **settings) -> Given:
+    """The input, fitted to the requested size. Raises a StarflowError where it can't be inverted with these settings."""
+    check_text(args.prompt)
     setup = Setup.find(args)
     config, latent = setup.config, setup.config.latent
     longest = latent.frames(settings.get("window") or max(config.window, 1))
@@ -119,16 +200,10 @@ def _encoded(args: Namespace, **settings) -> Noise:
     setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
     if frames < found:
         warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
-    pixels = fit(clip.pixels[:frames], height, width)
-    with Meter() as meter:
-        pipeline = setup.load(meter)
-        control = Control(meter.encoding, warn=warn)
-        noise, cut = encode_to_noise(pipeline, pixels, args.prompt, job.fps, control, **settings)
-    warn_of_cut(args.prompt, cut, config)
-    return noise
+    return Given(setup, fit(clip.pixels[:frames], height, width), job.fps)
 
 
-def _print_likelihood(noise: Noise) -> None:
-    if noise.log_likelihood is not None:
-        print(f"log-likelihood {noise.log_likelihood:.2f} nats")
-        print(f"bits per dimension {noise.bits_per_dim:.4f}")
+def _print_likelihood(found: Noise | Surprise) -> None:
+    if found.log_likelihood is not None:
+        print(f"log-likelihood {found.log_likelihood:.2f} nats")
+        print(f"bits per dimension {found.bits_per_dim:.4f}")

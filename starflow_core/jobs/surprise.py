@@ -15,6 +15,8 @@ from ..errors import InputError
 from ..model.config import FlowConfig
 from ..model.latent import LatentFormat
 
+UNIT = "nats per token"
+
 
 @dataclass(frozen=True)
 class Surprise:
@@ -30,6 +32,15 @@ class Surprise:
     @property
     def log_likelihood(self) -> float:
         return -float(self.nats.sum())
+
+    @property
+    def dimensions(self) -> int:
+        """Latent elements that the likelihood is of."""
+        return self.nats[self.given :].numel() * self.config.token_channels
+
+    @property
+    def bits_per_dim(self) -> float:
+        return -self.log_likelihood / (self.dimensions * math.log(2))
 
     @property
     def cells(self) -> Tensor:
