@@ -19,7 +19,7 @@ from .jobs.context import Context
 from .jobs.noises import flowing, inversion_job, inverted, shown
 from .jobs.prompts import check_text
 from .jobs.surprise import Surprise
-from .jobs.tasks import Generation, Job, layout
+from .jobs.tasks import PLAIN, Generation, Job, layout
 from .model.config import FlowConfig
 from .pipeline import Pipeline
 from .solve.inverting import Inverted, invert_deep, invert_shallow
@@ -153,7 +153,8 @@ def best_of(
     check_count(count)
     judged = min(judged or frames_judged(pipeline.config, job), layout(pipeline.config, job).frames)
     judging = judging_job(pipeline.config, job, judged)
-    pipeline.require(memory.forecast_encode(pipeline.config, judging, pipeline.dtype), "judging the candidates")
+    means = pipeline.plan.means if pipeline.plan else PLAIN
+    pipeline.require(memory.forecast_encode(pipeline.config, judging, pipeline.dtype, means), "judging candidates")
     whole = judging_job(pipeline.config, job, layout(pipeline.config, job).frames)  # its prompt says what a clip's does
     empty, _, _ = pipeline.encode_text([""], "", whole, keep_encoder=True)
     scores, statistics = {}, []

@@ -62,8 +62,8 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "--best-of",
         type=_positive,
         metavar="N",
-        help="look at the beginnings of N candidates, --batch at a time, and make the one that the model finds likeliest "
-        "without a prompt; result i takes the seeds from seed + i N on",
+        help="look at how N candidates begin, --batch at a time, and make the one that is likeliest without a prompt; "
+        "result i tries the seeds from seed + i N on",
     )
     job.add_argument(
         "--window",
@@ -148,7 +148,7 @@ def _score(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument(
         "--map", metavar="FILE",
-        help="write the clip under its surprise, with a scale; under the winner's with --choose. Formats as of generate",
+        help="write the clip with its surprise on top (with --choose the winner's); formats as of generate",
     )  # fmt: skip
     _add_model(command)
     _add_json(command, "print JSON, with the surprise by frame")

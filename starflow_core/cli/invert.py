@@ -6,10 +6,9 @@ import json
 import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from .. import __version__
@@ -66,9 +65,8 @@ def score(args: Namespace) -> None:
             raise InputError("--choose compares captions, so leave out --prompt")
         check_captions(args.choose)
     given = _read_input(args)
-    writer = partial(_map_writer, args, given)
     if args.map:
-        writer(Surprise(torch.zeros(0), given.setup.config, *given.pixels.shape[-2:]), args.prompt)  # or it is refused
+        _map_writer(args, given)  # raises before the work what it would after it
     choice = None
     with Meter() as meter:
         pipeline, control = given.load(meter)
@@ -80,8 +78,9 @@ def score(args: Namespace) -> None:
     for caption, cut in zip(choice.captions, choice.cut, strict=True) if choice else ():
         warn_of_cut(caption, cut, pipeline.config)
     if args.map:
-        with writer(surprise, prompt) as file:
-            file.add(overlaid(given.pixels, surprise.map, UNIT))
+        values = {"prompt": prompt, **{name: getattr(surprise, name) for name in LIKELIHOOD}}
+        with _map_writer(args, given, values) as writer:
+            writer.add(overlaid(given.pixels, surprise.map, UNIT))
     _print_score(args, surprise, prompt, choice)
 
 
@@ -92,13 +91,12 @@ def _surprise(args: Namespace, pipeline: Pipeline, given: Given, control: Contro
     return Surprise(found.surprise[0], pipeline.config, *given.pixels.shape[-2:])
 
 
-def _map_writer(args: Namespace, given: Given, surprise: Surprise, prompt: str) -> VideoWriter:
+def _map_writer(args: Namespace, given: Given, values: dict[str, Any] | None = None) -> VideoWriter:
     """Raises InputError for what can't be written."""
     check_writable(args.map, len(given.pixels))
-    likelihood = {name: getattr(surprise, name) for name in LIKELIHOOD} if len(surprise.nats) else {}
-    values = {"task": "score", "prompt": prompt, "source": Path(args.input).name, **likelihood, "unit": UNIT,
-              "model": given.setup.config.name, "version": __version__}  # fmt: skip
-    return VideoWriter(args.map, given.fps if len(given.pixels) > 1 else 0, values)
+    made = {"task": "score", "source": Path(args.input).name, "unit": UNIT, "model": given.setup.config.name}
+    rate = given.fps if len(given.pixels) > 1 else 0
+    return VideoWriter(args.map, rate, {**(values or {}), **made, "version": __version__})
 
 
 def _print_score(args: Namespace, surprise: Surprise, prompt: str, choice: Choice | None) -> None:
@@ -177,7 +175,7 @@ def _encoded(args: Namespace, **settings) -> Noise:
 
 
 def _read_input(args: Namespace, **settings) -> Given:
-    """The input, fitted to the requested size. Raises a StarflowError where it can't be inverted with these settings."""
+    """The input, fitted to the requested size. Raises a StarflowError where it can't be inverted."""
     check_text(args.prompt)
     setup = Setup.find(args)
     config, latent = setup.config, setup.config.latent
