@@ -25,6 +25,7 @@ from .pipeline import Pipeline
 from .solve.inverting import Inverted, invert_deep, invert_shallow
 from .solve.solvers import Statistics
 
+JUDGED = 2  # latent frames of a candidate
 TOGETHER = 8  # captions that the deep block reads at once, where memory allows it
 
 
@@ -145,18 +146,16 @@ def best_of(
     """Which of the seeds job.seed, job.seed + 1, .. makes the likeliest of `count` results, looking at their first
     `judged` latent frames (None: as `frames_judged` says). Nothing is decoded: the winner is made from its seed.
 
-    A candidate is denoised, so that its clean latents are there, and inverting them under the empty prompt gives their
-    exact likelihood; given frames are its condition. As no frame depends on a later one, only the judged ones are
-    sampled, `job.batch` candidates at a time, and those that the denoiser has to see after them. The text encoder
-    stays. Raises InputError for less than two candidates, and as `Pipeline.start`.
+    A candidate is denoised, so that its clean latents are there, and inverting them under its prompt gives their exact
+    likelihood; given frames are its condition. As no frame depends on a later one, only the judged ones are sampled,
+    `job.batch` candidates at a time, and those that the denoiser has to see after them. The text encoder stays. Raises
+    InputError for less than two candidates, and as `Pipeline.start`.
     """
     check_count(count)
     judged = min(judged or frames_judged(pipeline.config, job), layout(pipeline.config, job).frames)
     judging = judging_job(pipeline.config, job, judged)
     means = pipeline.plan.means if pipeline.plan else PLAIN
     pipeline.require(memory.forecast_encode(pipeline.config, judging, pipeline.dtype, means), "judging candidates")
-    whole = judging_job(pipeline.config, job, layout(pipeline.config, job).frames)  # its prompt says what a clip's does
-    empty, _, _ = pipeline.encode_text([""], "", whole, keep_encoder=True)
     scores, statistics = {}, []
     for first in range(0, count, job.batch):
         some = {"seed": job.seed + first, "batch": min(job.batch, count - first)}
@@ -165,7 +164,7 @@ def best_of(
             captions, replace(job, **some), negative=negative, control=control, keep_text_encoder=True
         )  # fmt: skip
         found = inverted(
-            pipeline.flow, replace(judging, **some), _beginning(run, judged), empty, control=control,
+            pipeline.flow, replace(judging, **some), _beginning(run, judged), run.text, control=control,
             placement=pipeline.placement, means=run.means,
         )  # fmt: skip
         scores |= {some["seed"] + i: score for i, score in enumerate(found.log_likelihood.tolist())}
@@ -174,9 +173,10 @@ def best_of(
 
 
 def frames_judged(config: FlowConfig, job: Job) -> int:
-    """The latent frames by which candidates are told apart: the first one, where most of what fails does so already
+    """The latent frames by which candidates are told apart: the first ones, where most of what fails does so already
     (see benchmarks/surprise.py), or all, where the first is given."""
-    return layout(config, job).frames if job.context and job.context.shown else 1
+    frames = layout(config, job).frames
+    return frames if job.context and job.context.shown else min(JUDGED, frames)
 
 
 def _beginning(run: Generation, frames: int) -> Tensor:

@@ -62,7 +62,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "--best-of",
         type=_positive,
         metavar="N",
-        help="look at how N candidates begin, --batch at a time, and make the one that is likeliest without a prompt; "
+        help="look at how N candidates begin, --batch at a time, and make the one that the model finds likeliest; "
         "result i tries the seeds from seed + i N on",
     )
     job.add_argument(
