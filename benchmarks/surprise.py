@@ -26,7 +26,7 @@ from benchmarks.judge import look
 from benchmarks.solver import machine, write_json
 from starflow_core.inversion import measure
 from starflow_core.jobs.noises import inverted
-from starflow_core.likelihood import JUDGED, choose, judging_job
+from starflow_core.likelihood import JUDGED, choose_caption, judging_job
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
 
@@ -74,7 +74,7 @@ def captions(pipeline: Pipeline, count: int, seed: int) -> dict:
     right, distances, seconds = [], [], time.process_time()
     for scene in wanted:
         pixels = clips.render([scene], FRAMES, SIDE, SIDE)[0].transpose(0, 1)
-        found = choose(pipeline, pixels, sorted(some))
+        found = choose_caption(pipeline, pixels, sorted(some))
         right.append(found.captions[found.winner] == adherence.prompt(replace(scene, background=None)))
         distances.append(found.distance)
     quantiles = [float(q) for q in np.quantile(distances, (0, 0.5, 1))]

@@ -62,7 +62,7 @@ def check_captions(captions: list[str]) -> None:
 
 
 @torch.no_grad()
-def choose(
+def choose_caption(
     pipeline: Pipeline, pixels: Tensor, captions: list[str], fps: float | None = None, control: Control | None = None,
     *, window: int | None = None, keep: int | None = None, context: Context | None = None,
 ) -> Choice:  # fmt: skip

@@ -19,7 +19,7 @@ from ..jobs.build import chosen_size, default_job
 from ..jobs.noises import Noise
 from ..jobs.prompts import check_text
 from ..jobs.surprise import UNIT, Surprise
-from ..likelihood import Choice, check_captions, choose
+from ..likelihood import Choice, check_captions, choose_caption
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..media.overlay import overlaid
 from ..pipeline import Pipeline
@@ -73,7 +73,7 @@ def score(args: Namespace) -> None:
         if args.choose is None:
             surprise, prompt = _surprise(args, pipeline, given, control), args.prompt
         else:
-            choice = choose(pipeline, given.pixels, args.choose, given.fps, control)
+            choice = choose_caption(pipeline, given.pixels, args.choose, given.fps, control)
             surprise, prompt = choice.surprise, choice.captions[choice.winner]
     for caption, cut in zip(choice.captions, choice.cut, strict=True) if choice else ():
         warn_of_cut(caption, cut, pipeline.config)

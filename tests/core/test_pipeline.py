@@ -28,8 +28,9 @@ ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled CheckpointError Context Control Encoding Flow FlowConfig Generation InputError Inversion Job
 Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress Sampler SolverSettings
-StarflowError VideoWriter convert decode_from_noise denoise encode_to_noise fit fresh_noise load_flow load_pipeline
-load_text_encoder load_vae read_image read_metadata read_video sample score_denoise write_video
+StarflowError Surprise VideoWriter best_of choose_caption convert decode_from_noise denoise encode_to_noise fit
+fresh_noise load_flow load_pipeline load_text_encoder load_vae read_image read_metadata read_video sample score_denoise
+write_video
 """
 
 
