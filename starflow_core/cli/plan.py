@@ -52,7 +52,7 @@ class Plan:
         check_tile(args.tile)
         setup = Setup.find(args)
         given = read_given(args, setup.config)
-        settings = {**given.settings, **job_settings(args, setup, given, max(candidates, len(captions)))}
+        settings = {**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch

@@ -17,8 +17,8 @@ FAULTS: list[Fault] = [
         "a joined clip's metadata has the job's length", TESTS + "test_the_given_frames_are_shown",
     ),
     Fault(
-        PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
-        "{**job_settings(args, setup, given, len(captions)), **given.settings}",
+        PLAN, "{**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}",
+        "{**job_settings(args, setup, given, args.best_of or len(captions)), **given.settings}",
         "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
     ),
     Fault(
