@@ -49,9 +49,10 @@ class Surprise:
 
     @property
     def map(self) -> Tensor:
-        """Each pixel (F, H, W) shows its token's nats; nothing between cells is made up."""
-        cell = self.config.cell
-        frames = self.cells.repeat_interleave(_lengths(self.config.latent, self.nats), 0)
+        """Each pixel (F, H, W) shows its token's nats, in given frames NaN; nothing between cells is made up."""
+        cell, cells = self.config.cell, self.cells.clone()
+        cells[: self.given] = math.nan
+        frames = cells.repeat_interleave(_lengths(self.config.latent, self.nats), 0)
         return frames.repeat_interleave(cell, -2).repeat_interleave(cell, -1)
 
     def mask(self, threshold: float) -> Tensor:
@@ -59,10 +60,7 @@ class Surprise:
         InputError for a threshold that is no number."""
         if not math.isfinite(threshold):
             raise InputError(f"the threshold is {threshold}; give a number of nats a token")
-        mask = (self.map > threshold).float()
-        if self.given:
-            mask[: self.config.latent.frames(self.given)] = 0
-        return mask
+        return (self.map > threshold).float()
 
     def curve(self) -> list[dict[str, float]]:
         """For each latent frame that wasn't given: its `first` and `last` frame, counted from 0, its `nats` together,

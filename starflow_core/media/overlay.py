@@ -35,13 +35,14 @@ class Scale:
 
     @classmethod
     def of(cls, values: Tensor) -> Scale:
-        """From the median, below which nothing stands out, to the largest."""
-        low, high = float(values.median()), float(values.max())
+        """From the median, below which nothing stands out, to the largest; NaN doesn't count."""
+        known = values[~values.isnan()]
+        low, high = float(known.median()), float(known.max())
         return cls(low, max(high, low + 1e-3 * max(1.0, abs(low))))
 
     def share(self, values: np.ndarray) -> np.ndarray:
-        """Where values are between the ends, 0 to 1."""
-        return ((values - self.low) / (self.high - self.low)).clip(0, 1)
+        """Where values are between the ends, 0 to 1; NaN is 0."""
+        return np.nan_to_num((values - self.low) / (self.high - self.low)).clip(0, 1)
 
     def ticks(self, most: int = 6) -> list[float]:
         """Round numbers between the ends."""
@@ -54,7 +55,8 @@ class Scale:
 
 def overlaid(pixels: Tensor, values: Tensor, unit: str, scale: Scale | None = None) -> Tensor:
     """A clip (F, 3, H, W) in [-1, 1] under a map (F, H, W), enlarged by a whole factor, with the scale on its right:
-    (F, 3, H', W'), of even sides. Raises InputError where they don't go together."""
+    (F, 3, H', W'), of even sides. Nothing covers the clip where the map is NaN. Raises InputError where they don't go
+    together."""
     if pixels.ndim != 4 or pixels.shape[1] != 3 or values.shape != (len(pixels), *pixels.shape[2:]):
         raise InputError(f"a map of shape {tuple(values.shape)} over pixels of shape {tuple(pixels.shape)}")
     scale = scale or Scale.of(values)

@@ -65,6 +65,7 @@ def test_the_mask_leaves_given_frames_out():
     assert mask[1:, :, :16].all()
     assert mask.sum() == 5 * 16 * 16
     assert replace(surprise, given=1).mask(-9.0)[0].sum() == 0
+    assert replace(surprise, given=1).map.isnan().flatten(1).all(1).tolist() == [True, False, False, False, False]
     with pytest.raises(InputError, match="the threshold is nan; give a number of nats a token"):
         surprise.mask(float("nan"))
 

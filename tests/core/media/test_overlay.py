@@ -46,6 +46,9 @@ def test_the_scale_is_the_whole_clips():
     assert Scale.of(values) == Scale(0, 8)
     frames = overlaid(clip(3), values, "nats")
     assert not torch.equal(frames[1, :, 0, 0], frames[2, :, 0, 0])
+    values[0] = float("nan")
+    assert Scale.of(values) == Scale(0, 8)
+    assert torch.equal(overlaid(clip(3), values, "nats")[0, :, 0, 0], frames[0, :, 0, 0])
     flat = Scale.of(torch.full((1, 2, 2), 7.0))
     assert flat.low == 7
     assert flat.high > 7
