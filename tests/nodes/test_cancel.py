@@ -28,11 +28,14 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
         "last frame": lambda: run("STARFlowFirstLastFrame", last_image=clip[:1], **given),
         "extend": lambda: run("STARFlowExtend", model=demo.model, images=clip, **given),
         "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
+        "likelihood": lambda: run("STARFlowLikelihood", model=demo.model, positive=pair[0], latent=latent),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
-NAMES = ["load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "combine"]
+NAMES = [
+    "load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "likelihood", "combine",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)
