@@ -32,8 +32,8 @@ from starflow_core.training.demo import clips
 
 SIDE, FRAMES = changes.SIDE, changes.FRAMES
 RESULTS = Path(__file__).parent / "results" / "surprise.json"
-MOST = 8  # candidates
-GOALS = {"jump": 0.98, "textured background": 0.9}
+SIZES = (1, 4, 8)  # of how many the best is kept
+MOST = SIZES[-1]
 
 
 def wilson(hits: int, cases: int) -> list[float]:
@@ -150,9 +150,9 @@ def best(pipeline: Pipeline, count: int, seed: int) -> dict:
             scores.setdefault(f"beginning_{name}_prompt", []).append((-frames[:, :JUDGED].sum(1)).tolist())
             scores.setdefault(f"whole_{name}_prompt", []).append((-frames.sum(1)).tolist())
     report = {"1": {"fails": rate([not v for each in valid for v in each])}}
-    for size in (4, 8):
+    for size in SIZES[1:]:
         report[str(size)] = {f"fails_by_{name}": rate(_failures(valid, each, size)) for name, each in scores.items()}
-    return report
+    return {**report, "valid": valid, "log_likelihoods": scores}
 
 
 def _failures(valid: list[list[bool]], scores: list[list[float]], size: int) -> list[bool]:
@@ -190,9 +190,10 @@ def table(results: dict) -> str:
                   f"  ahead by {middle:.0f} nats ({text}), {found['cpu_seconds']} CPU s a clip"]  # fmt: skip
     if "changes" in results:
         lines.append("change: area by frame, by token; frame named, within one")
-        lines += [change_row(name, found) for name, found in results["changes"].items()]
-    for size, found in results.get("best", {}).items():
-        lines += [f"best of {size}, {name.replace('_', ' ')}: {percent(share)}" for name, share in found.items()]
+        lines += [change_row(name, results["changes"][name]) for name in changes.KINDS]
+    for size in SIZES if "best" in results else ():
+        shares = results["best"][str(size)].items()
+        lines += [f"best of {size}, {name.replace('_', ' ')}: {percent(share)}" for name, share in shares]
     return "\n".join(lines)
 
 
@@ -218,7 +219,7 @@ def run(options: argparse.Namespace) -> None:
     for part in options.parts:
         found = PARTS[part](pipeline, options.count, options.seed)
         results = json.loads(options.json.read_text()) if options.json.exists() else {}
-        write_json(options.json, {**results, **machine(), "seed": options.seed, part: found})
+        write_json(options.json, {**results, part: {**machine(), "seed": options.seed, **found}})
 
 
 if __name__ == "__main__":
