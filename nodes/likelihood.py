@@ -71,7 +71,7 @@ class STARFlowLikelihood(io.ComfyNode):
         clips = [Surprise(nats.cpu(), config, job.height, job.width, found.given) for nats in found.surprise]
         likelihood, bits = (sum(getattr(c, n) for c in clips) / len(clips) for n in ("log_likelihood", "bits_per_dim"))
         report = "\n".join(line for index, clip in enumerate(clips) for line in _lines(clip, index, len(clips)))
-        host.show(report.splitlines()[0], cls.hidden.unique_id)
+        host.show(f"log-likelihood {likelihood:.2f} nats, {bits:.4f} bits per dimension", cls.hidden.unique_id)
         overlay = overlaid(pixels, torch.cat([clip.map for clip in clips]), UNIT)
         mask = torch.cat([clip.mask(threshold) for clip in clips])
         return io.NodeOutput(likelihood, bits, mask, ((overlay + 1) / 2).movedim(1, -1), report)

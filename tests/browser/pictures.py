@@ -29,6 +29,7 @@ SHOWN = {  # which example a help page's picture is from
     "video_edit": ("VideoEdit",),
     "convergence_study": ("JacobiSettings",),
     "memory": ("Memory",),
+    "likelihood": ("Likelihood",),
 }  # fmt: skip
 
 
@@ -62,6 +63,16 @@ def memory() -> Graph:
     return graph
 
 
+def likelihood() -> Graph:
+    """The same with another one."""
+    graph = text_to_image()
+    sampler = next(node for node in graph.nodes if node.type == "STARFlowSampler")
+    given = {name: sampler.links[name] for name in ("model", "positive")}
+    judged = graph.add("STARFlowLikelihood", **given, latent=(sampler, "latent"))
+    graph.add("PreviewImage", images=(judged, "overlay"))
+    return graph
+
+
 def main() -> None:
     for name in REAL_WEIGHTS:
         words = card("STARFlow 3B", "text to image", "needs Apple's 3B checkpoint")
@@ -76,8 +87,9 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            others = {"memory": Path(folder) / "memory.json"}
-            others["memory"].write_text(json.dumps(memory().page()), encoding="utf-8")
+            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, likelihood)}
+            for make in (memory, likelihood):
+                others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}
                 graph = Path(folder) / "graph.png" if name == "text_to_video" else None

@@ -42,12 +42,17 @@ def clip(frames=9):
     return models.randn(frames, 3, 32, 48, seed=3).clamp(-1, 1)
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 2, "keep": 1}], ids=["one window", "windows"])
+@pytest.mark.parametrize("options", [{}, {"window": 3, "keep": 1}], ids=["one window", "windows"])
 @pytest.mark.parametrize("together", [1, 2, 8])
 def test_a_choice_agrees_with_single_scores(pipeline, monkeypatch, together, options):
+    batches, invert_deep = [], likelihood.invert_deep
+    monkeypatch.setattr(
+        likelihood, "invert_deep", lambda *a, **k: batches.append(len(a[2])) or invert_deep(*a, **k)
+    )  # fmt: skip
     monkeypatch.setattr(likelihood, "TOGETHER", together)
-    found = choose_caption(pipeline, clip(), CAPTIONS, **options)
-    single = [measure(pipeline, clip(), caption, **options)[0] for caption in CAPTIONS]
+    found = choose_caption(pipeline, clip(17), CAPTIONS, **options)
+    assert batches == {1: [1] * 5, 2: [2, 2, 1], 8: [5]}[together]
+    single = [measure(pipeline, clip(17), caption, **options)[0] for caption in CAPTIONS]
     scores = [float(each.log_likelihood) for each in single]
     assert found.log_likelihoods == pytest.approx(scores, rel=1e-4)
     assert found.winner == max(range(5), key=scores.__getitem__)

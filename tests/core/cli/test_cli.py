@@ -806,17 +806,18 @@ def test_which_caption_fits(run, given):
 
 
 def test_best_of_makes_what_the_winners_seed_makes(run):
-    out = run("generate", PROMPT, "--best-of", 5, "--batch", 2, "--seed", 3, "-o", "best/")
+    out = run("generate", PROMPT, "--best-of", 5, "--batch", 2, "--seed", 4, "-o", "best/")
     figures = [re.fullmatch(r"seed (\d+): log-likelihood (-?[\d.]+) nats(, kept)?", line) for line in out[:5]]
-    assert [int(f[1]) for f in figures] == [3, 4, 5, 6, 7]
+    assert [int(f[1]) for f in figures] == [4, 5, 6, 7, 8]
     kept = max(figures, key=lambda f: float(f[2]))
     assert [f for f in figures if f[3]] == [kept]
+    assert kept is not figures[0]  # or this test would see nothing
     told = read_metadata("best/")
     assert told["seed"] == int(kept[1])
     assert told["best_of"] == {"latent_frames": 2, "unit": "nats", **{f"seed {f[1]}": float(f[2]) for f in figures}}
     run("generate", PROMPT, "--seed", told["seed"], "-o", "alone/")
     assert torch.equal(pixels("best/"), pixels("alone/"))
-    assert any(line.startswith("best_of") and f"seed 7 {figures[-1][2]}" in line for line in run("inspect", "best/"))
+    assert any(line.startswith("best_of") and f"seed 8 {figures[-1][2]}" in line for line in run("inspect", "best/"))
 
 
 def test_best_of_several_prompts_and_tasks(run, given, image_model):

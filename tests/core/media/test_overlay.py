@@ -69,7 +69,9 @@ def test_the_legend_shows_its_numbers(monkeypatch):
         overlay.ImageDraw.ImageDraw, "text", lambda self, at, words, *a, **k: drawn.append((at[1], words)) or
         text(self, at, words, *a, **k),
     )  # fmt: skip
-    overlaid(clip(), torch.zeros(2, 16, 24), "nats", Scale(-20, 100))
+    made = overlaid(clip(), torch.zeros(2, 16, 24), "nats", Scale(-20, 100))
+    bar = made[0, :, :, 480 + 15 + 5].mean(0)[60:-30]  # the scale's colours, the highest on top
+    assert bar[:40].mean() > bar[100:140].mean() > bar[-40:].mean()
     assert drawn[0][1] == "nats"
     assert [words for _, words in drawn[1:]] == ["-20", "0", "20", "40", "60", "80", "100"]
     assert [y for y, _ in drawn[1:]] == sorted((y for y, _ in drawn[1:]), reverse=True)
