@@ -107,7 +107,7 @@ def interpolations(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
         mixed = _made(pipeline, one.mix(two, 0.5))
         latents = [pipeline.encode_pixels(clip.transpose(0, 1)[None]) for clip in sources]
         run = decode_from_noise(pipeline, one, keep_text_encoder=True)
-        without = torch.cat(list(pipeline.decoded([(latents[0] + latents[1]) / 2], run)), 1)[0]
+        without = torch.cat(list(pipeline.decoded((latents[0] + latents[1]) / 2, run)), 1)[0]
         yield {
             "met": all(verdict(look(mixed), scene).values()),
             "without": all(verdict(look(without), scene).values()),

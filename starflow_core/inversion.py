@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -11,6 +13,7 @@ from .jobs.build import default_job
 from .jobs.context import Context
 from .jobs.noises import Noise, inversion_job, inverted, noise_of
 from .jobs.tasks import Generation, Job
+from .model.config import FlowConfig
 from .pipeline import Pipeline
 from .solve.inverting import Inverted
 from .solve.solvers import PRESETS, SolverSettings
@@ -39,12 +42,10 @@ def measure(
     keep: int | None = None, context: Context | None = None,
 ) -> tuple[Inverted, Noise, str]:  # fmt: skip
     """As `encode_to_noise`, with the surprise of each token."""
-    config, (height, width) = pipeline.config, pixels.shape[-2:]
-    job = default_job(
-        config, height=height, width=width, frames=len(pixels), guidance=guidance, seed=seed or 0, window=window,
-        keep=keep, context=context, **({} if fps is None else {"fps": fps}),
-    )  # fmt: skip
-    job = inversion_job(config, job, seed is None)
+    config = pipeline.config
+    job = clean_job(config, pixels, fps, guidance=guidance, window=window, keep=keep, context=context)
+    if seed is not None:
+        job = inversion_job(config, replace(job, seed=seed), clean=False)
     pipeline.require(memory.forecast_encode(config, job, pipeline.dtype), "encoding this")
     latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
     return measure_latents(pipeline, latents, job, prompt, negative, control)
@@ -59,6 +60,14 @@ def measure_latents(
     text, uncond, cut = pipeline.encode_text([prompt], negative, job, keep_text_encoder)
     found = inverted(pipeline.flow, job, latents, text, uncond, control=control, placement=pipeline.placement)
     return found, noise_of(pipeline.config, job, found, prompt, negative), cut[0]
+
+
+def clean_job(config: FlowConfig, pixels: Tensor, fps: float | None = None, **settings) -> Job:
+    """The job that inverts a clip (F, 3, H, W), without the model's own noise, and without guidance unless given."""
+    height, width = pixels.shape[-2:]
+    rate = {} if fps is None else {"fps": fps}
+    settings = {"guidance": 0.0, **rate, **settings}
+    return inversion_job(config, default_job(config, height=height, width=width, frames=len(pixels), **settings), True)
 
 
 def decode_from_noise(

@@ -141,14 +141,19 @@ class Pipeline:
         """Run a job to its pixels; options as in `start`."""
         generation, cut = self.start(captions, job, **options)
         latents = generation.run()
-        pixels = torch.cat(list(self.decoded([latents], generation)), 1)
+        pixels = torch.cat(list(self._decoded([latents], generation)), 1)
         overlap = job.context.overlap(self.config.latent) if job.context else 0
         return Output(pixels, latents.cpu(), generation.statistics, overlap, cut)
 
     @torch.no_grad()
     def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, as they are made."""
-        yield from self.decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
+        yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
+
+    @torch.no_grad()
+    def decoded(self, latents: Tensor, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
+        """Frames (B, f, 3, H, W) in [-1, 1], piece by piece, of latents (B, C, T, h, w) that a generation made."""
+        yield from self._decoded([latents], generation, tile)
 
     # One call for each task. Settings are those of `job`, and the options of `start`.
 
@@ -197,9 +202,7 @@ class Pipeline:
                 return self.vae.encode(pixels.squeeze(2), control=control).unsqueeze(2)
             return self.vae.encode(pixels, control=control)
 
-    @torch.no_grad()
-    def decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        """Frames (B, f, 3, H, W) in [-1, 1] of a generation's latents, piece by piece."""
+    def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         # Where parts take turns, all is made before the VAE comes.
         pieces = list(pieces) if generation.means.in_turn else pieces
         latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)

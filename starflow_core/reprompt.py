@@ -157,7 +157,7 @@ def _gain(pipeline: Pipeline, latents: Tensor, wish: Wish, job: Job, control: Co
 def _made(pipeline: Pipeline, generation: Generation, tile: int | None) -> tuple[Tensor, Tensor]:
     """Pixels (F, 3, H, W) and latents."""
     latents = generation.run()
-    return torch.cat(list(pipeline.decoded([latents], generation, tile)), 1)[0], latents.cpu()
+    return torch.cat(list(pipeline.decoded(latents, generation, tile)), 1)[0], latents.cpu()
 
 
 def _edges(clip: Tensor) -> Tensor:

@@ -60,6 +60,13 @@ def _generate(command: argparse.ArgumentParser) -> None:
         help="how many to make at once; one prompt gives N results, several are taken N at a time (default: 1)",
     )
     job.add_argument(
+        "--best-of",
+        type=_positive,
+        metavar="N",
+        help="look at how N candidates begin, --batch at a time, and make the one that the model finds likeliest; "
+        "result i tries the seeds from seed + i N on",
+    )
+    job.add_argument(
         "--window",
         type=whole,
         metavar="N",
@@ -159,10 +166,20 @@ def _reprompt(command: argparse.ArgumentParser) -> None:
 
 
 def _score(command: argparse.ArgumentParser) -> None:
-    command.description += " Scores the latents without adding noise, though the flow was trained on noisy ones."
+    command.description += (
+        " Scores the latents without adding noise, though the flow was trained on noisy ones. A token's surprise is "
+        "minus its log density given what comes before it."
+    )
     _add_input(command)
+    command.add_argument(
+        "--choose", nargs="+", metavar="CAPTION", help="instead of --prompt: which of these captions fits best"
+    )
+    command.add_argument(
+        "--map", metavar="FILE",
+        help="write the clip with its surprise on top (with --choose the winner's); formats as of generate",
+    )  # fmt: skip
     _add_model(command)
-    _add_json(command)
+    _add_json(command, "print JSON, with the surprise by frame")
 
 
 def _convert(command: argparse.ArgumentParser) -> None:
@@ -274,8 +291,8 @@ def _add_memory(group) -> None:
     )  # fmt: skip
 
 
-def _add_json(command: argparse.ArgumentParser) -> None:
-    command.add_argument("--json", action="store_true", help="print JSON")
+def _add_json(command: argparse.ArgumentParser, text: str = "print JSON") -> None:
+    command.add_argument("--json", action="store_true", help=text)
 
 
 def whole(text: str) -> int:

@@ -7,12 +7,14 @@ import time
 from argparse import Namespace
 from contextlib import ExitStack
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
 from ..control import Control
 from ..jobs.tasks import Generation, Job
 from ..jobs.unfinished import path_of
+from ..likelihood import Best, best_of
 from ..media import VideoWriter
 from ..parts import remove
 from ..pipeline import Pipeline
@@ -25,30 +27,54 @@ from .settings import tell_plan, warn_of_cut
 def generate(args: Namespace) -> None:
     """Check everything, load the model, and make the files."""
     began = time.monotonic()
-    plan, statistics = Plan.make(args), []
+    plan, statistics, told = Plan.make(args), [], []
     tell_plan(plan.memory)
     with Meter() as meter:
         pipeline = plan.setup.load(meter, plan.memory)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
-        for first in range(0, len(plan.captions), job.batch):
-            chunk = slice(first, first + job.batch)
-            captions = plan.captions[chunk]
-            part = replace(job, seed=job.seed + first, batch=len(captions))
+        together = 1 if args.best_of else job.batch
+        for first in range(0, len(plan.captions), together):
+            chunk = slice(first, first + together)
+            captions, writers = plan.captions[chunk], plan.writers[chunk]
+            part = replace(job, seed=plan.seeds[first])
             sampling = meter.sampling(job.frames)
+            control = Control(sampling, warn=warn)
+            if args.best_of:
+                best = best_of(pipeline, captions[0], part, args.best_of, negative=args.negative, control=control)
+                part = replace(part, seed=best.seed)
+                statistics += best.statistics
+                told += _figures(best)
+                writers[0].tell(seed=best.seed, best_of=_record(best))
+            part = replace(part, batch=len(captions))
             more = chunk.stop < len(plan.captions)
             unfinished = plan.paths[first] if args.resume else None
-            control = Control(sampling, warn=warn)
             run = start(
                 pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished
             )  # fmt: skip
             whole, started = run.sampler.done == run.layout.given, time.monotonic()
-            write(pipeline, run, plan.writers[chunk], sampling, plan.source, args.tile)
+            write(pipeline, run, writers, sampling, plan.source, args.tile)
             if whole and run.means == plan.memory.means:
                 plan.setup.pace(part, plan.memory).note(time.monotonic() - started)
             if unfinished:
                 remove(path_of(unfinished))
             statistics.append(run.statistics)
+    for line in told:
+        print(line)
     report(plan.paths, began, statistics)
+
+
+def _record(best: Best) -> dict[str, Any]:
+    """What the metadata say of a choice."""
+    figures = {f"seed {seed}": round(score, 2) for seed, score in best.log_likelihoods.items()}
+    return {"latent_frames": best.judged, "unit": "nats", **figures}
+
+
+def _figures(best: Best) -> list[str]:
+    """The same in words."""
+    return [
+        f"seed {seed}: log-likelihood {score:.2f} nats" + (", kept" if seed == best.seed else "")
+        for seed, score in best.log_likelihoods.items()
+    ]
 
 
 def start(

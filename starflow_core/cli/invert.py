@@ -7,22 +7,29 @@ import time
 from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .. import __version__
 from ..control import Control
 from ..errors import InputError
-from ..inversion import decode_from_noise, encode_to_noise
+from ..inversion import decode_from_noise, encode_to_noise, measure
 from ..jobs.build import chosen_size, default_job
 from ..jobs.noises import Noise
 from ..jobs.prompts import check_text
+from ..jobs.surprise import UNIT, Surprise
 from ..jobs.tasks import Job
+from ..likelihood import Choice, check_captions, choose_caption
 from ..media import VideoWriter, check_writable, fit, read_video
+from ..media.overlay import overlaid
+from ..pipeline import Pipeline
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter, warn
 from .settings import OUTPUTS, Setup, check_tile, chosen, default_output, size_options, solver, tell_plan, warn_of_cut
+
+LIKELIHOOD = ("log_likelihood", "bits_per_dim")
 
 
 def encode(args: Namespace) -> None:
@@ -53,13 +60,61 @@ def mix(args: Namespace) -> None:
 
 
 def score(args: Namespace) -> None:
-    """Print how likely a picture or clip is."""
-    inversion = _encoded(args)
-    if not args.json:
-        return _print_likelihood(inversion)
-    names = ("log_likelihood", "bits_per_dim", "model", "prompt")
-    values = {name: getattr(inversion, name) for name in names}
-    print(json.dumps({**values, "dimensions": inversion.noise.numel()}))
+    """Print how likely a picture or clip is, which caption fits it, or what in it is unlikely."""
+    if args.choose is not None:
+        if args.prompt:
+            raise InputError("--choose compares captions, so leave out --prompt")
+        check_captions(args.choose)
+    given = Source.read(args, Setup.find(args), guidance=0.0)
+    if args.map:
+        _map_writer(args, given)  # raises before the work what it would after it
+    choice = None
+    with Meter() as meter:
+        pipeline, control = given.load(meter)
+        if args.choose is None:
+            surprise, prompt = _surprise(args, pipeline, given, control), args.prompt
+        else:
+            choice = choose_caption(pipeline, given.pixels, args.choose, given.fps, control)
+            surprise, prompt = choice.surprise, choice.captions[choice.winner]
+    for caption, cut in zip(choice.captions, choice.cut, strict=True) if choice else ():
+        warn_of_cut(caption, cut, pipeline.config)
+    if args.map:
+        values = {"prompt": prompt, **{name: getattr(surprise, name) for name in LIKELIHOOD}}
+        with _map_writer(args, given, values) as writer:
+            writer.add(overlaid(given.pixels, surprise.map, UNIT))
+    _print_score(args, surprise, prompt, choice)
+
+
+def _surprise(args: Namespace, pipeline: Pipeline, given: Source, control: Control) -> Surprise:
+    """Under the prompt."""
+    found, _, cut = measure(pipeline, given.pixels, args.prompt, given.fps, control)
+    warn_of_cut(args.prompt, cut, pipeline.config)
+    return Surprise(found.surprise[0], pipeline.config, *given.pixels.shape[-2:])
+
+
+def _map_writer(args: Namespace, given: Source, values: dict[str, Any] | None = None) -> VideoWriter:
+    """Raises InputError for what can't be written."""
+    check_writable(args.map, len(given.pixels))
+    made = {"task": "score", "source": Path(args.input).name, "unit": UNIT, "model": given.setup.config.name}
+    rate = given.fps if len(given.pixels) > 1 else 0
+    return VideoWriter(args.map, rate, {**(values or {}), **made, "version": __version__})
+
+
+def _print_score(args: Namespace, surprise: Surprise, prompt: str, choice: Choice | None) -> None:
+    if args.json:
+        values = {name: getattr(surprise, name) for name in LIKELIHOOD}
+        values |= {"model": surprise.config.name, "prompt": prompt, "dimensions": surprise.dimensions}
+        if choice:
+            captions = dict(zip(choice.captions, choice.log_likelihoods, strict=True))
+            values |= {"captions": captions, "winner": prompt, "distance": choice.distance}
+        return print(json.dumps({**values, "frames": surprise.curve(), **({"map": args.map} if args.map else {})}))
+    if choice:
+        for caption, nats in zip(choice.captions, choice.log_likelihoods, strict=True):
+            print(f"{nats:.2f} nats: {caption}")
+        print(f"best: {prompt} ({choice.distance:.2f} nats ahead)")
+    _print_likelihood(surprise)
+    if args.map:
+        print(args.map)
 
 
 def decode(args: Namespace) -> None:
@@ -103,9 +158,8 @@ def _encoded(args: Namespace, **settings) -> Noise:
     numbers = {name: settings[name] for name in ("window", "keep", "guidance") if name in settings}
     source = Source.read(args, Setup.find(args), **{"guidance": 0.0, **numbers})
     with Meter() as meter:
-        pipeline = source.setup.load(meter)
-        control = Control(meter.encoding, warn=warn)
-        noise, cut = encode_to_noise(pipeline, source.pixels, args.prompt, source.job.fps, control, **settings)
+        pipeline, control = source.load(meter)
+        noise, cut = encode_to_noise(pipeline, source.pixels, args.prompt, source.fps, control, **settings)
     warn_of_cut(args.prompt, cut, pipeline.config)
     return noise
 
@@ -117,6 +171,13 @@ class Source:
     setup: Setup
     pixels: Tensor
     job: Job
+
+    @property
+    def fps(self) -> float:
+        return self.job.fps
+
+    def load(self, meter: Meter) -> tuple[Pipeline, Control]:
+        return self.setup.load(meter), Control(meter.encoding, warn=warn)
 
     @classmethod
     def read(cls, args: Namespace, setup: Setup, **settings) -> Source:
@@ -144,7 +205,7 @@ class Source:
         return cls(setup, fit(clip.pixels[:frames], height, width), job)
 
 
-def _print_likelihood(noise: Noise) -> None:
-    if noise.log_likelihood is not None:
-        print(f"log-likelihood {noise.log_likelihood:.2f} nats")
-        print(f"bits per dimension {noise.bits_per_dim:.4f}")
+def _print_likelihood(found: Noise | Surprise) -> None:
+    if found.log_likelihood is not None:
+        print(f"log-likelihood {found.log_likelihood:.2f} nats")
+        print(f"bits per dimension {found.bits_per_dim:.4f}")

@@ -16,6 +16,7 @@ from ..jobs.planner import MemoryPlan
 from ..jobs.prompts import TASK_PREFIX, check_text
 from ..jobs.tasks import Job, layout
 from ..jobs.unfinished import check_unfinished
+from ..likelihood import check_count
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
 from ..solve import noise
@@ -27,12 +28,14 @@ from .settings import Setup, check_tile, chosen, default_output, numbered, size_
 @dataclass(frozen=True)
 class Plan:
     """A run that is ready to start: `settings` for `Pipeline.with_context`, how it is fitted to the device, and the
-    caption, path and writer of each result. If there is a `source` (F, 3, H, W), the results are joined to it."""
+    caption, first seed, path and writer of each result. If there is a `source` (F, 3, H, W), the results are joined to
+    it."""
 
     setup: Setup
     settings: dict[str, Any]
     memory: MemoryPlan
     captions: list[str]
+    seeds: list[int]
     paths: list[str]
     writers: list[VideoWriter]
     source: Tensor | None
@@ -41,26 +44,38 @@ class Plan:
     def make(cls, args: Namespace) -> Plan:
         """Raises a StarflowError for anything that cannot work; warns of anything that may not."""
         captions = read_prompts(args)
-        captions = captions * (args.batch or 1) if len(captions) == 1 else captions
+        candidates = args.best_of or 1
+        if args.best_of is not None:
+            check_best_of(args)
+        if len(captions) == 1 and candidates == 1:
+            captions = captions * (args.batch or 1)
         check_tile(args.tile)
         setup = Setup.find(args)
         given = read_given(args, setup.config)
-        settings = {**given.settings, **job_settings(args, setup, given, len(captions))}
+        settings = {**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
-        several = len(captions) > job.batch  # the text encoder is kept for the next batch
+        several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch
         plan = setup.plan(args, job, several)
         job = plan.fitted(job, widen=args.span is None)
         settings["solver"] = job.solver
         source = given.pixels["clip"] if args.join else None
-        paths = name_outputs(args, setup, job, captions, source)
+        seeds = [job.seed + i * candidates for i in range(len(captions))]
+        paths = name_outputs(args, setup, job, captions, seeds, source)
         writers = [
-            VideoWriter(path, job.fps, metadata(args, setup, plan, given, job, captions[i], i), args.quality)
-            for i, path in enumerate(paths)
+            VideoWriter(path, job.fps, metadata(args, setup, plan, given, job, caption, seed), args.quality)
+            for path, caption, seed in zip(paths, captions, seeds, strict=True)
         ]
         if job.task not in setup.config.tasks:
             warn_of_task(setup, job.task)
-        return cls(setup, settings, plan, captions, paths, writers, source)
+        return cls(setup, settings, plan, captions, seeds, paths, writers, source)
+
+
+def check_best_of(args: Namespace) -> None:
+    """Raise InputError where there is nothing to choose, or the choice can't be gone on from."""
+    check_count(args.best_of)
+    if args.resume:
+        raise InputError("--best-of can't be resumed; choose first, then --resume with the --seed that it names")
 
 
 @dataclass(frozen=True)
@@ -144,7 +159,7 @@ def job_settings(args: Namespace, setup: Setup, given: Given, results: int) -> d
 
 
 def metadata(
-    args: Namespace, setup: Setup, plan: MemoryPlan, given: Given, job: Job, prompt: str, index: int
+    args: Namespace, setup: Setup, plan: MemoryPlan, given: Given, job: Job, prompt: str, seed: int
 ) -> dict[str, Any]:
     """What it takes to make a result again."""
     frames = layout(setup.config, job)
@@ -152,7 +167,7 @@ def metadata(
     return {
         "prompt": prompt,
         "negative": args.negative,
-        "seed": job.seed + index,
+        "seed": seed,
         **{name: getattr(job, name) for name in names},
         "window": frames.window,
         "keep": frames.keep,
@@ -173,11 +188,13 @@ def file_frames(setup: Setup, job: Job, source: Tensor | None) -> int:
     return job.frames if source is None else job.frames + len(source) - job.context.overlap(setup.config.latent)
 
 
-def name_outputs(args: Namespace, setup: Setup, job: Job, captions: list[str], source: Tensor | None) -> list[str]:
+def name_outputs(
+    args: Namespace, setup: Setup, job: Job, captions: list[str], seeds: list[int], source: Tensor | None
+) -> list[str]:  # fmt: skip
     """A writable path for each result."""
     frames = file_frames(setup, job, source)
     if args.output is None:
-        paths = [default_output(f"{slug(c)}-{job.seed + i}", frames) for i, c in enumerate(captions)]
+        paths = [default_output(f"{slug(c)}-{seed}", frames) for c, seed in zip(captions, seeds, strict=True)]
     elif len(captions) == 1:
         paths = [args.output]
     else:

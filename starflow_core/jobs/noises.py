@@ -24,7 +24,7 @@ from ..solve.solvers import PRESETS, SolverSettings
 from ..weights.tensorfiles import TensorFile, save_tensors
 from .build import default_job
 from .context import Context
-from .tasks import PLAIN, Job, Means, layout
+from .tasks import PLAIN, Job, Layout, Means, layout
 
 SCHEMA = 2  # version of the noise file
 KEY = "starflow_noise"
@@ -154,22 +154,34 @@ def inverted(
 ) -> Inverted:  # fmt: skip
     """The noise, and the surprise of each token, of a result's latents (B, C, T, h, w) in VAE space. The model's own
     noise is added to them first if the job denoises; given frames are the job's."""
-    config, plan = flow.config, layout(flow.config, job)
+    plan, placement = layout(flow.config, job), placement or Placement.on(text.device)
+    found = invert(
+        flow, flowing(flow.config, job, latents.to(placement.shallow)), text.expand(job.batch, -1, -1), uncond,
+        guidance=job.guidance, given=plan.given, window=plan.window, keep=plan.keep, control=control,
+        placement=placement, cache=means.cache,
+    )  # fmt: skip
+    return shown(plan, found)
+
+
+def flowing(config: FlowConfig, job: Job, latents: Tensor) -> Tensor:
+    """The deep sequence (B, T, C, h, w) in flow space, hidden frames included, of a result's latents in VAE space.
+    Raises InputError for latents that aren't of the job's shape."""
+    plan = layout(config, job)
     expected = (job.batch, plan.shape[0], plan.frames, *plan.shape[1:])
     if latents.shape != expected:
         raise InputError(f"latents of shape {tuple(latents.shape)}, the job's are {expected}")
     if job.context:
         given = job.context.latents.to(latents).expand(job.batch, -1, -1, -1, -1)
         latents = torch.cat((given, latents[:, :, job.context.shown :]), 2)
-    placement = placement or Placement.on(text.device)
-    flowing = to_flow_space(config.latent, latents.to(placement.shallow), plan.factors)
-    if job.denoise:
-        own = draws.draw_context(job.seed, job.batch, plan.total, plan.shape)
-        flowing = flowing + config.noise_std * own.to(flowing)
-    found = invert(
-        flow, flowing, text.expand(job.batch, -1, -1), uncond, guidance=job.guidance, given=plan.given,
-        window=plan.window, keep=plan.keep, control=control, placement=placement, cache=means.cache,
-    )  # fmt: skip
+    clean = to_flow_space(config.latent, latents, plan.factors)
+    if not job.denoise:
+        return clean
+    own = draws.draw_context(job.seed, job.batch, plan.total, plan.shape)
+    return clean + config.noise_std * own.to(clean)
+
+
+def shown(plan: Layout, found: Inverted) -> Inverted:
+    """What belongs to the result's own frames."""
     return Inverted(found.noise[:, plan.hidden :], found.surprise[:, plan.hidden :], plan.given - plan.hidden)
 
 

@@ -6,8 +6,10 @@ import os
 import tempfile
 from collections.abc import Iterable
 from contextlib import ExitStack, suppress
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +22,7 @@ from .metadata import Metadata, check_metadata, encode_exif
 from .pictures import still_recorder
 from .pixels import to_bytes
 from .sequences import check_replaceable, sequence_recorder
-from .targets import STILLS, Recorder, Recording, Sound, WriteFrame, target_of
+from .targets import STILLS, Recorder, Recording, Sound, Target, WriteFrame, target_of
 from .videos import CODECS, CONTAINERS, LAYOUTS, container_recorder, has_encoder
 
 _FORMATS = ".mp4, .webm, .gif, .webp, .png, .jpg, or a folder (with a / at its end) for an image sequence"
@@ -92,12 +94,9 @@ class VideoWriter:
         target = target_of(path)
         codec = _checked_codec(path, target.suffix, codec)
         check_writable(path)
-        metadata = dict(metadata or {})
-        check_metadata(metadata)
+        metadata = _checked_metadata(path, target, dict(metadata or {}))
         if not 0 <= quality <= 100:
             raise InputError(f"quality {quality}: expected 0 to 100")
-        if target.suffix in STILLS[1:] and not target.pattern and len(encode_exif(metadata)) > _JPEG_EXIF_LIMIT:
-            raise InputError(f"{path}: the metadata does not fit into {target.suffix}; write .png")
         if not 0 <= plays < 2**16:
             raise InputError(f"plays is {plays}: expected 0 (without end) to {2**16 - 1}")
         rate = _checked_rate(fps, target.suffix)
@@ -112,6 +111,11 @@ class VideoWriter:
 
     def __enter__(self) -> VideoWriter:
         return self
+
+    def tell(self, **metadata: Any) -> None:
+        """More metadata, known only now; call it before the first frame. Raises InputError as the constructor does."""
+        told = _checked_metadata(self.path, self._recording.target, {**self._recording.metadata, **metadata})
+        self._recording = replace(self._recording, metadata=told)
 
     def add(self, frames: Tensor) -> None:
         """Encode frames (F, 3, H, W) in [-1, 1], all of one size."""
@@ -178,6 +182,13 @@ def _publish(part: Path, target: Path) -> None:
         os.replace(old, target)
         raise
     remove(old)
+
+
+def _checked_metadata(path, target: Target, metadata: Metadata) -> Metadata:
+    check_metadata(metadata)
+    if target.suffix in STILLS[1:] and not target.pattern and len(encode_exif(metadata)) > _JPEG_EXIF_LIMIT:
+        raise InputError(f"{path}: the metadata does not fit into {target.suffix}; write .png")
+    return metadata
 
 
 def _checked_rate(fps: int | Fraction, suffix: str) -> Fraction:

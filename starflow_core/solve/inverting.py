@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from ..control import Control, Progress
 from ..errors import InputError
 from ..model.cache import RESIDENT, Cache, CacheSettings
-from ..model.flow import Flow, require_finite
+from ..model.flow import Flow, Grid, require_finite
 from ..model.placement import Placement
 from .runs import DeepRun
 from .solvers import ABSORBED, Window, absorb
@@ -38,25 +38,62 @@ class Inverted:
         return -self.surprise.flatten(1).sum(1)
 
 
+@dataclass(frozen=True)
+class Halfway:
+    """Latents that have passed the shallow blocks, which read no text: the deep block's input, tokens (B, T, N, c), and
+    log |dx/dz| of each (B, T, N) so far, row-major."""
+
+    tokens: Tensor
+    nats: Tensor
+    grid: Grid
+    home: torch.device
+
+    def repeated(self, rows: int) -> Halfway:
+        """One clip, as often as there are texts."""
+        return replace(self, **{name: getattr(self, name).expand(rows, *[-1] * dims)
+                                for name, dims in (("tokens", 3), ("nats", 2))})  # fmt: skip
+
+
 @torch.no_grad()
 def invert(
-    flow: Flow, latents: Tensor, text: Tensor, uncond: Tensor | None = None, *, guidance: float = 0.0, given: int = 0,
-    window: int | None = None, keep: int | None = None, control: Control | None = None,
-    placement: Placement | None = None, cache: CacheSettings = RESIDENT,
+    flow: Flow, latents: Tensor, text: Tensor, uncond: Tensor | None = None, *, control: Control | None = None,
+    placement: Placement | None = None, **options,
 ) -> Inverted:  # fmt: skip
     """The noise from which `Sampler` makes latents (B, T, C, H, W), with the same text, guidance, windows and number of
-    given frames. A likelihood under guidance is that of the guided model, which isn't normalised over texts.
+    given frames; options as in `invert_deep`. A likelihood under guidance is that of the guided model, which isn't
+    normalised over texts.
 
     Raises NonFiniteError that names the block and the token where NaN or infinity began.
     """
+    placement = placement or Placement.on(text.device)
+    halfway = invert_shallow(flow, latents.to(placement.shallow), control)
+    found = invert_deep(flow, halfway, text, uncond, control=control, placement=placement, **options)
+    return replace(found, noise=found.noise.to(latents.device), surprise=found.surprise.to(latents.device))
+
+
+@torch.no_grad()
+def invert_shallow(flow: Flow, latents: Tensor, control: Control | None = None) -> Halfway:
+    """The first half of `invert`: once for all texts. Raises as it does."""
+    tokens, logdets = flow.encode_shallow(latents, control)
+    nats = -sum(each.sum(-1) for each in logdets) if logdets else torch.zeros_like(tokens[..., 0])
+    return Halfway(tokens, nats, flow.grid(latents), latents.device)
+
+
+@torch.no_grad()
+def invert_deep(
+    flow: Flow, halfway: Halfway, text: Tensor, uncond: Tensor | None = None, *, guidance: float = 0.0, given: int = 0,
+    window: int | None = None, keep: int | None = None, control: Control | None = None,
+    placement: Placement | None = None, cache: CacheSettings = RESIDENT,
+) -> Inverted:  # fmt: skip
+    """The second half: under text (B, L, D). Raises InputError for guidance without the unconditional text, and as
+    `invert`."""
     control, placement = control or Control(), placement or Placement.on(text.device)
     if guidance and uncond is None:
         raise InputError("guidance needs the unconditional text; give it, or guidance 0")
-    grid, block = flow.grid(latents), flow.deep
+    grid, block = halfway.grid, flow.deep
     width, keep = flow.config.sliding_window(grid.frames, window, keep)
     width = min(width, grid.frames)
-    tokens, logdets = flow.encode_shallow(latents.to(placement.shallow), control)
-    x = block.ordered(tokens).to(placement.deep[0])
+    x = block.ordered(halfway.tokens).to(placement.deep[0])
     run = DeepRun(
         flow, grid.with_frames(width), text, uncond, guidance, placement.deep, ABSORBED, partial(Cache, settings=cache)
     )  # fmt: skip
@@ -70,10 +107,10 @@ def invert(
     blank = x.new_zeros(x[:, :given].shape), x.new_ones(x[:, :given].shape)
     z, scale = (block.ordered(torch.cat(each, 1)) for each in zip(blank, *parts, strict=True))
     require_finite(z, f"block {block.index}", grid)
-    nats = 0.5 * (z.square() + math.log(2 * math.pi)) + scale.log() - sum(d.to(z.device) for d in logdets)
-    surprise = nats.sum(-1)
+    nats = (0.5 * (z.square() + math.log(2 * math.pi)) + scale.log()).sum(-1)
+    surprise = nats.to(halfway.home) + halfway.nats
     surprise[:, :given] = 0
-    return Inverted(flow.latents(z.to(latents.device), grid), surprise.to(latents.device), given)
+    return Inverted(flow.latents(z.to(halfway.home), grid), surprise, given)
 
 
 def _window(

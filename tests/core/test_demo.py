@@ -7,10 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 
+from benchmarks import changes, surprise
 from benchmarks.adherence import measure, prompt, scenes
+from benchmarks.judge import look, verdict
 from starflow_core.bundled import BUNDLED
 from starflow_core.jobs.context import later_factors
 from starflow_core.jobs.tasks import Generation
+from starflow_core.likelihood import best_of
 from starflow_core.model.latent import to_flow_space
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
@@ -83,3 +86,33 @@ def test_text_matters_to_the_likelihood(pipeline):
             pipeline.flow.encode(x, pipeline.encode_text(c, "", job)[0]).log_likelihood for c in (captions, others)
         )
     assert (own > wrong).all()
+
+
+def test_the_caption_that_fits(pipeline):
+    """A small version of benchmarks/surprise.py: of 128 captions, its own."""
+    found = surprise.captions(pipeline, 2, seed=9)
+    assert found["captions"] == 128
+    assert found["right"]["share"] == 1
+    assert found["distance"][0] > 10
+
+
+@pytest.mark.parametrize("kind", ["colour", "reversal", "second shape"])
+def test_what_does_not_belong(pipeline, kind):
+    normal = surprise.surprises(pipeline, changes.normal, "normal", 6, seed=9)
+    found = surprise.surprises(pipeline, changes.KINDS[kind], kind, 4, seed=9)
+    report = surprise.compared(found, normal, dated=True)
+    assert report["area_by_frame"]["area"] >= 0.9
+    assert report["within_one"]["share"] == 1
+    assert report["frame_named"]["share"] >= 0.5
+
+
+@pytest.mark.parametrize("index", [4, 24])
+def test_the_best_of_candidates_some_of_which_fail(pipeline, index):
+    """Prompts that leave the background open, where two and three of eight results showed something else."""
+    scene = replace(scenes(48, seed=3)[index], background=None)
+    job = pipeline.job(height=96, width=96, frames=33, batch=8, seed=7000 + 100 * index)
+    best = best_of(pipeline, prompt(scene), job, 8)
+    made = pipeline.generate(prompt(scene), replace(job, batch=1, seed=best.seed)).pixels
+    assert all(verdict(look(made[0]), scene).values())
+    worst = min(best.log_likelihoods.values())
+    assert best.log_likelihoods[best.seed] > worst + 10

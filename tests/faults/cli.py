@@ -17,8 +17,8 @@ FAULTS: list[Fault] = [
         "a joined clip's metadata has the job's length", TESTS + "test_the_given_frames_are_shown",
     ),
     Fault(
-        PLAN, "{**given.settings, **job_settings(args, setup, given, len(captions))}",
-        "{**job_settings(args, setup, given, len(captions)), **given.settings}",
+        PLAN, "{**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}",
+        "{**job_settings(args, setup, given, args.best_of or len(captions)), **given.settings}",
         "a source's frame rate beats --fps", TESTS + "test_size_and_rate_of_a_clip_can_be_changed",
     ),
     Fault(
@@ -42,7 +42,7 @@ FAULTS: list[Fault] = [
         "the forecast is of more results than are made", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
     ),
     Fault(
-        PLAN, "several = len(captions) > job.batch", "several = False",
+        PLAN, "several = len(captions) > job.batch or", "several = False or",
         "the forecast leaves out the text encoder that stays",
         TESTS + "test_the_text_encoder_stays_until_the_last_batch",
     ),
@@ -69,11 +69,11 @@ FAULTS: list[Fault] = [
     ),
     # Running
     Fault(
-        GENERATE, "seed=job.seed + first", "seed=job.seed",
+        GENERATE, "part = replace(job, seed=plan.seeds[first])", "part = job",
         "every batch begins with the same seed", TESTS + "test_prompt_file",
     ),
     Fault(
-        GENERATE, "plan.writers[chunk]", "plan.writers[: job.batch]",
+        GENERATE, "plan.writers[chunk]", "plan.writers[:together]",
         "every batch goes to the first files", TESTS + "test_prompt_file",
     ),
     Fault(
@@ -110,7 +110,7 @@ FAULTS: list[Fault] = [
     ),
     # Names, metadata, warnings
     Fault(
-        PLAN, '"seed": job.seed + index,', '"seed": job.seed,',
+        PLAN, '"seed": seed,', '"seed": job.seed,',
         "all results claim the first seed", TESTS + "test_batch_is_each_alone",
     ),
     Fault(
@@ -118,7 +118,7 @@ FAULTS: list[Fault] = [
         "metadata without the negative prompt", TESTS + "test_metadata_tells_how_to_make_it_again",
     ),
     Fault(
-        PLAN, '{slug(c)}-{job.seed + i}"', '{slug(c)}-{job.seed}"',
+        PLAN, '{slug(c)}-{seed}"', '{slug(c)}-{job.seed}"',
         "default names that collide", TESTS + "test_image_model",
     ),
     Fault(
@@ -143,11 +143,11 @@ FAULTS: list[Fault] = [
         "decode ignores --tile", TESTS + "test_tiles_reach_the_decoder",
     ),
     Fault(
-        INVERT, "    warn_of_cut(args.prompt, cut, config)\n", "",
+        INVERT, "    warn_of_cut(args.prompt, cut, pipeline.config)\n    return Surprise", "    return Surprise",
         "score cuts a prompt without a word", TESTS + "test_what_the_text_encoder_cut_off",
     ),
     Fault(
-        INVERT, "encode_to_noise(pipeline, pixels, args.prompt,", 'encode_to_noise(pipeline, pixels, "",',
+        INVERT, "measure(pipeline, given.pixels, args.prompt,", 'measure(pipeline, given.pixels, "",',
         "score ignores the prompt", TESTS + "test_score",
     ),
     Fault(
@@ -199,5 +199,30 @@ FAULTS: list[Fault] = [
     Fault(
         FILES, "Means(in_int8 or name == INT8)", "Means(name == INT8)",
         "a file in 8 bit needs as much as one in 16", TESTS + "test_inspect_of_8_bit",
+    ),
+    Fault(
+        GENERATE, "part = replace(part, seed=best.seed)", "pass",
+        "the first candidate is made", TESTS + "test_best_of_makes_what_the_winners_seed_makes",
+    ),
+    Fault(
+        GENERATE, "writers[0].tell(seed=best.seed, best_of=", "writers[0].tell(best_of=",
+        "a kept candidate claims the first seed", TESTS + "test_best_of_makes_what_the_winners_seed_makes",
+    ),
+    Fault(
+        PLAN, "job.seed + i * candidates for", "job.seed + i for",
+        "prompts share candidates", TESTS + "test_best_of_several_prompts_and_tasks",
+    ),
+    Fault(
+        INVERT, "        _map_writer(args, given)  # raises", "        pass  # raises",
+        "a map that can't be written is refused after the work", TESTS + "test_what_cannot_be_inverted",
+    ),
+    Fault(
+        INVERT, "overlaid(given.pixels, surprise.map, UNIT)", "given.pixels",
+        "a map without the surprise", TESTS + "test_a_map_of_a_clip",
+    ),
+    Fault(
+        INVERT, "surprise, prompt = choice.surprise, choice.captions[choice.winner]",
+        "surprise, prompt = choice.surprise, choice.captions[0]",
+        "the first caption is named the winner", TESTS + "test_which_caption_fits",
     ),
 ]  # fmt: skip

@@ -8,6 +8,8 @@ JOBS = "starflow_core/jobs"
 TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
 PIPELINE = "tests/core/test_pipeline.py"
 PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
+SURPRISE, DECIDING = "tests/core/jobs/test_surprise.py", "tests/core/test_likelihood.py"
+LIKELIHOOD = "starflow_core/likelihood.py"
 
 FAULTS = [
     Fault(f"{JOBS}/tasks.py", "return self.given + self.flow.config.noise_std * drawn.to(self.given)",
@@ -84,4 +86,30 @@ FAULTS = [
           "an impossible smaller job hides why the job was refused", PLANNER),
     Fault("starflow_core/weights/flow.py", "name.endswith(int8.SCALE) for", "name.endswith(int8.WEIGHT) for",
           "every flow is in 8 bit", "tests/core/weights/test_int8.py"),
+    Fault(f"{JOBS}/surprise.py", "lengths[0] = 1", "lengths[0] = latent.temporal",
+          "the first latent frame stands for four", SURPRISE),
+    Fault(f"{JOBS}/surprise.py", "cells[: self.given] = math.nan", "pass",
+          "given frames are in map and mask", SURPRISE),
+    Fault(f"{JOBS}/surprise.py", "if index >= self.given:", "if True:", "given frames are in the curve", SURPRISE),
+    Fault(f"{JOBS}/surprise.py", "self.height // self.config.cell, self.width // self.config.cell",
+          "self.width // self.config.cell, self.height // self.config.cell", "rows taken for columns", SURPRISE),
+    Fault(LIKELIHOOD, "max(range(len(self.captions)), key=self.log_likelihoods.__getitem__)", "0",
+          "the first caption wins", DECIDING),
+    Fault(LIKELIHOOD, "if best is None or scores[-1] > -float(best.surprise.sum()):", "if best is None:",
+          "the first caption's surprise is shown", DECIDING),
+    Fault(LIKELIHOOD, "keep=plan.keep, control=control, placement=placement,", "control=control, placement=placement,",
+          "captions are compared in other windows", DECIDING),
+    Fault(LIKELIHOOD, "for part in texts.split(together):", "for part in texts.split(len(texts)):",
+          "all captions at once, whatever memory there is", DECIDING),
+    Fault(LIKELIHOOD, "            together //= 2\n", "            together = 1\n",
+          "one caption at a time where several fit", DECIDING),
+    Fault(LIKELIHOOD, "replace(job, guidance=0.0, frames=", "replace(job, frames=",
+          "candidates are judged with guidance", DECIDING),
+    Fault(LIKELIHOOD, 'some = {"seed": job.seed + first,', 'some = {"seed": job.seed,',
+          "every batch of candidates is the same", DECIDING),
+    Fault(LIKELIHOOD, "if done >= frames:", "if False:", "candidates are sampled whole", DECIDING),
+    Fault(LIKELIHOOD, "return frames if job.context and job.context.shown else", "return",
+          "a given frame is judged", DECIDING),
+    Fault(LIKELIHOOD, "max(scores, key=scores.__getitem__)", "min(scores, key=scores.__getitem__)",
+          "the least likely is kept", DECIDING),
 ]  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Fault
 
 MEDIA, TESTS = "starflow_core/media", "tests/core/media"
+OVERLAY, DRAWN = "starflow_core/media/overlay.py", "tests/core/media/test_overlay.py"
 
 FAULTS = [
     Fault(
@@ -91,4 +92,12 @@ FAULTS = [
         f"{MEDIA}/metadata.py", "_COMFYUI_TAGS = {\"prompt\": 0x0110", "_COMFYUI_TAGS = {\"prompt\": 0x010E",
         "ComfyUI's prompt in another EXIF tag", f"{TESTS}/test_round_trips.py {TESTS}/test_writing.py",
     ),
+    Fault(OVERLAY, "rows = np.linspace(1, 0,", "rows = np.linspace(0, 1,",
+          "the scale's colours are upside down", DRAWN),
+    Fault(OVERLAY, "round(top + (1 - float(", "round(top + (float(",
+          "the scale's numbers are upside down", DRAWN),
+    Fault(OVERLAY, "frames = frames.repeat(factor, 1).repeat(factor, 2)",
+          "frames = frames.repeat(factor, 2).repeat(factor, 2)", "enlarged one way", DRAWN),
+    Fault(OVERLAY, "cover = OPAQUE * share[..., None] ** 0.6", "cover = OPAQUE",
+          "the clip doesn't show through", DRAWN),
 ]  # fmt: skip

@@ -34,6 +34,7 @@ BASE = {
     "encode": ("encode", "{clip}", *SMALL, "--prompt", "a ring", "-o", "a.safetensors"),
     "decode": ("decode", "{noise}", "--preset", "fast", "--quality", "50", "-o", "a.webm"),
     "score": ("score", "{clip}", *SMALL, "--frames", "5", "--json"),
+    "score a choice": ("score", "{clip}", *SMALL, "--frames", "5", "--map", "a.gif", "--choose", "a ring", "a square"),
 }
 # Values that an option takes; numbers where it isn't here.
 GOOD = {
@@ -42,6 +43,7 @@ GOOD = {
     "--prompt": ("a square",), "--image": ("{picture}",), "--last-image": ("{picture}",), "--video": ("{clip}",),
     "--task": ("edit", "extend"), "--preset": ("fast", "exact"), "--solver": ("autoregressive",), "--tile": ("4", "8"),
     "--model": ("{flow}",), "-o": ("a.gif", "a.png", "full/", "b.safetensors", "dangling.mp4", "linked/"),
+    "--map": ("a.png", "a.webp", "full/", "dangling.mp4"), "--choose": ("a ring", "a square"), "--best-of": ("2", "3"),
     "--output": ("a.webp", "frames/%05d.jpg", "full.safetensors", "dangling.safetensors"),
 }  # fmt: skip
 NUMBERS = ("0", "1", "2", "5", "9", "17", "0.5")
@@ -52,7 +54,7 @@ WRONG = (
     "\U0001f642.png", "{clip}", "{picture}", "{noise}", "{flow}", "dangling.mp4", "dangling.safetensors", "linked/",
     "linked.mp4", "linked.safetensors", "full/", "full.safetensors", "edit", "extend",
 )  # fmt: skip
-LONG = {"--frames": ("4097", "99999"), "--batch": ("4097", "99999")}  # minutes of honest work
+LONG = dict.fromkeys(("--frames", "--batch", "--best-of"), ("4097", "99999"))  # minutes of honest work
 LONGEST = 120  # seconds of a case: behind "--" each of the other words is a prompt of a clip
 
 

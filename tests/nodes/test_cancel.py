@@ -29,12 +29,15 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
         "extend": lambda: run("STARFlowExtend", model=demo.model, images=clip, **given),
         "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
         "invert": lambda: demo.inverted(*pair, {"samples": latent["samples"] + 1}),
+        "likelihood": lambda: run("STARFlowLikelihood", model=demo.model, positive=pair[0], latent=latent),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
-NAMES = ["load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert",
-         "combine"]  # fmt: skip
+NAMES = [
+    "load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert", "likelihood",
+    "combine",
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -31,9 +31,9 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch cache denoise device dtype first-span fps frames guidance height image image-span join "
-    "keep last-image "
-    "max-sweeps memory model negative no-denoise offload output preset prompt-file quality resume seed "
+    "generate": "aspect batch best-of cache denoise device dtype first-span fps frames guidance height image "
+    "image-span join keep last-image max-sweeps memory model negative no-denoise offload output preset prompt-file "
+    "quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile tolerance vae video width window",
     "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
     "vae width window",
@@ -43,7 +43,7 @@ FLAGS = {
     "was width",
     "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
     "quality shallow-tolerance solver span text-encoder tile tolerance vae",
-    "score": "aspect device dtype fps frames height json model prompt size text-encoder vae width",
+    "score": "aspect choose device dtype fps frames height json map model prompt size text-encoder vae width",
     "convert": "dtype overwrite",
     "inspect": "aspect batch cache device dtype frames guidance height json memory offload size width",
 }
@@ -398,6 +398,8 @@ def test_what_the_text_encoder_cut_off(run, given):
     ("--window 3 --keep 3 --frames 17", "keep is 3; a window of 3 latent frames keeps 1 to 2"),
     ("--span 0", "span is 0; the minimum is 1"),
     ("--tolerance 2", "tolerance is 2.0, expected 0 <= tolerance < 1"),
+    ("--best-of 1", "the best of 1; give at least 2 candidates, or leave it out"),
+    ("--best-of 2 --resume", "--best-of can't be resumed; choose first, then --resume with the --seed that it names"),
     ("--solver autoregressive --preset exact", "autoregressive solver has no settings"),
     ("--solver autoregressive --span 3", "autoregressive solver has no settings"),
     ("--device cuda:99", "device 'cuda:99' isn't there; this machine has .*cpu"),
@@ -784,6 +786,68 @@ def test_score(run, given):
     assert found["bits_per_dim"] == pytest.approx(bits)
     assert text[1] == f"bits per dimension {bits:.4f}"
     assert run("score", given / "clip.mp4") != text
+    frames = found["frames"]
+    assert [(f["first"], f["last"]) for f in frames] == [(0, 0), (1, 4), (5, 8)]
+    assert sum(f["nats"] for f in frames) == pytest.approx(-found["log_likelihood"], rel=1e-5)
+
+
+@pytest.mark.parametrize("target", ["m.mp4", "m.webm", "m.gif", "m.webp", "m/", "m/%03d.jpg"])
+def test_a_map_of_a_clip(run, given, target):
+    out = run("score", given / "clip.mp4", "--prompt", PROMPT, "--map", target)
+    assert out[2:] == [target]
+    made = read_video(Path(target).parent if "%" in target else target)
+    assert len(made.pixels) == 9
+    assert min(made.pixels.shape[2:]) >= 320
+    told = read_metadata(Path(target).parent if "%" in target else target)
+    assert (told["prompt"], told["source"], told["unit"]) == (PROMPT, "clip.mp4", "nats per token")
+    assert f"log-likelihood {told['log_likelihood']:.2f} nats" == out[0]
+
+
+def test_a_map_of_a_picture(run, given, image_model):
+    out = run("score", given / "picture.png", *image_model, "--map", "m.png", "--json")
+    assert json.loads(out[0])["map"] == "m.png"
+    assert pixels("m.png").shape[0] == 1
+
+
+def test_which_caption_fits(run, given):
+    captions = [PROMPT, "a blue square", "something green"]
+    single = [json.loads(run("score", given / "clip.mp4", "--prompt", c, "--json")[0]) for c in captions]
+    command = ("score", given / "clip.mp4", "--choose", *captions)
+    text, found = run(*command), json.loads(run(*command, "--json", "--map", "m.gif")[0])
+    scores = [s["log_likelihood"] for s in single]
+    assert found["captions"] == pytest.approx(dict(zip(captions, scores, strict=True)), abs=1e-3)
+    best = max(range(3), key=scores.__getitem__)
+    assert found["winner"] == captions[best] == read_metadata("m.gif")["prompt"]
+    assert found["distance"] == pytest.approx(sorted(scores)[-1] - sorted(scores)[-2], abs=1e-3)
+    assert found["frames"][1]["nats"] == pytest.approx(single[best]["frames"][1]["nats"], abs=1e-3)
+    assert text[:3] == [f"{found['captions'][c]:.2f} nats: {c}" for c in captions]
+    assert text[3] == f"best: {captions[best]} ({found['distance']:.2f} nats ahead)"
+
+
+def test_best_of_makes_what_the_winners_seed_makes(run):
+    out = run("generate", PROMPT, "--best-of", 5, "--batch", 2, "--seed", 4, "-o", "best/")
+    figures = [re.fullmatch(r"seed (\d+): log-likelihood (-?[\d.]+) nats(, kept)?", line) for line in out[:5]]
+    assert [int(f[1]) for f in figures] == [4, 5, 6, 7, 8]
+    kept = max(figures, key=lambda f: float(f[2]))
+    assert [f for f in figures if f[3]] == [kept]
+    assert kept is not figures[0]  # or this test would see nothing
+    told = read_metadata("best/")
+    assert told["seed"] == int(kept[1])
+    assert told["best_of"] == {"latent_frames": 2, "unit": "nats", **{f"seed {f[1]}": float(f[2]) for f in figures}}
+    run("generate", PROMPT, "--seed", told["seed"], "-o", "alone/")
+    assert torch.equal(pixels("best/"), pixels("alone/"))
+    assert any(line.startswith("best_of") and f"seed 8 {figures[-1][2]}" in line for line in run("inspect", "best/"))
+
+
+def test_best_of_several_prompts_and_tasks(run, given, image_model):
+    out = run("generate", "one", "two", *image_model, "--best-of", 2, "--seed", 10, "-o", "a.png")
+    assert [line.split(":")[0] for line in out[:4]] == ["seed 10", "seed 11", "seed 12", "seed 13"]
+    assert out[4:6] == ["a-0.png", "a-1.png"]
+    assert read_metadata("a-1.png")["best_of"]["latent_frames"] == 1
+    assert read_metadata("a-1.png")["seed"] in (12, 13)
+    options = ("--video", given / "clip.mp4", "--task", "extend", "--join", "--best-of", 2, "-o", "b/")
+    run("generate", PROMPT, *options)
+    assert read_metadata("b/")["best_of"]["latent_frames"] == 3
 
 
 def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
@@ -811,6 +875,13 @@ def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
     ("mix a b c", "3 noises; give one for a variation of it, or two to mix"),
     ("mix a b --seed 1", "--seed and --keep-frames are for variations of one noise"),
     ("score {given}/clip.mp4 --height 30 --width 30", "height 30 .* nearest are 16 and 32"),
+    ("score {given}/clip.mp4 --map m.xyz", "m.xyz: unknown format '.xyz'"),
+    ("score {given}/clip.mp4 --map m.png", "m.png: .png takes one picture, not 9"),
+    ("score {given}/clip.mp4 --map m.gif --fps 60", "frame rate 60.*: .gif takes"),
+    ("score {given}/clip.mp4 --map {given}/clip.mp4/m.mp4", "cannot be written"),
+    ("score {given}/clip.mp4 --choose one", "one caption leaves nothing to choose; give two or more"),
+    ("score {given}/clip.mp4 --choose one two one", "the caption 'one' is given twice; give different ones"),
+    ("score {given}/clip.mp4 --choose one two --prompt three", "--choose compares captions, so leave out --prompt"),
 ])  # fmt: skip
 def test_what_cannot_be_inverted(refused, given, demo, words, message):
     refused(*words.format(given=given, demo=demo).split(), err=message)

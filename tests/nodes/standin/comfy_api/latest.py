@@ -120,6 +120,6 @@ io = SimpleNamespace(
     Boolean=custom("BOOLEAN"), Int=custom("INT"), Float=custom("FLOAT"),
     String=custom("STRING", multiline=False), Combo=custom("COMBO", multiselect=False),
     Image=custom("IMAGE"), Latent=custom("LATENT"), Conditioning=custom("CONDITIONING"), Vae=custom("VAE"),
-    Video=custom("VIDEO"), Audio=custom("AUDIO"),
+    Video=custom("VIDEO"), Audio=custom("AUDIO"), Mask=custom("MASK"),
 )  # fmt: skip
 ui = SimpleNamespace(SavedResult=SavedResult)
