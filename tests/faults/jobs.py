@@ -10,8 +10,33 @@ PIPELINE = "tests/core/test_pipeline.py"
 PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
 SURPRISE, DECIDING = "tests/core/jobs/test_surprise.py", "tests/core/test_likelihood.py"
 LIKELIHOOD = "starflow_core/likelihood.py"
+NOISES, REPROMPT = "tests/core/jobs/test_noises.py", "tests/core/test_reprompt.py"
 
 FAULTS = [
+    Fault(f"{JOBS}/noises.py", "(1 - strength**2) ** 0.5 * self.noise", "(1 - strength) * self.noise",
+          "a variation loses its deviation", NOISES),
+    Fault(f"{JOBS}/noises.py", "return clean + config.noise_std * own.to(clean)", "return clean + own.to(clean)",
+          "too much noise is added before inverting", NOISES),
+    Fault(f"{JOBS}/noises.py", "draws.draw_context(job.seed, job.batch", "draws.draw_context(0, job.batch",
+          "the added noise isn't the seed's", NOISES),
+    Fault(f"{JOBS}/noises.py", "replace(job.context, noisy=not clean)", "replace(job.context, noisy=True)",
+          "clean noise gets noisy given frames", NOISES),
+    Fault(f"{JOBS}/noises.py", "job.context.latents.to(latents).expand(job.batch, -1, -1, -1, -1)",
+          "latents[:, :, : job.context.frames]", "an inversion ignores the given frames", NOISES),
+    Fault(f"{JOBS}/noises.py", "if job.denoise or job.guidance:", "if job.denoise:",
+          "a likelihood under guidance", NOISES),
+    Fault(f"{JOBS}/noises.py", "((1 - share) * angle).sin() * a", "(1 - share) * angle.sin() * a",
+          "a mixture off the arc", NOISES),
+    Fault(f"{JOBS}/noises.py", "if self.clean != other.clean:", "if False:", "clean and noisy noise are mixed", NOISES),
+    Fault("starflow_core/reprompt.py", "candidate.score > best.score", "candidate.score < best.score",
+          "the worst candidate is kept", REPROMPT),
+    Fault("starflow_core/reprompt.py", "clean=job.seed == wish.seed and wish.strength == 1", "clean=wish.strength == 1",
+          "all candidates are one", REPROMPT),
+    Fault("starflow_core/reprompt.py", "control, wish.prompt, keep_text_encoder",
+          "control, wish.was, keep_text_encoder",
+          "the new prompt is ignored", REPROMPT),
+    Fault("starflow_core/reprompt.py", "x - x.mean(1, keepdim=True) for x in (a, b)", "x for x in (a, b)",
+          "even empty frames are alike", REPROMPT),
     Fault(f"{JOBS}/tasks.py", "return self.given + self.flow.config.noise_std * drawn.to(self.given)",
           "return self.given", "noise of given frames left out", TASKS),
     Fault(f"{JOBS}/tasks.py", "self.flow.config.noise_std * drawn.to(self.given)", "drawn.to(self.given)",

@@ -7,6 +7,7 @@ from . import Fault
 SOLVE = "starflow_core/solve"
 WORK, TASKS = "tests/core/solve/test_work.py", "tests/core/jobs/test_tasks.py"
 RUNS, SOLVERS, DENOISING = (f"tests/core/solve/test_{name}.py" for name in ("runs", "solvers", "denoising"))
+INVERTING = "tests/core/solve/test_inverting.py"
 
 FAULTS = [
     Fault(f"{SOLVE}/solvers.py", "return int(leading), residual", "return min(int(leading) + 1, len(change)), residual",
@@ -52,15 +53,23 @@ FAULTS = [
     Fault(f"{SOLVE}/sampling.py", "self._tokens[index].to(self.placement.shallow)", "self._tokens[index]",
           "sampled tokens stay on the deep block's device", RUNS),
     Fault(f"{SOLVE}/sampling.py", "first += self.window - self.keep", "first += self.window",
-          "a resumed clip begins at another window", SOLVERS),
+          "a resumed clip begins at another window", TASKS),
     Fault(f"{SOLVE}/sampling.py", "beyond % (self.window - self.keep) == 0", "beyond % self.window == 0",
-          "windows end where they don't", SOLVERS),
+          "windows end where they don't", TASKS),
     Fault(f"{SOLVE}/sampling.py", "[-self.keep :]", "[: self.keep]", "a sliding window keeps its oldest frames",
           SOLVERS),
     Fault(f"{SOLVE}/solvers.py", "min(leading, evaluate.horizon(settled) - settled)", "leading",
           "tokens committed beyond what their group saw", "tests/core/solve/test_caches.py"),
     Fault(f"{SOLVE}/solvers.py", "bisect_right(first_sweeps, sweep + 1 - settings.max_sweeps)", "0",
           "no end of sweeps", SOLVERS),
+    Fault(f"{SOLVE}/inverting.py", "first, known = stop - keep, keep", "first, known = stop, 0",
+          "later windows are inverted without what they keep", INVERTING),
+    Fault(f"{SOLVE}/inverting.py", "z = (window.x - window.b) / window.a", "z = window.x / window.a - window.b",
+          "the inverse isn't one", INVERTING),
+    Fault(f"{SOLVE}/inverting.py", "text, uncond, guidance, placement.deep", "text, uncond, 0.0, placement.deep",
+          "guidance isn't inverted", INVERTING),
+    Fault(f"{SOLVE}/inverting.py", "surprise[:, :given] = 0", "pass", "given frames count as surprising", INVERTING),
+    Fault(f"{SOLVE}/inverting.py", "math.log(2 * math.pi)", "0.0", "a density without its constant", INVERTING),
     Fault(f"{SOLVE}/inverting.py", "nats.to(halfway.home) + halfway.nats", "nats.to(halfway.home)",
           "the shallow blocks' determinants are left out of a surprise", "tests/core/jobs/test_surprise.py"),
 ]  # fmt: skip

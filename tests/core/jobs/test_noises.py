@@ -154,6 +154,13 @@ def test_what_cannot_be_blended(two):
             act()
 
 
+def test_the_added_noise_is_the_seeds(flow):
+    clip, text = latents(3), models.text(flow)
+    found = [inverted(flow, Job(32, 48, frames=9, seed=seed), clip, text).noise for seed in (1, 1, 2)]
+    assert torch.equal(found[0], found[1])
+    assert not torch.isclose(found[0], found[2]).all()
+
+
 def test_latents_of_another_size_are_refused(flow):
     job = Job(32, 48, frames=9)
     with pytest.raises(InputError, match=r"latents of shape \(1, 4, 2, 2, 3\), the job's are \(1, 4, 3, 2, 3\)"):
