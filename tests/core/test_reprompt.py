@@ -23,12 +23,12 @@ def demo():
 
 
 @pytest.mark.parametrize(("attribute", "options", "least"), [
-    ("kind", {}, 3),
-    ("background", {}, 4),
-    ("direction", {"hold": "first-frame"}, 3),
+    ("kind", {}, 2),
+    ("background", {}, 2),
+    ("direction", {"hold": "first-frame"}, 2),
 ])  # fmt: skip
 def test_one_attribute_changes_and_the_rest_stays(demo, attribute, options, least):
-    met = [row["met"] for row in reprompted(demo, attribute, 5, seed=3, **options)]
+    met = [row["met"] for row in reprompted(demo, attribute, 3, seed=3, **options)]
     assert sum(met) >= least, met
 
 
