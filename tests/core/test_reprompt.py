@@ -54,10 +54,11 @@ def test_candidates_differ_and_the_best_is_kept(demo):
 
 def test_likeness_is_of_outlines_not_colours():
     scene = flow_features.scenes(4, 3)[0]
-    drawn = clips.render([scene, scene.recoloured("green"), replace(scene, x=96 - scene.x)], FRAMES, 96, 96)
+    drawn = clips.render([scene, scene.recoloured("green"), replace(scene, y=96 - scene.y, x=20)], FRAMES, 96, 96)
     same, recoloured, moved = drawn.transpose(1, 2)
     assert structure_likeness(same, same) == pytest.approx(1)
-    assert structure_likeness(same, recoloured) > 0.95 > 0.6 > structure_likeness(same, moved)
+    assert structure_likeness(same, recoloured) > 0.95
+    assert structure_likeness(same, moved) < 0.19  # hardly any overlap
 
 
 @pytest.mark.parametrize(("options", "message"), [
