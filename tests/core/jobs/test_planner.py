@@ -175,6 +175,14 @@ def test_what_a_job_falls_back_to():
     assert [other.cache for other in plan.fallbacks] == [INT8_CACHE, away]
 
 
+def test_fallbacks_take_less_and_less_and_leave_weights_alone():
+    away, full_away = CacheSettings(True, True), CacheSettings(False, True)
+    caches = (INT8_CACHE, away, full_away)
+    others = [*(Means(cache=cache) for cache in caches), *(Means(True, cache=cache) for cache in caches)]
+    assert planner._fallbacks(PLAIN, others) == (Means(cache=INT8_CACHE), Means(cache=away))
+    assert planner._fallbacks(PLAIN, others[3:]) == ()
+
+
 def by_cache(job: Job, means: Means) -> Forecast:
     """100 bytes of work, less where means save some, and 10 bytes of weights at the least."""
     saved = 40 * means.cache.quantised + 10 * means.in_turn + 30 * means.cache.offloaded
