@@ -10,7 +10,6 @@ from ..starflow_core.control import Control
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.noises import inversion_job, inverted
-from ..starflow_core.jobs.planner import HostedOptions, choose_hosted
 from ..starflow_core.jobs.surprise import UNIT, Surprise
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.media import fit
@@ -19,6 +18,7 @@ from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.inverting import Inverted
 from . import host
 from .conditioning import at_rate_of, embeddings_for, job_of
+from .options import Options, planned
 from .types import CATEGORY, SEARCH, ContextType, ModelType
 
 
@@ -82,17 +82,14 @@ NODES = [STARFlowLikelihood]
 
 def _inverted(model, job: Job, samples: Tensor, text: Tensor, node_id: str | None) -> Inverted:
     """As the core's, of the host's latents, fitted to what the host has free."""
-    flow, room, bar = model.model, host.room(model), host.NodeProgress(node_id)
-
-    def forecast(job: Job, means) -> memory.Forecast:
-        return memory.forecast_encode(flow.config, job, flow.compute_dtype, means)
+    flow, bar = model.model, host.NodeProgress(node_id)
 
     def progress(done) -> None:
         host.check_interrupted()
         bar.update(done.step, done.total)
 
-    plan = choose_hosted(job, room, HostedOptions(), forecast)
-    host.load(model, room.work(plan), "this job")
+    plan, work = planned(model, job, Options(), memory.forecast_encode, "this job")
+    host.load(model, work, "this job")
     samples = samples if samples.ndim == 5 else samples.unsqueeze(2)
     return inverted(
         flow, job, samples, text.to(model.load_device, flow.compute_dtype), control=Control(progress),

@@ -141,7 +141,7 @@ class Pipeline:
         """Run a job to its pixels; options as in `start`."""
         generation, cut = self.start(captions, job, **options)
         latents = generation.run()
-        pixels = torch.cat(list(self._decoded([latents], generation)), 1)
+        pixels = torch.cat(list(self.decoded(latents, generation)), 1)
         overlap = job.context.overlap(self.config.latent) if job.context else 0
         return Output(pixels, latents.cpu(), generation.statistics, overlap, cut)
 

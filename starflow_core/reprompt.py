@@ -15,17 +15,17 @@ from torch import Tensor
 from .control import Control
 from .errors import InputError
 from .inversion import decode_from_noise, measure_latents
-from .jobs import memory
+from .jobs import HOLDS, memory
 from .jobs.build import default_job
 from .jobs.context import Context
 from .jobs.noises import Noise, fresh_noise, inversion_job
 from .jobs.prompts import check_text
 from .jobs.tasks import Generation, Job
+from .likelihood import under_each
 from .pipeline import Pipeline
 from .solve.solvers import PRESETS, SolverSettings
 
-GUIDANCE = {"clip": 0.0, "first-frame": 3.0}  # by what is held
-HOLDS = tuple(GUIDANCE)
+GUIDANCE = dict(zip(HOLDS, (0.0, 3.0), strict=True))  # by what is held
 BLUR = 12  # the structure is seen through a blur of this share of the shorter side
 
 
@@ -147,10 +147,8 @@ def _from_first_frame(
 def _gain(pipeline: Pipeline, latents: Tensor, wish: Wish, job: Job, control: Control | None) -> float:
     """How much likelier the new prompt makes latents than the caption that the clip had, in nats."""
     job = inversion_job(pipeline.config, replace(job, guidance=0.0), clean=True)
-    right, wrong = (
-        float(measure_latents(pipeline, latents, job, text, "", control, True)[0].log_likelihood)
-        for text in (wish.prompt, wish.was)
-    )
+    texts, _, _ = pipeline.encode_text([wish.prompt, wish.was], "", job, keep_encoder=True)
+    right, wrong = (float(found.log_likelihood) for found in under_each(pipeline, job, latents, texts, control=control))
     return right - wrong
 
 

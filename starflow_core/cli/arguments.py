@@ -6,10 +6,9 @@ import argparse
 import re
 from fractions import Fraction
 
-from ..jobs import CACHES, OFFLOADS
+from ..jobs import CACHES, HOLDS, OFFLOADS
 from ..weights import WEIGHT_TYPES
 
-HOLDS = ("clip", "first-frame")  # as in `reprompt`, which is heavy to import
 INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
@@ -36,7 +35,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
 
     given = command.add_argument_group("given frames", "Without --aspect, their nearest trained ratio is used.")
-    given.add_argument("--image", metavar="FILE", help="first-frame")
+    given.add_argument("--image", metavar="FILE", help="first frame")
     given.add_argument("--last-image", metavar="FILE", help="last frame")
     given.add_argument("--video", metavar="FILE", help="clip to extend or edit; its frame rate is kept")
     given.add_argument("--task", choices=("extend", "edit"), help="what to do with --video")

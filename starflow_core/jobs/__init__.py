@@ -3,3 +3,4 @@ CACHES = {"auto": (False, True), "full": (False,), "int8": (True,)}  # settled k
 NOWHERE, WEIGHTS, ALL = (False, False), (True, False), (True, True)  # weights and cache in main memory
 OFFLOADS = {"auto": (NOWHERE, WEIGHTS, ALL), "none": (NOWHERE,), "weights": (WEIGHTS,), "all": (ALL,)}
 CACHE_PLACES = {"auto": (False, True), "no": (False,), "yes": (True,)}  # settled keys and values in main memory or not
+HOLDS = ("clip", "first-frame")  # what an edit by another prompt holds on to
