@@ -20,6 +20,7 @@ from torch import Tensor
 from benchmarks.adherence import prompt, scenes
 from benchmarks.judge import Sight, look, verdict
 from benchmarks.solver import machine, write_json
+from benchmarks.surprise import wilson
 from starflow_core.inversion import decode_from_noise, encode_to_noise
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.reprompt import Wish, reprompt
@@ -119,17 +120,8 @@ def _made(pipeline: Pipeline, noise) -> Tensor:
     return torch.cat(list(pipeline.frames(run)), 1)[0]
 
 
-def interval(met: list[bool]) -> tuple[float, float, float]:
-    """A share and its 95 % interval, after Wilson."""
-    n, z = len(met), 1.96
-    share = sum(met) / n
-    middle = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z * (share * (1 - share) / n + z**2 / (4 * n**2)) ** 0.5 / (1 + z**2 / n)
-    return share, middle - half, middle + half
-
-
 def said(met: list[bool]) -> str:
-    return "{:.1%} ({:.0%} to {:.0%})".format(*interval(met))
+    return "{:.1%} ({:.0%} to {:.0%})".format(sum(met) / len(met), *wilson(sum(met), len(met)))
 
 
 def measure(pipeline: Pipeline, part: str, count: int) -> tuple[list[dict], list[str]]:

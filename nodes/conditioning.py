@@ -105,6 +105,11 @@ def job_of(config: FlowConfig, samples: Tensor, **settings) -> Job:
     return default_job(config, **{**given, **settings})
 
 
+def as_clip(samples: Tensor) -> Tensor:
+    """The host's latents of images (B, C, h, w) or clips as (B, C, T, h, w)."""
+    return samples if samples.ndim == 5 else samples.unsqueeze(2)
+
+
 def at_rate_of(conditioning: list, job: Job) -> Job:
     """The job at the frame rate that a prompt asks for."""
     made_for = conditioning[0][1].get(KEY) if conditioning else None

@@ -17,7 +17,7 @@ from ..starflow_core.media.overlay import overlaid
 from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.inverting import Inverted
 from . import host
-from .conditioning import at_rate_of, embeddings_for, job_of
+from .conditioning import as_clip, at_rate_of, embeddings_for, job_of
 from .options import Options, planned
 from .types import CATEGORY, SEARCH, ContextType, ModelType
 
@@ -90,9 +90,8 @@ def _inverted(model, job: Job, samples: Tensor, text: Tensor, node_id: str | Non
 
     plan, work = planned(model, job, Options(), memory.forecast_encode, "this job")
     host.load(model, work, "this job")
-    samples = samples if samples.ndim == 5 else samples.unsqueeze(2)
     return inverted(
-        flow, job, samples, text.to(model.load_device, flow.compute_dtype), control=Control(progress),
+        flow, job, as_clip(samples), text.to(model.load_device, flow.compute_dtype), control=Control(progress),
         placement=Placement.on(model.load_device), means=plan.means,
     )  # fmt: skip
 

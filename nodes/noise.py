@@ -20,7 +20,7 @@ from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.inverting import Inverted
 from ..starflow_core.solve.solvers import PRESETS
 from . import host
-from .conditioning import at_rate_of, embeddings_for, job_of, prompt_of
+from .conditioning import as_clip, at_rate_of, embeddings_for, job_of, prompt_of
 from .options import Options, planned
 from .types import CATEGORY, SEARCH, ContextType, ModelType, NoiseType, OptionsType
 
@@ -220,7 +220,7 @@ def job_from(noise: Noise, config: FlowConfig, samples: Tensor, denoise: bool, *
 
 def _check_size(noise: Noise, config: FlowConfig, samples: Tensor, wanted: Job) -> None:
     frames, *shape = noise.noise.shape[1:]
-    latents = samples if samples.ndim == 5 else samples.unsqueeze(2)
+    latents = as_clip(samples)
     if (shape[0], frames, *shape[1:]) == latents.shape[1:]:
         return
     if shape[0] != config.latent.channels:
@@ -258,7 +258,7 @@ def _inverted(
 ) -> list[Inverted]:  # fmt: skip
     """What the same latents are as each of the jobs, one after the other."""
     flow = model.model
-    latents = samples if samples.ndim == 5 else samples.unsqueeze(2)
+    latents = as_clip(samples)
 
     def progress(done: int, now: Progress) -> None:
         host.check_interrupted()

@@ -203,7 +203,7 @@ FAULTS = [
     node("noise", "replace(job, guidance=0.0), clean=True", "replace(job, guidance=0.0), clean=False",
          "bits per dimension are those of noisy latents"),
     node("noise", "    if not samples.any():\n", "    if False:\n", "an empty latent is inverted"),
-    node("noise", "    latents = samples if samples.ndim == 5 else samples.unsqueeze(2)\n\n",
+    node("noise", "    latents = as_clip(samples)\n\n",
          "    latents = samples\n\n", "an image model's latents can't be inverted"),
     node("noise", "job_of(config, latent[\"samples\"], seed=seed, context=context)",
          "job_of(config, latent[\"samples\"], seed=0, context=context)", "Noise ignores its seed"),
