@@ -21,9 +21,9 @@ from benchmarks.adherence import prompt, scenes
 from benchmarks.judge import Sight, look, verdict
 from benchmarks.solver import machine, write_json
 from benchmarks.surprise import wilson
-from starflow_core.inversion import decode_from_noise, encode_to_noise
+from starflow_core.applications.inversion import decode_from_noise, encode_to_noise
+from starflow_core.applications.reprompt import Wish, reprompt
 from starflow_core.pipeline import Pipeline, load_pipeline
-from starflow_core.reprompt import Wish, reprompt
 from starflow_core.training.demo import clips
 
 SIDE, FRAMES = 96, 33
@@ -106,7 +106,7 @@ def interpolations(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
             encode_to_noise(pipeline, clip, prompt(scene), seed=10 * index + i)[0] for i, clip in enumerate(sources)
         )
         mixed = _made(pipeline, one.mix(two, 0.5))
-        latents = [pipeline.encode_pixels(clip.transpose(0, 1)[None]) for clip in sources]
+        latents = [pipeline.encode_clip(clip) for clip in sources]
         run = decode_from_noise(pipeline, one, keep_text_encoder=True)
         without = torch.cat(list(pipeline.decoded((latents[0] + latents[1]) / 2, run)), 1)[0]
         yield {

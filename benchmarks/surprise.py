@@ -24,9 +24,9 @@ from torch import Tensor
 from benchmarks import adherence, changes
 from benchmarks.judge import look
 from benchmarks.solver import machine, write_json
-from starflow_core.inversion import measure
+from starflow_core.applications.inversion import measure
+from starflow_core.applications.likelihood import JUDGED, choose_caption, judging_job
 from starflow_core.jobs.noises import inverted
-from starflow_core.likelihood import JUDGED, choose_caption, judging_job
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
 

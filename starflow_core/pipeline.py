@@ -202,6 +202,10 @@ class Pipeline:
                 return self.vae.encode(pixels.squeeze(2), control=control).unsqueeze(2)
             return self.vae.encode(pixels, control=control)
 
+    def encode_clip(self, pixels: Tensor, control: Control | None = None) -> Tensor:
+        """VAE latents (1, C, T, h, w) of one clip (F, 3, H, W)."""
+        return self.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
+
     def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         # Where parts take turns, all is made before the VAE comes.
         pieces = list(pieces) if generation.means.in_turn else pieces

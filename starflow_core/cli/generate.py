@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..applications.likelihood import Best, best_of
 from ..control import Control
 from ..jobs.tasks import Generation, Job
 from ..jobs.unfinished import path_of
-from ..likelihood import Best, best_of
 from ..media import VideoWriter
 from ..parts import remove
 from ..pipeline import Pipeline

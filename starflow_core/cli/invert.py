@@ -12,15 +12,15 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__
+from ..applications.inversion import decode_from_noise, encode_to_noise, measure
+from ..applications.likelihood import Choice, check_captions, choose_caption
 from ..control import Control
 from ..errors import InputError
-from ..inversion import decode_from_noise, encode_to_noise, measure
 from ..jobs.build import chosen_size, default_job
 from ..jobs.noises import Noise
 from ..jobs.prompts import check_text
 from ..jobs.surprise import UNIT, Surprise
 from ..jobs.tasks import Job
-from ..likelihood import Choice, check_captions, choose_caption
 from ..media import VideoWriter, check_writable, fit, read_video
 from ..media.overlay import overlaid
 from ..pipeline import Pipeline

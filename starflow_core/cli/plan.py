@@ -10,13 +10,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import __version__
+from ..applications.likelihood import check_count
 from ..errors import InputError
 from ..jobs.build import chosen_size, job_with_context, shapes_only
 from ..jobs.planner import MemoryPlan
 from ..jobs.prompts import TASK_PREFIX, check_text
 from ..jobs.tasks import Job, layout
 from ..jobs.unfinished import check_unfinished
-from ..likelihood import check_count
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
 from ..solve import noise

@@ -8,10 +8,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
+from ..applications.reprompt import Candidate, Wish
+from ..applications.reprompt import reprompt as make
 from ..control import Control
 from ..media import VideoWriter, check_writable
-from ..reprompt import Candidate, Wish
-from ..reprompt import reprompt as make
 from .invert import Source
 from .progress import Meter, warn
 from .settings import Setup, check_tile, default_output, slug, solver

@@ -10,10 +10,10 @@ import torch
 from benchmarks import changes, surprise
 from benchmarks.adherence import measure, prompt, scenes
 from benchmarks.judge import look, verdict
+from starflow_core.applications.likelihood import best_of
 from starflow_core.bundled import BUNDLED
 from starflow_core.jobs.context import later_factors
 from starflow_core.jobs.tasks import Generation
-from starflow_core.likelihood import best_of
 from starflow_core.model.latent import to_flow_space
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS

@@ -8,9 +8,9 @@ JOBS = "starflow_core/jobs"
 TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
 PIPELINE = "tests/core/test_pipeline.py"
 PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
-SURPRISE, DECIDING = "tests/core/jobs/test_surprise.py", "tests/core/test_likelihood.py"
-LIKELIHOOD = "starflow_core/likelihood.py"
-NOISES, REPROMPT = "tests/core/jobs/test_noises.py", "tests/core/test_reprompt.py"
+SURPRISE, DECIDING = "tests/core/jobs/test_surprise.py", "tests/core/applications/test_likelihood.py"
+LIKELIHOOD, REPROMPTING = "starflow_core/applications/likelihood.py", "starflow_core/applications/reprompt.py"
+NOISES, REPROMPT = "tests/core/jobs/test_noises.py", "tests/core/applications/test_reprompt.py"
 
 FAULTS = [
     Fault(f"{JOBS}/noises.py", "(1 - strength**2) ** 0.5 * self.noise", "(1 - strength) * self.noise",
@@ -28,14 +28,14 @@ FAULTS = [
     Fault(f"{JOBS}/noises.py", "((1 - share) * angle).sin() * a", "(1 - share) * angle.sin() * a",
           "a mixture off the arc", NOISES),
     Fault(f"{JOBS}/noises.py", "if self.clean != other.clean:", "if False:", "clean and noisy noise are mixed", NOISES),
-    Fault("starflow_core/reprompt.py", "candidate.score > best.score", "candidate.score < best.score",
+    Fault(REPROMPTING, "candidate.score > best.score", "candidate.score < best.score",
           "the worst candidate is kept", REPROMPT),
-    Fault("starflow_core/reprompt.py", "clean=job.seed == wish.seed and wish.strength == 1", "clean=wish.strength == 1",
+    Fault(REPROMPTING, "clean=job.seed == wish.seed and wish.strength == 1", "clean=wish.strength == 1",
           "all candidates are one", REPROMPT),
-    Fault("starflow_core/reprompt.py", "control, wish.prompt, keep_text_encoder",
+    Fault(REPROMPTING, "control, wish.prompt, keep_text_encoder",
           "control, wish.was, keep_text_encoder",
           "the new prompt is ignored", REPROMPT),
-    Fault("starflow_core/reprompt.py", "x - x.mean(1, keepdim=True) for x in (a, b)", "x for x in (a, b)",
+    Fault(REPROMPTING, "x - x.mean(1, keepdim=True) for x in (a, b)", "x for x in (a, b)",
           "even empty frames are alike", REPROMPT),
     Fault(f"{JOBS}/tasks.py", "return self.given + self.flow.config.noise_std * drawn.to(self.given)",
           "return self.given", "noise of given frames left out", TASKS),

@@ -12,18 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .control import Control
-from .errors import InputError
+from ..control import Control
+from ..errors import InputError
+from ..jobs import HOLDS, memory
+from ..jobs.build import default_job
+from ..jobs.context import Context
+from ..jobs.noises import Noise, fresh_noise, inversion_job
+from ..jobs.prompts import check_text
+from ..jobs.tasks import Generation, Job
+from ..pipeline import Pipeline
+from ..solve.solvers import PRESETS, SolverSettings
 from .inversion import decode_from_noise, measure_latents
-from .jobs import HOLDS, memory
-from .jobs.build import default_job
-from .jobs.context import Context
-from .jobs.noises import Noise, fresh_noise, inversion_job
-from .jobs.prompts import check_text
-from .jobs.tasks import Generation, Job
 from .likelihood import under_each
-from .pipeline import Pipeline
-from .solve.solvers import PRESETS, SolverSettings
 
 GUIDANCE = dict(zip(HOLDS, (0.0, 3.0), strict=True))  # by what is held
 BLUR = 12  # the structure is seen through a blur of this share of the shorter side
@@ -82,7 +82,7 @@ def reprompt(
     """The best candidate for a clip (F, 3, H, W) in [-1, 1], and the scores of all; `tile` is the VAE's. Raises
     InputError for impossible sizes and frame counts, and for a picture whose first frame alone is to be held."""
     job = _job(pipeline, pixels, wish, fps, solver)
-    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
+    latents = pipeline.encode_clip(pixels, control)
     make = _from_noise if wish.hold == "clip" else _from_first_frame
     best, scores = None, []
     for index in range(wish.candidates):

@@ -7,16 +7,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from .control import Control
-from .jobs import memory
-from .jobs.build import default_job
-from .jobs.context import Context
-from .jobs.noises import Noise, inversion_job, inverted, noise_of
-from .jobs.tasks import Generation, Job
-from .model.config import FlowConfig
-from .pipeline import Pipeline
-from .solve.inverting import Inverted
-from .solve.solvers import PRESETS, SolverSettings
+from ..control import Control
+from ..jobs import memory
+from ..jobs.build import default_job
+from ..jobs.context import Context
+from ..jobs.noises import Noise, inversion_job, inverted, noise_of
+from ..jobs.tasks import Generation, Job
+from ..model.config import FlowConfig
+from ..pipeline import Pipeline
+from ..solve.inverting import Inverted
+from ..solve.solvers import PRESETS, SolverSettings
 
 Inversion = Noise  # its name in version 0.1
 
@@ -47,7 +47,7 @@ def measure(
     if seed is not None:
         job = inversion_job(config, replace(job, seed=seed), clean=False)
     pipeline.require(memory.forecast_encode(config, job, pipeline.dtype), "encoding this")
-    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
+    latents = pipeline.encode_clip(pixels, control)
     return measure_latents(pipeline, latents, job, prompt, negative, control)
 
 

@@ -9,10 +9,10 @@ import torch
 
 from benchmarks import flow_features
 from benchmarks.flow_features import FRAMES, reprompted
+from starflow_core.applications.reprompt import Wish, reprompt, structure_likeness
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError
 from starflow_core.pipeline import load_pipeline
-from starflow_core.reprompt import Wish, reprompt, structure_likeness
 from starflow_core.training.demo import clips
 from tests.core import models
 
@@ -37,7 +37,7 @@ def test_the_same_prompt_gives_the_clip_back(demo):
     source = flow_features.drawn(flow_features.scenes(1, 3))[0]
     caption = flow_features.prompt(flow_features.scenes(1, 3)[0])
     best, scores = reprompt(demo, source, Wish(caption, caption))
-    latents = demo.encode_pixels(source.transpose(0, 1)[None])
+    latents = demo.encode_clip(source)
     assert models.relative_error(best.latents, latents) < 1e-2
     assert scores == [best.score]
     assert best.score > 0.95

@@ -11,19 +11,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .control import Control
-from .errors import InputError, OutOfMemoryForecast
+from ..control import Control
+from ..errors import InputError, OutOfMemoryForecast
+from ..jobs import memory
+from ..jobs.context import Context
+from ..jobs.noises import flowing, inversion_job, inverted, shown
+from ..jobs.prompts import check_text
+from ..jobs.surprise import Surprise
+from ..jobs.tasks import PLAIN, Generation, Job, layout
+from ..model.config import FlowConfig
+from ..pipeline import Pipeline
+from ..solve.inverting import Inverted, invert_deep, invert_shallow
+from ..solve.solvers import Statistics
 from .inversion import clean_job
-from .jobs import memory
-from .jobs.context import Context
-from .jobs.noises import flowing, inversion_job, inverted, shown
-from .jobs.prompts import check_text
-from .jobs.surprise import Surprise
-from .jobs.tasks import PLAIN, Generation, Job, layout
-from .model.config import FlowConfig
-from .pipeline import Pipeline
-from .solve.inverting import Inverted, invert_deep, invert_shallow
-from .solve.solvers import Statistics
 
 JUDGED = 2  # latent frames of a candidate
 TOGETHER = 8  # captions that the deep block reads at once, where memory allows it
@@ -74,7 +74,7 @@ def choose_caption(
     job = clean_job(pipeline.config, pixels, fps, window=window, keep=keep, context=context)
     together = captions_at_once(pipeline, job, len(captions))
     texts, cut = _read(pipeline, captions, job, together)
-    latents = pipeline.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
+    latents = pipeline.encode_clip(pixels, control)
     best, scores = None, []
     for found in under_each(pipeline, job, latents, texts, together, control):
         scores.append(float(found.log_likelihood))

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from starflow_core import likelihood
+from starflow_core.applications import likelihood
+from starflow_core.applications.inversion import measure
+from starflow_core.applications.likelihood import best_of, captions_at_once, choose_caption, judging_job
 from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError, OutOfMemoryForecast
-from starflow_core.inversion import measure
 from starflow_core.jobs import memory
 from starflow_core.jobs.noises import inverted
-from starflow_core.likelihood import best_of, captions_at_once, choose_caption, judging_job
 from starflow_core.model.flow import Flow
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve.solvers import PRESETS
