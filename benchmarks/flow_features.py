@@ -31,10 +31,10 @@ NEAR = 8.0  # pixels
 SEED = 4001  # of the reported scenes
 VALUES = {"kind": clips.KINDS, "colour": clips.COLOURS, "background": clips.BACKGROUNDS, "direction": clips.DIRECTIONS}
 REPROMPT = {  # the options of each attribute
-    "kind": {"guidance": 0.5, "candidates": 4},
+    "kind": {"candidates": 4},
     "background": {"candidates": 4},
     "colour": {"candidates": 8},
-    "direction": {"hold": "first-frame", "candidates": 4},
+    "direction": {"hold": "first-frame", "candidates": 8},
 }
 STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
@@ -63,7 +63,7 @@ def reprompted(
     for index, scene in enumerate(scenes(count, seed)):
         wanted, source = changed(scene, attribute, rng), drawn([scene])[0]
         wish = Wish(prompt(scene) if was else "", prompt(wanted), seed=1000 * index, **options)
-        sight = look(reprompt(pipeline, source, wish)[0].pixels)
+        sight = look(reprompt(pipeline, source, wish).pixels)
         met, off = verdict(sight, wanted), way(look(source), sight)
         far = float(off[0] if attribute == "direction" else off.max())
         right = met[attribute] and met["connected"]

@@ -101,7 +101,7 @@ class STARFlowInvert(io.ComfyNode):
         cls, model, positive, negative, latent, guidance: float, add_noise: bool, seed: int, window: int = 0,
         keep: int = 0, context=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        config, samples = model.model.config, _real(latent["samples"])
+        config, samples = model.model.config, filled(latent["samples"])
         given = {"seed": seed, "guidance": guidance, "window": window or None, "keep": keep or None, "context": context}
         job = inversion_job(config, at_rate_of(positive, job_of(config, samples, **given)), not add_noise)
         text = embeddings_for(config, job, positive, "positive")
@@ -239,7 +239,7 @@ def _size(job: Job) -> str:
     return f"{size}, {job.frames} frames" if job.frames > 1 else f"{size}, one frame"
 
 
-def _real(samples: Tensor) -> Tensor:
+def filled(samples: Tensor) -> Tensor:
     """Raise InputError for a latent of Empty Latent, of which there is nothing to invert."""
     if not samples.any():
         raise InputError("this latent is empty; connect VAE Encode, with the picture or clip that is to be inverted")

@@ -101,7 +101,7 @@ class Pipeline:
         """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
         Beside the file `unfinished` each complete window is kept, and gone on from if it is there: see `Unfinished`.
         Raises OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
-        plan = self._plan(job, keep_text_encoder)
+        plan = self.plan_for(job, keep_text_encoder)
         captions = [captions] if isinstance(captions, str) else captions
         kept = {}
         if unfinished:
@@ -113,8 +113,8 @@ class Pipeline:
         )  # fmt: skip
         return run, cut
 
-    def _plan(self, job: Job, keep_text_encoder: bool) -> MemoryPlan:
-        """The pipeline's, or else one for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
+    def plan_for(self, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
+        """The pipeline's plan, or else one for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
         device = self.placement.deep[0]
 
         def need(job: Job, means: Means) -> memory.Forecast:
@@ -148,12 +148,20 @@ class Pipeline:
     @torch.no_grad()
     def frames(self, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         """Final frames (B, f, 3, H, W) in [-1, 1] of a generation, as they are made."""
-        yield from self._decoded((piece.latents for piece in generation.stream() if piece.final), generation, tile)
+        pieces = (piece.latents for piece in generation.stream() if piece.final)
+        # Where parts take turns, all is made before the VAE comes.
+        pieces = list(pieces) if generation.means.in_turn else pieces
+        yield from self._decoded(pieces, generation.layout.frames, generation.control, tile)
 
     @torch.no_grad()
     def decoded(self, latents: Tensor, generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
         """Frames (B, f, 3, H, W) in [-1, 1], piece by piece, of latents (B, C, T, h, w) that a generation made."""
-        yield from self._decoded([latents], generation, tile)
+        yield from self._decoded([latents], generation.layout.frames, generation.control, tile)
+
+    @torch.no_grad()
+    def decode_clip(self, latents: Tensor, control: Control | None = None, tile: int | None = None) -> Tensor:
+        """One clip (F, 3, H, W) in [-1, 1] of its latents (1, C, T, h, w)."""
+        return torch.cat(list(self._decoded([latents], latents.shape[2], control or Control(), tile)), 1)[0]
 
     # One call for each task. Settings are those of `job`, and the options of `start`.
 
@@ -206,13 +214,12 @@ class Pipeline:
         """VAE latents (1, C, T, h, w) of one clip (F, 3, H, W)."""
         return self.encode_pixels(pixels.transpose(0, 1).unsqueeze(0), control)
 
-    def _decoded(self, pieces: Iterable[Tensor], generation: Generation, tile: int | None = None) -> Iterator[Tensor]:
-        # Where parts take turns, all is made before the VAE comes.
-        pieces = list(pieces) if generation.means.in_turn else pieces
+    def _decoded(self, pieces: Iterable[Tensor], total: int, control: Control, tile: int | None) -> Iterator[Tensor]:
+        """Of `total` latent frames."""
         latents = (piece if self.vae.kind == "video" else piece.squeeze(2) for piece in pieces)
         with self._vae_in_place():
             for done, frames in enumerate(self.vae.decode_frames(latents, tile=tile), 1):
-                generation.control.report(Progress("decode", done, generation.layout.frames))
+                control.report(Progress("decode", done, total))
                 yield frames.transpose(1, 2).float().cpu()
 
     @contextmanager

@@ -5,7 +5,6 @@ Both go by clean latents at guidance 0: with the model's own noise added, a like
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,13 +14,12 @@ from ..control import Control
 from ..errors import InputError, OutOfMemoryForecast
 from ..jobs import memory
 from ..jobs.context import Context
-from ..jobs.noises import flowing, inversion_job, inverted, shown
+from ..jobs.noises import inversion_job, inverted, under_each
 from ..jobs.prompts import check_text
 from ..jobs.surprise import Surprise
 from ..jobs.tasks import PLAIN, Generation, Job, layout
 from ..model.config import FlowConfig
 from ..pipeline import Pipeline
-from ..solve.inverting import Inverted, invert_deep, invert_shallow
 from ..solve.solvers import Statistics
 from .inversion import clean_job
 
@@ -76,7 +74,9 @@ def choose_caption(
     texts, cut = _read(pipeline, captions, job, together)
     latents = pipeline.encode_clip(pixels, control)
     best, scores = None, []
-    for found in under_each(pipeline, job, latents, texts, together, control):
+    for found in under_each(
+        pipeline.flow, job, latents, texts, together, control=control, placement=pipeline.placement
+    ):
         scores.append(float(found.log_likelihood))
         if best is None or scores[-1] > -float(best.surprise.sum()):
             best = found
@@ -96,23 +96,6 @@ def captions_at_once(pipeline: Pipeline, job: Job, count: int) -> int:
             if together == 1:
                 raise
             together //= 2
-
-
-def under_each(
-    pipeline: Pipeline, job: Job, latents: Tensor, texts: Tensor, together: int = 1, control: Control | None = None
-) -> Iterator[Inverted]:
-    """One clip's latents (1, C, T, h, w) in VAE space, inverted under each of texts (P, L, D), of which `together` are
-    read at once."""
-    flow, plan, placement = pipeline.flow, layout(pipeline.config, job), pipeline.placement
-    halfway = invert_shallow(flow, flowing(flow.config, job, latents.to(placement.shallow)), control)
-    for part in texts.split(together):
-        found = invert_deep(
-            flow, halfway.repeated(len(part)), part.to(placement.deep[0]), given=plan.given, window=plan.window,
-            keep=plan.keep, control=control, placement=placement,
-        )  # fmt: skip
-        ours = shown(plan, found)
-        for noise, surprise in zip(ours.noise, ours.surprise, strict=True):
-            yield Inverted(noise[None], surprise[None], ours.given)
 
 
 def _read(pipeline: Pipeline, captions: list[str], job: Job, together: int) -> tuple[Tensor, list[str]]:

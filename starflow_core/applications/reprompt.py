@@ -1,11 +1,12 @@
 """Another prompt for a clip: its noise under the caption that it has, sampled under another one. Nothing is trained.
 
 What the noise says stays (where things are, how they move), what the caption says changes. Where the two are tied, as a
-colour is to its brightness, a candidate may lose its place, so that the likest of several is taken.
+colour is to its brightness, a result may lose its place, so that the likest of several is taken.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,27 +18,19 @@ from ..errors import InputError
 from ..jobs import HOLDS, memory
 from ..jobs.build import default_job
 from ..jobs.context import Context
-from ..jobs.noises import Noise, fresh_noise, inversion_job
+from ..jobs.noises import Noise, fresh_noise, inversion_job, inverted, noise_of, under_each
 from ..jobs.prompts import check_text
-from ..jobs.tasks import Generation, Job
+from ..jobs.tasks import PLAIN, Generation, Job, Means
+from ..model.flow import Flow
+from ..model.placement import Placement
 from ..pipeline import Pipeline
 from ..solve.solvers import PRESETS, SolverSettings
-from .inversion import decode_from_noise, measure_latents
-from .likelihood import under_each
 
+BEGINNINGS = 4  # first frames that are tried for each candidate
+NEAREST = 2  # of them that are gone on from
+BEGIN, GO_ON = (0.3, 0.5, 0.7), (0.3, 0.4, 0.5)  # how far their noise, and the later frames', is varied, in turn
 GUIDANCE = dict(zip(HOLDS, (0.0, 3.0), strict=True))  # by what is held
 BLUR = 12  # the structure is seen through a blur of this share of the shorter side
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One result: pixels (F, 3, H, W) in [-1, 1] and latents (1, C, T, h, w) in VAE space; the `noise` it was sampled
-    from, and its `score`, the higher the better."""
-
-    pixels: Tensor
-    latents: Tensor
-    noise: Noise
-    score: float
 
 
 @dataclass(frozen=True)
@@ -74,23 +67,167 @@ class Wish:
             object.__setattr__(self, "guidance", GUIDANCE[self.hold])
 
 
+@dataclass(frozen=True)
+class Candidate:
+    """One result: latents (1, C, T, h, w) in VAE space, and the `noise` they were sampled from."""
+
+    latents: Tensor
+    noise: Noise
+
+
+@dataclass(frozen=True)
+class Edited:
+    """The best candidate with its pixels (F, 3, H, W) in [-1, 1], the scores of all, the higher the better, and what
+    was cut off the two captions."""
+
+    best: Candidate
+    pixels: Tensor
+    scores: list[float]
+    cut: list[str]
+
+    @property
+    def kept(self) -> int:
+        """Which candidate is the best."""
+        return self.scores.index(max(self.scores))
+
+
 @torch.no_grad()
 def reprompt(
     pipeline: Pipeline, pixels: Tensor, wish: Wish, fps: float | None = None,
     solver: SolverSettings = PRESETS["balanced"], control: Control | None = None, tile: int | None = None,
-) -> tuple[Candidate, list[float]]:  # fmt: skip
-    """The best candidate for a clip (F, 3, H, W) in [-1, 1], and the scores of all; `tile` is the VAE's. Raises
-    InputError for impossible sizes and frame counts, and for a picture whose first frame alone is to be held."""
-    job = _job(pipeline, pixels, wish, fps, solver)
+) -> Edited:  # fmt: skip
+    """What a clip (F, 3, H, W) in [-1, 1] becomes; `tile` is the VAE's. Raises InputError for impossible sizes and
+    frame counts, and for a picture whose first frame alone is to be held."""
+    control = control or Control()
+    height, width = pixels.shape[-2:]
+    settings = {"guidance": wish.guidance, "seed": wish.seed, "solver": solver, **({} if fps is None else {"fps": fps})}
+    job = default_job(pipeline.config, height=height, width=width, frames=len(pixels), **settings)
+    check_hold(wish, job)
+    pipeline.require(memory.forecast_encode(pipeline.config, job, pipeline.dtype), "inverting this")
+    plan = pipeline.plan_for(job)
     latents = pipeline.encode_clip(pixels, control)
-    make = _from_noise if wish.hold == "clip" else _from_first_frame
-    best, scores = None, []
-    for index in range(wish.candidates):
-        candidate = make(pipeline, pixels, latents, wish, replace(job, seed=wish.seed + index), control, tile)
-        scores.append(candidate.score)
-        if best is None or candidate.score > best.score:
-            best = candidate
-    return best, scores
+    job = wished_job(wish, job, latents)
+    texts, uncond, cut = pipeline.encode_text([wish.was, wish.prompt], wish.negative, job)
+    work = Reprompting(
+        pipeline.flow, wish, job, pixels, latents, texts, uncond,
+        lambda made: pipeline.decode_clip(made, control, tile), control=control,
+        placement=pipeline.placement, means=plan.means, fallbacks=plan.fallbacks,
+    )  # fmt: skip
+    return Edited(*work.best(), cut)
+
+
+def check_hold(wish: Wish, job: Job) -> None:
+    """Raise InputError for a picture whose first frame alone is to be held."""
+    if wish.hold != "clip" and job.frames == 1:
+        raise InputError("a picture has no frames after its first; hold on to the clip")
+
+
+def wished_job(wish: Wish, job: Job, latents: Tensor) -> Job:
+    """The job that makes the result from a clip's latents (1, C, T, h, w)."""
+    return job if wish.hold == "clip" else replace(job, context=Context("first_frame", latents[:, :, :1]))
+
+
+class Reprompting:
+    """Makes the candidates for a clip: its `pixels` (F, 3, H, W) in [-1, 1] and `latents` (1, C, T, h, w) in VAE space.
+
+    `job` is as `wished_job` says, `texts` (2, L, D) are of what the clip shows and of what it shall show, and `decode`
+    makes pixels like the clip's of latents like the clip's.
+    """
+
+    def __init__(
+        self, flow: Flow, wish: Wish, job: Job, pixels: Tensor, latents: Tensor, texts: Tensor, uncond: Tensor | None,
+        decode: Callable[[Tensor], Tensor], *, control: Control | None = None, placement: Placement | None = None,
+        means: Means = PLAIN, fallbacks: Iterable[Means] = (),
+    ):  # fmt: skip
+        self.flow, self.wish, self.job, self.pixels, self.latents = flow, wish, job, pixels, latents
+        self.was, self.wanted, self.uncond, self.decode = texts[:1], texts[1:], uncond, decode
+        self.control, self.placement = control, placement or Placement.on(texts.device)
+        self.means, self.fallbacks = means, list(fallbacks)
+
+    @torch.no_grad()
+    def best(self, scored: Callable[[int], None] = lambda index: None) -> tuple[Candidate, Tensor, list[float]]:
+        """The best candidate, its pixels, and the scores of all. `scored` is called with the index of each."""
+        best, shown, scores = None, None, []
+        for candidate in self._candidates():
+            pixels = self.decode(candidate.latents)
+            scores.append(self._score(candidate.latents, pixels))
+            if scores[-1] == max(scores):
+                best, shown = candidate, pixels
+            scored(len(scores) - 1)
+        return best, shown, scores
+
+    def _candidates(self) -> Iterator[Candidate]:
+        if self.wish.hold == "clip":
+            found = self._noises()
+        else:
+            jobs = (replace(self.job, seed=self.wish.seed + index) for index in range(self.wish.candidates))
+            found = (replace(fresh_noise(self.flow.config, job), prompt=self.wish.prompt) for job in jobs)
+        for noise in found:
+            yield Candidate(self._sampled(noise.noise, replace(self.job, seed=noise.seed or 0), noise.clean), noise)
+
+    def _noises(self) -> Iterator[Noise]:
+        """The clip's own noise, that of clean latents, unless it is to be blended. For further candidates that of noisy
+        ones, which begins as what comes nearest to the source, and goes on varied."""
+        wish, varied = self.wish, (1 - self.wish.strength**2) ** 0.5
+        if not varied:
+            yield self._inverted(clean=True)
+        rest = wish.candidates - (not varied)
+        if not rest:
+            return
+        noise = self._inverted(clean=False)
+        noise = noise.vary(varied, wish.seed) if varied else noise
+        if wish.candidates == 1:
+            yield noise
+            return
+        beginnings = self._beginnings(noise)
+        beginnings = beginnings[: NEAREST if self.job.frames > 1 else rest]
+        for index in range(rest):
+            how_far = GO_ON[index % len(GO_ON)] if index else 0.0
+            gone_on = noise.vary(how_far, wish.seed + index, keep=1)
+            yield gone_on.beginning_as(beginnings[index % len(beginnings)])
+
+    def _beginnings(self, noise: Noise) -> list[Noise]:
+        """A noise and variations of it, those first whose first frames are likest to the source's."""
+        tried = [noise, *(noise.vary(BEGIN[index % len(BEGIN)], self.wish.seed + index)
+                          for index in range(1, BEGINNINGS * self.wish.candidates))]  # fmt: skip
+        first = torch.cat([each.noise[:, :1] for each in tried])
+        job, likeness = replace(self.job, frames=1, seed=noise.seed), []
+        for some in first.split(noise.noise.shape[1]):  # as many as a clip has, so that they take no more memory
+            made = self._sampled(some, replace(job, batch=len(some)), clean=False)
+            likeness += [structure_likeness(self.pixels[:1], self.decode(each)) for each in made.split(1)]
+        return [tried[index] for index in sorted(range(len(tried)), key=likeness.__getitem__, reverse=True)]
+
+    def _inverted(self, clean: bool) -> Noise:
+        job = inversion_job(self.flow.config, self.job, clean)
+        found = inverted(
+            self.flow, job, self.latents, self.was, self.uncond, control=self.control, placement=self.placement,
+            means=self.means,
+        )  # fmt: skip
+        return noise_of(self.flow.config, job, found, self.wish.was, self.wish.negative)
+
+    def _sampled(self, noise: Tensor, job: Job, clean: bool) -> Tensor:
+        """Latents in VAE space of a noise under the new prompt."""
+        job = replace(job, denoise=not clean)
+        run = Generation(
+            self.flow, job, self.wanted, self.uncond, self.control, noise, self.placement, self.means, self.fallbacks
+        )  # fmt: skip
+        return run.run().cpu()
+
+    def _score(self, latents: Tensor, pixels: Tensor) -> float:
+        gain = self._gain(latents) if self.wish.candidates > 1 else 0.0
+        return gain if self.wish.hold != "clip" else structure_likeness(self.pixels, pixels) - (gain < 0)
+
+    def _gain(self, latents: Tensor) -> float:
+        """How much likelier the new prompt makes clean latents than what the clip shows, in nats."""
+        job = inversion_job(self.flow.config, replace(self.job, guidance=0.0), clean=True)
+        right, wrong = (
+            float(found.log_likelihood)
+            for found in under_each(
+                self.flow, job, latents, torch.cat((self.wanted, self.was)), control=self.control,
+                placement=self.placement, means=self.means,
+            )
+        )  # fmt: skip
+        return right - wrong
 
 
 def structure_likeness(one: Tensor, other: Tensor) -> float:
@@ -99,63 +236,6 @@ def structure_likeness(one: Tensor, other: Tensor) -> float:
     a, b = (_edges(clip).flatten(1) for clip in (one, other))
     a, b = (x - x.mean(1, keepdim=True) for x in (a, b))
     return float(torch.cosine_similarity(a, b, dim=1).mean())
-
-
-def _job(
-    pipeline: Pipeline, pixels: Tensor, wish: Wish, fps: float | None, solver: SolverSettings
-) -> Job:  # fmt: skip
-    height, width = pixels.shape[-2:]
-    job = default_job(
-        pipeline.config, height=height, width=width, frames=len(pixels), guidance=wish.guidance, seed=wish.seed,
-        solver=solver, **({} if fps is None else {"fps": fps}),
-    )  # fmt: skip
-    if wish.hold == "first-frame" and job.frames == 1:
-        raise InputError("a picture has no frames after its first; hold on to the clip")
-    pipeline.require(memory.forecast_encode(pipeline.config, job, pipeline.dtype), "inverting this")
-    return job
-
-
-def _from_noise(
-    pipeline: Pipeline, pixels: Tensor, latents: Tensor, wish: Wish, job: Job, control: Control | None,
-    tile: int | None,
-) -> Candidate:  # fmt: skip
-    """The first candidate is that of the clean latents, unless their noise is to be blended; for the others the model's
-    own noise is added, from a seed each."""
-    job = inversion_job(pipeline.config, job, clean=job.seed == wish.seed and wish.strength == 1)
-    _, noise, _ = measure_latents(pipeline, latents, job, wish.was, wish.negative, control, keep_text_encoder=True)
-    if wish.strength < 1:
-        noise = noise.vary((1 - wish.strength**2) ** 0.5, job.seed)
-    generation = decode_from_noise(pipeline, noise, job.solver, control, wish.prompt, keep_text_encoder=True)
-    made, latents = _made(pipeline, generation, tile)
-    missed = wish.candidates > 1 and _gain(pipeline, latents, wish, job, control) < 0
-    return Candidate(made, latents, noise, structure_likeness(pixels, made) - missed)
-
-
-def _from_first_frame(
-    pipeline: Pipeline, pixels: Tensor, latents: Tensor, wish: Wish, job: Job, control: Control | None,
-    tile: int | None,
-) -> Candidate:  # fmt: skip
-    context = Context("first_frame", latents[:, :, :1])
-    job = replace(job, context=context)
-    options = {"negative": wish.negative, "control": control, "keep_text_encoder": True}
-    generation, _ = pipeline.start(wish.prompt, job, **options)
-    made, latents = _made(pipeline, generation, tile)
-    noise = replace(fresh_noise(pipeline.config, job), prompt=wish.prompt, negative=wish.negative)
-    return Candidate(made, latents, noise, _gain(pipeline, latents, wish, job, control))
-
-
-def _gain(pipeline: Pipeline, latents: Tensor, wish: Wish, job: Job, control: Control | None) -> float:
-    """How much likelier the new prompt makes latents than the caption that the clip had, in nats."""
-    job = inversion_job(pipeline.config, replace(job, guidance=0.0), clean=True)
-    texts, _, _ = pipeline.encode_text([wish.prompt, wish.was], "", job, keep_encoder=True)
-    right, wrong = (float(found.log_likelihood) for found in under_each(pipeline, job, latents, texts, control=control))
-    return right - wrong
-
-
-def _made(pipeline: Pipeline, generation: Generation, tile: int | None) -> tuple[Tensor, Tensor]:
-    """Pixels (F, 3, H, W) and latents."""
-    latents = generation.run()
-    return torch.cat(list(pipeline.decoded(latents, generation, tile)), 1)[0], latents.cpu()
 
 
 def _edges(clip: Tensor) -> Tensor:

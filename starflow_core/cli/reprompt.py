@@ -8,13 +8,13 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
-from ..applications.reprompt import Candidate, Wish
+from ..applications.reprompt import Edited, Wish
 from ..applications.reprompt import reprompt as make
 from ..control import Control
 from ..media import VideoWriter, check_writable
 from .invert import Source
 from .progress import Meter, warn
-from .settings import Setup, check_tile, default_output, slug, solver
+from .settings import Setup, check_tile, default_output, slug, solver, warn_of_cut
 
 
 def reprompt(args: Namespace) -> None:
@@ -31,15 +31,17 @@ def reprompt(args: Namespace) -> None:
     with Meter() as meter:
         pipeline = source.setup.load(meter)
         sampling = meter.sampling(job.frames * wish.candidates)
-        best, scores = make(
+        edited = make(
             pipeline, source.pixels, wish, job.fps, settings, Control(sampling, warn=warn), tile=args.tile
         )  # fmt: skip
-    with VideoWriter(output, job.fps, _metadata(args, source, wish, best, scores), args.quality) as writer:
-        writer.add(best.pixels)
-    _report(output, scores, time.monotonic() - began)
+    for caption, cut in zip((wish.was, wish.prompt), edited.cut, strict=True):
+        warn_of_cut(caption, cut, pipeline.config)
+    with VideoWriter(output, job.fps, _metadata(args, source, wish, edited), args.quality) as writer:
+        writer.add(edited.pixels)
+    _report(output, edited, time.monotonic() - began)
 
 
-def _metadata(args: Namespace, source: Source, wish: Wish, best: Candidate, scores: list[float]) -> dict:
+def _metadata(args: Namespace, source: Source, wish: Wish, edited: Edited) -> dict:
     """What it takes to make the result again."""
     job = source.job
     return {
@@ -48,18 +50,17 @@ def _metadata(args: Namespace, source: Source, wish: Wish, best: Candidate, scor
         "source": args.input,
         **{k: v for k, v in asdict(wish).items() if k != "prompt"},
         **{name: getattr(job, name) for name in ("height", "width", "frames", "fps")},
-        "candidate": scores.index(best.score),
-        "scores": scores,
-        "noise": list(best.noise.made),
+        "candidate": edited.kept,
+        "scores": edited.scores,
+        "noise": list(edited.best.noise.made),
         "solver": asdict(job.solver),
         "model": source.setup.config.name,
         "version": __version__,
     }
 
 
-def _report(output: str, scores: list[float], seconds: float) -> None:
+def _report(output: str, edited: Edited, seconds: float) -> None:
     print(output)
-    best = max(scores)
-    for index, score in enumerate(scores):
-        print(f"candidate {index}: {score:.3f}{' (kept)' if index == scores.index(best) else ''}")
+    for index, score in enumerate(edited.scores):
+        print(f"candidate {index}: {score:.3f}{' (kept)' if index == edited.kept else ''}")
     print(f"{seconds:.1f} s")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from ..model.flow import Flow
 from ..model.latent import to_flow_space
 from ..model.placement import Placement
 from ..solve import noise as draws
-from ..solve.inverting import Inverted, invert
+from ..solve.inverting import Inverted, invert, invert_deep, invert_shallow
 from ..solve.solvers import PRESETS, SolverSettings
 from ..weights.tensorfiles import TensorFile, save_tensors
 from .build import default_job
@@ -134,6 +135,11 @@ class Noise:
             )
         return self._changed(_slerp(self.noise, other.noise.to(self.noise), share), f"mixed with another by {share:g}")
 
+    def beginning_as(self, other: Noise) -> Noise:
+        """This noise with the first latent frame of another one."""
+        noise = torch.cat((other.noise[:, :1], self.noise[:, 1:]), 1)
+        return self._changed(noise, f"begun as: {'; '.join(other.made)}")
+
     def _changed(self, noise: Tensor, how: str) -> Noise:
         return replace(self, noise=noise, log_likelihood=None, bits_per_dim=None, made=(*self.made, how))
 
@@ -161,6 +167,25 @@ def inverted(
         placement=placement, cache=means.cache,
     )  # fmt: skip
     return shown(plan, found)
+
+
+@torch.no_grad()
+def under_each(
+    flow: Flow, job: Job, latents: Tensor, texts: Tensor, together: int = 1, *, control: Control | None = None,
+    placement: Placement | None = None, means: Means = PLAIN,
+) -> Iterator[Inverted]:  # fmt: skip
+    """One result's latents (1, C, T, h, w) in VAE space, inverted under each of texts (P, L, D), of which `together`
+    are read at once. The shallow blocks, which read no text, are inverted once."""
+    plan, placement = layout(flow.config, job), placement or Placement.on(texts.device)
+    halfway = invert_shallow(flow, flowing(flow.config, job, latents.to(placement.shallow)), control)
+    for part in texts.split(together):
+        found = invert_deep(
+            flow, halfway.repeated(len(part)), part.to(placement.deep[0]), given=plan.given, window=plan.window,
+            keep=plan.keep, control=control, placement=placement, cache=means.cache,
+        )  # fmt: skip
+        ours = shown(plan, found)
+        for noise, surprise in zip(ours.noise, ours.surprise, strict=True):
+            yield Inverted(noise[None], surprise[None], ours.given)
 
 
 def flowing(config: FlowConfig, job: Job, latents: Tensor) -> Tensor:

@@ -31,7 +31,8 @@ SHOWN = {  # which example a help page's picture is from
     "variations": ("Invert", "MixNoise"),
     "memory": ("Memory",),
     "noise": ("Noise",),
-    "likelihood": ("Likelihood",),
+    "surprise": ("Likelihood",),
+    "edit_by_inversion": ("EditByInversion",),
 }  # fmt: skip
 
 
@@ -78,16 +79,6 @@ def _only(graph: Graph, kind: str) -> Node:
     return node
 
 
-def likelihood() -> Graph:
-    """The same with another one."""
-    graph = text_to_image()
-    sampler = _only(graph, "Sampler")
-    given = {name: sampler.links[name] for name in ("model", "positive")}
-    judged = graph.add("STARFlowLikelihood", **given, latent=(sampler, "latent"))
-    graph.add("PreviewImage", images=(judged, "overlay"))
-    return graph
-
-
 def main() -> None:
     for name in REAL_WEIGHTS:
         words = card("STARFlow 3B", "text to image", "needs Apple's 3B checkpoint")
@@ -102,8 +93,8 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise, likelihood)}
-            for make in (memory, noise, likelihood):
+            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise)}
+            for make in (memory, noise):
                 others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}

@@ -30,13 +30,22 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
         "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
         "invert": lambda: demo.inverted(*pair, {"samples": latent["samples"] + 1}),
         "likelihood": lambda: run("STARFlowLikelihood", model=demo.model, positive=pair[0], latent=latent),
+        "edit by inversion": lambda: run(
+            "STARFlowEditByInversion",
+            model=demo.model,
+            vae=demo.vae,
+            latent={"samples": latent["samples"] + 1},
+            shows=pair[0],
+            positive=pair[0],
+            negative=pair[1],
+        ),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
 NAMES = [
     "load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert", "likelihood",
-    "combine",
+    "edit by inversion", "combine",
 ]  # fmt: skip
 
 

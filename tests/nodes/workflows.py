@@ -32,7 +32,7 @@ TITLE, EDGE, LANE = 30, 20, 24  # of a node; around a group's nodes; between two
 GROUPS = {  # by the last kind of node that a group holds, from left to right
     "Loaders": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
     "Size, input and prompt": ("#5b9bd5", ("STARFlowTextEncode",)),
-    "Sampling": ("#d0a04a", ("STARFlowSampler",)),
+    "Sampling": ("#d0a04a", ("STARFlowSampler", "STARFlowEditByInversion")),
     "Result": ("#6fbf73", ()),
 }
 HUB = "https://huggingface.co"
@@ -139,7 +139,9 @@ class Graph:
         """A frame around the columns of each stage."""
         made, first = [], 0
         for id, (title, (colour, kinds)) in enumerate(GROUPS.items(), 1):
-            last = max(node.column for node in self.nodes if not kinds or node.type in kinds)
+            last = max((node.column for node in self.nodes if not kinds or node.type in kinds), default=first - 1)
+            if last < first:
+                continue
             held = [box for node, box in zip(self.nodes, drawn, strict=True) if first <= node.column <= last]
             bottom = max(box["pos"][1] + box["size"][1] for box in held)
             top = -TITLE - 2 * EDGE
@@ -302,7 +304,7 @@ def _height(node: Node, sockets: int, values: int) -> int:
 SHOWN = {  # pictures and lines of text
     "LoadImage": 340, "LoadVideo": 340, "PreviewImage": 260, "SaveImage": 300, "PreviewAny": 140,
     "STARFlowEmptyLatent": 50, "STARFlowTextEncode": 150, "STARFlowSampler": 280, "STARFlowVAEDecode": 280,
-    "STARFlowVideoCombine": 340, "STARFlowInvert": 50,
+    "STARFlowVideoCombine": 340, "STARFlowInvert": 50, "STARFlowEditByInversion": 50, "STARFlowLikelihood": 50,
 }  # fmt: skip
 
 
@@ -527,6 +529,43 @@ def another_prompt() -> Graph:
     return parts.graph
 
 
+def edit_by_inversion() -> Graph:
+    parts = Parts.of(
+        "**Edit by inversion.** What the second prompt says changes, and the rest of the clip stays: nothing was "
+        "trained for it. Of several candidates the one that is most like the source is kept. "
+        + INPUT
+        + "\n\nSay in the first prompt what the clip shows, the closer, the better."
+    )
+    latent = parts.encoded(parts.frames("starflow_red_circle.mp4"))
+    shown = parts.prompt("a red circle moving right on a black background", latent, "LATENT", "What it shows")
+    wanted = parts.prompt("a green circle moving right on a grey background", latent, "LATENT", "What it shall show")
+    edit = parts.flowed(
+        "STARFlowEditByInversion", wanted, latent, "LATENT", vae=(parts.vae, "vae"), shows=(shown, "positive"), seed=1,
+    )  # fmt: skip
+    parts.graph.add("PreviewAny", source=(edit, "report"))
+    parts.combined(edit, "edit-by-inversion")
+    return parts.graph
+
+
+def surprise() -> Graph:
+    parts = Parts.of(
+        "**What doesn't belong.** Likelihood says how likely the model finds the clip in Load Video, and shows where "
+        "something surprises it: in this one the circle changes its colour half-way. "
+        + INPUT
+        + "\n\nThe first frame is always a surprise, since only the prompt says what comes."
+    )
+    source = parts.frames("starflow_changing_circle.mp4")
+    latent = parts.encoded(source)
+    text = parts.prompt("a red circle moving right on a black background", latent, "LATENT")
+    judged = parts.graph.add(
+        "STARFlowLikelihood", model=(parts.model, "model"), positive=(text, "positive"), latent=(latent, "LATENT"),
+        images=(source, "images"),
+    )  # fmt: skip
+    parts.graph.add("PreviewAny", source=(judged, "report"))
+    parts.combined(judged, "surprise", "overlay")
+    return parts.graph
+
+
 def text_to_image_3b() -> Graph:
     parts = Parts.of(
         "**Text to image with Apple's 3B checkpoint**, which is for research only. Put three files under the names in "
@@ -555,7 +594,7 @@ EXAMPLES = {
     function.__name__: function
     for function in (
         text_to_image, text_to_video, image_to_video, video_edit, extend, first_and_last_frame, long_video,
-        convergence_study, variations, another_prompt,
+        convergence_study, variations, another_prompt, edit_by_inversion, surprise,
     )
 }  # fmt: skip
 REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack

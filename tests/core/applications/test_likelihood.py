@@ -13,7 +13,7 @@ from starflow_core.applications.likelihood import best_of, captions_at_once, cho
 from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError, OutOfMemoryForecast
-from starflow_core.jobs import memory
+from starflow_core.jobs import memory, noises
 from starflow_core.jobs.noises import inverted
 from starflow_core.model.flow import Flow
 from starflow_core.pipeline import load_pipeline
@@ -45,9 +45,9 @@ def clip(frames=9):
 @pytest.mark.parametrize("options", [{}, {"window": 3, "keep": 1}], ids=["one window", "windows"])
 @pytest.mark.parametrize("together", [1, 2, 8])
 def test_a_choice_agrees_with_single_scores(pipeline, monkeypatch, together, options):
-    batches, invert_deep = [], likelihood.invert_deep
+    batches, invert_deep = [], noises.invert_deep
     monkeypatch.setattr(
-        likelihood, "invert_deep", lambda *a, **k: batches.append(len(a[2])) or invert_deep(*a, **k)
+        noises, "invert_deep", lambda *a, **k: batches.append(len(a[2])) or invert_deep(*a, **k)
     )  # fmt: skip
     monkeypatch.setattr(likelihood, "TOGETHER", together)
     found = choose_caption(pipeline, clip(17), CAPTIONS, **options)
