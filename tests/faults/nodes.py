@@ -12,6 +12,7 @@ TESTS = {
     "contexts": "tests/nodes/test_contexts.py",
     "latent": "tests/nodes/test_latent.py tests/nodes/test_vae.py tests/nodes/test_video.py",
     "loaders": f"tests/nodes/test_loaders.py tests/nodes/test_int8.py {CANCEL}",
+    "edits": f"tests/nodes/test_edits.py {CANCEL}",
     "host": "tests/nodes",
     "noise": f"tests/nodes/test_noise.py {CANCEL}",
     "options": "tests/nodes/test_memory.py",
@@ -27,6 +28,11 @@ def node(file: str, old: str, new: str, what: str) -> Fault:
 
 
 FAULTS = [
+    node("edits", "hold = HOLDS[context is not None]", "hold = HOLDS[0]", "a context's frame alone isn't held"),
+    node("edits", "guidance if guidance >= 0 else None", "guidance", "the edit's own guidance isn't found"),
+    node("edits", ".movedim(-1, 1).float().cpu() * 2 - 1", ".movedim(-1, 1).float().cpu()", "pixels are in 0..1"),
+    node("edits", "    host.check_interrupted()\n", "    pass\n", "an edit can't be cancelled"),
+    node("edits", "(shows, \"shows\")", "(positive, \"shows\")", "what the clip shows is ignored"),
     node("sampling", '{"guidance": guidance} if guidance >= 0 else {}',
          '{"guidance": guidance} if guidance > 0 else {}', "guidance 0 is taken for the model's own"),
     node("sampling", "if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):", "if guidance < OWN_GUIDANCE:",

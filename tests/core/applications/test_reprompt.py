@@ -9,12 +9,16 @@ import torch
 
 from benchmarks import flow_features
 from benchmarks.flow_features import FRAMES, reprompted
+from starflow_core.applications import reprompt as module
+from starflow_core.applications.inversion import decode_from_noise
 from starflow_core.applications.reprompt import Wish, reprompt, structure_likeness
+from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError
 from starflow_core.pipeline import load_pipeline
+from starflow_core.solve.solvers import PRESETS
 from starflow_core.training.demo import clips
-from tests.core import models
+from tests.core import models, tiny
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +86,47 @@ def test_a_picture_has_no_later_frames(demo):
 def test_cancel(demo):
     with pytest.raises(Cancelled):
         reprompt(demo, torch.zeros(5, 3, 96, 96), Wish("a", "b"), control=Control(cancelled=lambda: True))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A random image model, as the 3B is one."""
+    folder = tiny.write_model(tmp_path_factory.mktemp("image"), "image")
+    return load_pipeline(*(folder / file for file in (FLOW_FILE, TEXT_FILE, VAE_FILE)), device="cpu")
+
+
+def test_pictures_of_an_image_model(pictures):
+    source = models.randn(1, 3, 32, 32, seed=5).clamp(-1, 1)
+    same = reprompt(pictures, source, Wish("a cat", "a cat"), solver=PRESETS["exact"])
+    assert models.relative_error(same.best.latents, pictures.encode_clip(source)) < 1e-4
+    edited = reprompt(pictures, source, Wish("a cat", "a dog", candidates=3))
+    assert edited.pixels.shape == source.shape
+    assert len(set(edited.scores)) == 3
+    assert models.relative_error(edited.best.latents, same.best.latents) > 1e-3
+
+
+def test_a_kept_candidate_is_made_again_from_its_noise(demo):
+    """What the metadata say of its noise is all that it takes."""
+    source = flow_features.drawn(flow_features.scenes(1, 3))[0][:9]
+    edited = reprompt(demo, source, Wish("a red circle", "a blue ring", candidates=3, seed=7))
+    noise = edited.best.noise
+    again = decode_from_noise(demo, noise, PRESETS["balanced"], prompt="a blue ring").run()
+    assert models.relative_error(again, edited.best.latents) < 1e-6
+
+
+def test_beginnings_that_come_nearest_are_gone_on_from(demo, monkeypatch):
+    source = flow_features.drawn(flow_features.scenes(1, 3))[0][:9]
+    seen = {1: 0, 9: 0}
+
+    def likeness(one, other):
+        """The fifth beginning and the last candidate are likest."""
+        assert len(one) == len(other)
+        seen[len(one)] += 1
+        return float(seen[1] == 5) if len(one) == 1 else float(seen[9])
+
+    monkeypatch.setattr(module, "structure_likeness", likeness)
+    found = reprompt(demo, source, Wish("a red circle", "a blue ring", candidates=2, seed=30))
+    assert seen == {1: 8, 9: 2}
+    assert found.best.noise.made[-1] == (
+        "begun as: from a clip, with the model's own noise of seed 30; varied by 0.5, seed 34"
+    )
