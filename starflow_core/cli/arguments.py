@@ -101,12 +101,16 @@ def _encode(command: argparse.ArgumentParser) -> None:
     command.add_argument("--seed", type=whole, metavar="N", help="add the model's own noise first, drawn from it")
     command.add_argument("--guidance", type=float, metavar="W", help="of the sampling that is inverted (default: 0)")
     command.add_argument("--negative", default="", metavar="TEXT", help="what that guidance steers away from")
-    command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once")
-    command.add_argument("--keep", type=whole, metavar="N", help="latent frames kept when the window slides")
+    _add_windows(command)
     _add_model(command)
     command.add_argument(
         "-o", "--output", metavar="FILE", help=".safetensors file (default: outputs/INPUT.safetensors)"
     )
+
+
+def _add_windows(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once")
+    command.add_argument("--keep", type=whole, metavar="N", help="latent frames kept when the window slides")
 
 
 def _decode(command: argparse.ArgumentParser) -> None:
@@ -177,6 +181,7 @@ def _score(command: argparse.ArgumentParser) -> None:
         "--map", metavar="FILE",
         help="write the clip with its surprise on top (with --choose the winner's); formats as of generate",
     )  # fmt: skip
+    _add_windows(command)
     _add_model(command)
     _add_json(command, "print JSON, with the surprise by frame")
 

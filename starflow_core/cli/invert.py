@@ -65,16 +65,17 @@ def score(args: Namespace) -> None:
         if args.prompt:
             raise InputError("--choose compares captions, so leave out --prompt")
         check_captions(args.choose)
-    given = Source.read(args, Setup.find(args), guidance=0.0)
+    windows = chosen(args, "window", "keep")
+    given = Source.read(args, Setup.find(args), guidance=0.0, **windows)
     if args.map:
         _map_writer(args, given)  # raises before the work what it would after it
     choice = None
     with Meter() as meter:
         pipeline, control = given.load(meter)
         if args.choose is None:
-            surprise, prompt = _surprise(args, pipeline, given, control), args.prompt
+            surprise, prompt = _surprise(args, pipeline, given, control, windows), args.prompt
         else:
-            choice = choose_caption(pipeline, given.pixels, args.choose, given.fps, control)
+            choice = choose_caption(pipeline, given.pixels, args.choose, given.fps, control, **windows)
             surprise, prompt = choice.surprise, choice.captions[choice.winner]
     for caption, cut in zip(choice.captions, choice.cut, strict=True) if choice else ():
         warn_of_cut(caption, cut, pipeline.config)
@@ -85,9 +86,9 @@ def score(args: Namespace) -> None:
     _print_score(args, surprise, prompt, choice)
 
 
-def _surprise(args: Namespace, pipeline: Pipeline, given: Source, control: Control) -> Surprise:
+def _surprise(args: Namespace, pipeline: Pipeline, given: Source, control: Control, windows: dict) -> Surprise:
     """Under the prompt."""
-    found, _, cut = measure(pipeline, given.pixels, args.prompt, given.fps, control)
+    found, _, cut = measure(pipeline, given.pixels, args.prompt, given.fps, control, **windows)
     warn_of_cut(args.prompt, cut, pipeline.config)
     return Surprise(found.surprise[0], pipeline.config, *given.pixels.shape[-2:])
 

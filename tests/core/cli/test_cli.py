@@ -43,7 +43,8 @@ FLAGS = {
     "was width",
     "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
     "quality shallow-tolerance solver span text-encoder tile tolerance vae",
-    "score": "aspect choose device dtype fps frames height json map model prompt size text-encoder vae width",
+    "score": "aspect choose device dtype fps frames height json keep map model prompt size text-encoder vae width "
+    "window",
     "convert": "dtype overwrite",
     "inspect": "aspect batch cache device dtype frames guidance height json memory offload size width",
 }
@@ -786,6 +787,10 @@ def test_score(run, given):
     assert found["bits_per_dim"] == pytest.approx(bits)
     assert text[1] == f"bits per dimension {bits:.4f}"
     assert run("score", given / "clip.mp4") != text
+    windows = json.loads(run("score", *options, "--window", 2, "--keep", 1, "--frames", 9, "--json")[0])
+    assert windows["log_likelihood"] != pytest.approx(found["log_likelihood"], rel=1e-3)
+    choice = ("score", given / "clip.mp4", "--choose", PROMPT, "blue", "--frames", 9, "--window", 2, "--json")
+    assert json.loads(run(*choice, "--keep", 1)[0])["captions"][PROMPT] == pytest.approx(windows["log_likelihood"])
     frames = found["frames"]
     assert [(f["first"], f["last"]) for f in frames] == [(0, 0), (1, 4), (5, 8)]
     assert sum(f["nats"] for f in frames) == pytest.approx(-found["log_likelihood"], rel=1e-5)
