@@ -67,7 +67,13 @@ def reprompted(
         met, off = verdict(sight, wanted), way(look(source), sight)
         far = float(off[0] if attribute == "direction" else off.max())
         right = met[attribute] and met["connected"]
-        yield {"right": right, "off": far, "met": right and far < NEAR}
+        yield {"right": right, "off": far, "met": right and far < NEAR, "room": room(scene, wanted.direction)}
+
+
+def room(scene: clips.Scene, direction: str) -> float:
+    """Pixels that a scene's shape can move in a direction before its edge meets that of the frame."""
+    place = {"left": scene.x, "up": scene.y, "right": SIDE - scene.x, "down": SIDE - scene.y}
+    return place[direction] - scene.radius
 
 
 def round_trips(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
@@ -144,8 +150,15 @@ def measure(pipeline: Pipeline, part: str, count: int) -> tuple[list[dict], list
         words = [f"valid by noise {said([r['met'] for r in rows])}, by latents {said([r['without'] for r in rows])}"]
     else:
         rows = list(reprompted(pipeline, part, count, SEED, **REPROMPT[part]))
-        words = [f"right {said([r['right'] for r in rows])}, right and near {said([r['met'] for r in rows])}"]
+        words = [_reprompted(rows)]
+        if part == "direction":
+            words.append(f"with {NEAR:g} pixels of room to move: {_reprompted([r for r in rows if r['room'] >= NEAR])}")
     return rows, words
+
+
+def _reprompted(rows: list[dict]) -> str:
+    right, met = (said([row[name] for row in rows]) for name in ("right", "met"))
+    return f"{len(rows)} clips, right {right}, right and near {met}"
 
 
 PARTS = ("round trip", "variations", "interpolation", *REPROMPT)
