@@ -76,6 +76,34 @@ def room(scene: clips.Scene, direction: str) -> float:
     return place[direction] - scene.radius
 
 
+TRAINED = {  # words for the trained edit, which learned only the first of them
+    "colour": "make it {}", "kind": "make it a {}", "background": "make it on a {} background",
+}  # fmt: skip
+
+
+def without(pipeline: Pipeline, attribute: str, count: int, seed: int) -> Iterator[dict]:
+    """The same change without inversion, as right and near: a fresh sample of the new prompt, and the trained edit (of
+    the 17 frames that fit the window), or for another direction one clip by the trained first-frame task."""
+    rng = random.Random(seed)
+    for index, scene in enumerate(scenes(count, seed)):
+        wanted, source = changed(scene, attribute, rng), drawn([scene])[0]
+        fresh = pipeline.text_to_video(prompt(wanted), height=SIDE, width=SIDE, frames=FRAMES, seed=1000 * index)
+        if attribute == "direction":
+            trained = pipeline.image_to_video(prompt(wanted), source[0], frames=FRAMES, seed=1000 * index)
+        else:
+            words = TRAINED[attribute].format(getattr(wanted, attribute))
+            trained = pipeline.edit(words, source[:17], seed=1000 * index)
+        seen = {"fresh": fresh.pixels[0], "trained": trained.pixels[0]}
+        yield {name: _near_and_right(made, wanted, source, attribute) for name, made in seen.items()}
+
+
+def _near_and_right(made: Tensor, wanted: clips.Scene, source: Tensor, attribute: str) -> bool:
+    sight = look(made)
+    met, off = verdict(sight, wanted), way(look(source[: len(made)]), sight)
+    far = off[0] if attribute == "direction" else off.max()
+    return bool(met[attribute] and met["connected"] and far < NEAR)
+
+
 def round_trips(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
     """A clip to noise and back, clean, and with guidance 1.5 both ways: pixels that its shape is off."""
     for scene in scenes(count, seed):
@@ -148,6 +176,13 @@ def measure(pipeline: Pipeline, part: str, count: int) -> tuple[list[dict], list
     elif part == "interpolation":
         rows = list(interpolations(pipeline, count, SEED))
         words = [f"valid by noise {said([r['met'] for r in rows])}, by latents {said([r['without'] for r in rows])}"]
+    elif part == "without the flow":
+        rows, words = [], []
+        for attribute in REPROMPT:
+            own = list(without(pipeline, attribute, count, SEED))
+            rows += [{"attribute": attribute, **row} for row in own]
+            fresh, trained = (said([row[name] for row in own]) for name in ("fresh", "trained"))
+            words.append(f"{attribute}, right and near: fresh sample {fresh}, trained task {trained}")
     else:
         rows = list(reprompted(pipeline, part, count, SEED, **REPROMPT[part]))
         words = [_reprompted(rows)]
@@ -161,7 +196,7 @@ def _reprompted(rows: list[dict]) -> str:
     return f"{len(rows)} clips, right {right}, right and near {met}"
 
 
-PARTS = ("round trip", "variations", "interpolation", *REPROMPT)
+PARTS = ("round trip", "variations", "interpolation", *REPROMPT, "without the flow")
 
 
 def main() -> None:
