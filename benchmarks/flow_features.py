@@ -57,17 +57,23 @@ def way(one: Sight, other: Sight) -> np.ndarray:
 def reprompted(
     pipeline: Pipeline, attribute: str, count: int, seed: int, was: bool = True, **options
 ) -> Iterator[dict]:
-    """One attribute changed by the prompt: whether it is right, and how far the shape is from where it was, on its
-    whole way, or for another direction in the first frame. Without `was` the source's caption is left empty."""
+    """One attribute changed by the prompt, as `judged`. Without `was` the source's caption is left empty."""
     rng = random.Random(seed)
     for index, scene in enumerate(scenes(count, seed)):
         wanted, source = changed(scene, attribute, rng), drawn([scene])[0]
         wish = Wish(prompt(scene) if was else "", prompt(wanted), seed=1000 * index, **options)
-        sight = look(reprompt(pipeline, source, wish).pixels)
-        met, off = verdict(sight, wanted), way(look(source), sight)
-        far = float(off[0] if attribute == "direction" else off.max())
-        right = met[attribute] and met["connected"]
-        yield {"right": right, "off": far, "met": right and far < NEAR, "room": room(scene, wanted.direction)}
+        found = judged(reprompt(pipeline, source, wish).pixels, wanted, source, attribute)
+        yield {**found, "room": room(scene, wanted.direction)}
+
+
+def judged(made: Tensor, wanted: clips.Scene, source: Tensor, attribute: str) -> dict:
+    """Whether a changed clip is right, and how far from the source: on its whole way, or for another direction in the
+    first frame."""
+    sight = look(made)
+    met, off = verdict(sight, wanted), way(look(source[: len(made)]), sight)
+    far = float(off[0] if attribute == "direction" else off.max())
+    right = met[attribute] and met["connected"]
+    return {"right": right, "off": far, "met": bool(right and far < NEAR)}
 
 
 def room(scene: clips.Scene, direction: str) -> float:
@@ -94,14 +100,7 @@ def without(pipeline: Pipeline, attribute: str, count: int, seed: int) -> Iterat
             words = TRAINED[attribute].format(getattr(wanted, attribute))
             trained = pipeline.edit(words, source[:17], seed=1000 * index)
         seen = {"fresh": fresh.pixels[0], "trained": trained.pixels[0]}
-        yield {name: _near_and_right(made, wanted, source, attribute) for name, made in seen.items()}
-
-
-def _near_and_right(made: Tensor, wanted: clips.Scene, source: Tensor, attribute: str) -> bool:
-    sight = look(made)
-    met, off = verdict(sight, wanted), way(look(source[: len(made)]), sight)
-    far = off[0] if attribute == "direction" else off.max()
-    return bool(met[attribute] and met["connected"] and far < NEAR)
+        yield {name: judged(made, wanted, source, attribute)["met"] for name, made in seen.items()}
 
 
 def round_trips(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
