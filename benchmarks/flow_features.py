@@ -7,6 +7,7 @@ what one gets without the flow. Shares come with their 95 % interval (Wilson). S
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -34,7 +35,7 @@ REPROMPT = {  # the options of each attribute
     "kind": {"candidates": 4},
     "background": {"candidates": 4},
     "colour": {"candidates": 8},
-    "direction": {"hold": "first-frame", "candidates": 8},
+    "direction": {"hold": "first-frame", "candidates": 4},
 }
 STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
@@ -202,17 +203,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--clips", type=int, default=96)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="parts that are in it already stay")
     options = parser.parse_args()
     pipeline, results = load_pipeline(device="cpu"), {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text(encoding="utf-8"))["results"]
     for part in options.parts or PARTS:
         began = time.process_time()
         rows, words = measure(pipeline, part, options.clips)
         seconds = (time.process_time() - began) / options.clips
         print(f"{part}: {options.clips} clips, {seconds:.1f} CPU seconds each", *words, sep="\n  ", flush=True)
-        results[part] = {"seconds": seconds, "words": words, "rows": rows}
+        results[part] = {"seconds": seconds, "clips": options.clips, "seed": SEED, "words": words, "rows": rows}
         if options.json:
-            write_json(options.json, {**machine(), "clips": options.clips, "seed": SEED, "results": results})
+            write_json(options.json, {**machine(), "results": results})
 
 
 if __name__ == "__main__":
