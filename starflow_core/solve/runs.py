@@ -11,6 +11,10 @@ from ..model.cache import Cache, CacheShape
 from ..model.flow import Block, Flow, Grid
 from ..model.rope import Rotary, joined
 from .guidance import guided
+from .solvers import PRESETS, Statistics, Window, absorb, solve_span
+from .windows import Extent, Prompts
+
+MOVING = PRESETS["exact"]
 
 
 class BlockRun:
@@ -73,6 +77,7 @@ class DeepRun:
         self.guidance = guidance if uncond is not None else 0.0
         devices, prefix = devices or (text.device,), text.shape[1]
         copies = 2 if self.guidance else 1  # of the batch
+        self.both = copies > 1
         devices = devices[:copies]
         self.copies = copies // len(devices)  # in each run
         self.runs = []
@@ -86,7 +91,7 @@ class DeepRun:
 
     def fill(self, text: Tensor, uncond: Tensor | None) -> None:
         """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
-        rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.guidance else text
+        rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.both else text
         for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
             run.fill(part)
 
@@ -94,7 +99,41 @@ class DeepRun:
         """a, b (B, n, c), guided, on the tokens' device; `before` and `start` as in `BlockRun`."""
         parts = [run(before.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
         a, b = (torch.cat([part.to(before.device) for part in both]) for both in zip(*parts, strict=True))
-        if not self.guidance:
+        if not self.both:
             return a, b
         (a_c, a_u), (b_c, b_u) = a.chunk(2), b.chunk(2)
         return guided(a_c, b_c, a_u, b_u, self.guidance)
+
+
+class PromptedRun(DeepRun):
+    """The deep block over the windows of a clip, one after the other, each under its prompt."""
+
+    def __init__(
+        self, flow: Flow, grid: Grid, prompts: Prompts, uncond: Tensor | None, guidance: float, *options
+    ):  # fmt: skip
+        super().__init__(flow, grid, prompts.first, uncond, guidance, *options)
+        self.prompts, self.uncond, self.prompt, self.grid = prompts, uncond, 0, grid
+
+    def enter(self, extent: Extent, known: Tensor) -> Tensor:
+        """Begin a window, of which the first frames (B, n, N, c) are there; returns them as its prompt has them."""
+        if not (extent.changes and self.prompts.moved):
+            self._read(extent.prompt)
+            return known
+        self._read(extent.prompt - 1)
+        head = known[:, : extent.known]
+        window = Window(head.flatten(1, 2), self.grid.frame_tokens, self.grid.width, head[0, :, :, 0].numel())
+        self.guidance, own = self.prompts.was_guidance, self.guidance
+        absorb(self, window)
+        window = Window((window.x - window.b) / window.a, window.frame_tokens, window.width)
+        self.guidance = self.prompts.move_guidance
+        self._read(extent.prompt)
+        for _ in solve_span(self, window, MOVING, Statistics()):
+            pass
+        self.guidance = own
+        return torch.cat((window.x.view_as(head), known[:, extent.known :]), 1)
+
+    def _read(self, prompt: int) -> None:
+        """Have the text of a prompt in the cache."""
+        if prompt != self.prompt:
+            self.fill(self.prompts.texts[prompt], self.uncond)
+            self.prompt = prompt
