@@ -37,7 +37,7 @@ class Job:
 
     `frames` counts the result's frames, given ones included. Element i of a batch uses seed + i.
     `window` and `keep` are latent frames (None: the model's own). At each of `changes`, in seconds, another prompt
-    begins, with the last `keep_at_change` latent frames kept; `change_kept` brings them under the new prompt first.
+    begins; the last `keep_at_change` latent frames are brought under it, and the next ones follow them.
     """
 
     height: int
@@ -152,9 +152,9 @@ def _starts(config: FlowConfig, job: Job, window: int, given: int, frames: int) 
             end = f"{job.frames} frames at {job.fps:g} a second end at {job.frames / job.fps:.2f}s"
             raise InputError(f"the prompt at {time:g}s begins after the clip's end: {end}; make it longer")
         if start <= given:
-            first = (latent.frames(given + 1) - latent.temporal) / job.fps
+            first = latent.first_frame(given + 1) / job.fps
             raise InputError(
-                f"the prompt at {time:g}s changes frames that are given; let it begin at {first + length:.2f}s or later"
+                f"the prompt at {time:g}s changes frames that are given; let it begin at {first:.2f}s or later"
             )
         starts.append(start)
     return tuple(starts)
@@ -218,10 +218,11 @@ class Piece:
 
 class Generation:
     """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts; text is (S, B or 1, L, D) of
-    the S prompts of a job in which they change. `noise` (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given. Without a
-    `placement` everything computes where the text is. Of `means`, `cache` and `in_turn` matter here; of the
-    `fallbacks`, to which it turns one by one where memory runs out, `cache`. With `settled` frames it goes on where
-    another one of the same job was, and `on_window` is called each time that a window is complete."""
+    the S prompts of a job in which they change. `noise` (B, frames, C, h, w) of the result's latent frames is drawn
+    from the job's seed unless given. Without a `placement` everything computes where the text is. Of `means`, `cache`
+    and `in_turn` matter here; of the `fallbacks`, to which it turns one by one where memory runs out, `cache`. With
+    `settled` frames it goes on where another one of the same job was, and `on_window` is called each time that a window
+    is complete."""
 
     def __init__(
         self,

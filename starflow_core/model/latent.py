@@ -50,6 +50,10 @@ class LatentFormat:
         """Pixel frames that `latent_frames` decode to."""
         return (latent_frames - 1) * self.temporal + 1
 
+    def first_frame(self, index: int) -> int:
+        """The first pixel frame, counted from 0, that latent frame `index` decodes to."""
+        return (index - 1) * self.temporal + 1 if index else 0
+
 
 def to_flow_space(latent: LatentFormat, latents: Tensor, factors: Tensor) -> Tensor:
     """VAE space (B, C, T, h, w) -> flow space (B, T, C, h, w), float32, without noise."""

@@ -22,8 +22,8 @@ class DenoiseStream:
 
     Clips longer than the window are denoised in chunks of `window` frames; each later chunk starts with the last frames
     of the one before, as they were sampled, and only its new frames are kept. With `overlap` "denoised" it starts with
-    their denoised versions, as in the reference. `grid` is the whole clip's. `text` (B, L, D) may be `Prompts`: where the
-    prompt changes, a chunk ends, and the next one begins without frames of before, which show something else.
+    their denoised versions, as in the reference. `grid` is the whole clip's. `text` (B, L, D) may be `Prompts`: where
+    the prompt changes, a chunk ends, and the next one begins without frames of before, which show something else.
     """
 
     def __init__(

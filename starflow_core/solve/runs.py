@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -14,7 +15,9 @@ from .guidance import guided
 from .solvers import PRESETS, Statistics, Window, absorb, solve_span
 from .windows import Extent, Prompts
 
-MOVING = PRESETS["exact"]
+# Guidance of frames that are brought under another prompt, at most. Inverting with it would undo in part what sampling
+# with it does. Tuned on scenes other than the reported ones of benchmarks/timelines.py.
+INVERTING, BRINGING = 0.0, 1.0
 
 
 class BlockRun:
@@ -112,25 +115,38 @@ class PromptedRun(DeepRun):
         self, flow: Flow, grid: Grid, prompts: Prompts, uncond: Tensor | None, guidance: float, *options
     ):  # fmt: skip
         super().__init__(flow, grid, prompts.first, uncond, guidance, *options)
-        self.prompts, self.uncond, self.prompt, self.grid = prompts, uncond, 0, grid
+        self.grid, self.prompts, self.uncond, self.prompt = grid, prompts, uncond, 0
 
-    def enter(self, extent: Extent, known: Tensor) -> Tensor:
-        """Begin a window, of which the first frames (B, n, N, c) are there; returns them as its prompt has them."""
-        if not (extent.changes and self.prompts.moved):
+    def enter(self, extent: Extent, there: Tensor) -> Tensor:
+        """Begin a window whose first frames (B, n, N, c) are there; returns them as they are under its prompt."""
+        if not extent.changes:
             self._read(extent.prompt)
-            return known
-        self._read(extent.prompt - 1)
-        head = known[:, : extent.known]
-        window = Window(head.flatten(1, 2), self.grid.frame_tokens, self.grid.width, head[0, :, :, 0].numel())
-        self.guidance, own = self.prompts.was_guidance, self.guidance
-        absorb(self, window)
-        window = Window((window.x - window.b) / window.a, window.frame_tokens, window.width)
-        self.guidance = self.prompts.move_guidance
-        self._read(extent.prompt)
-        for _ in solve_span(self, window, MOVING, Statistics()):
-            pass
+            return there
+        kept, others = there[:, : extent.known], there[:, extent.known :]
+        return torch.cat((self._brought(kept, extent.prompt), others), 1)
+
+    def _brought(self, frames: Tensor, prompt: int) -> Tensor:
+        """Frames (B, n, N, c) that were made under the prompt before, made again under `prompt` from the noise that
+        they have under that one: what it says changes, the rest stays. Else a colour, say, would go on as it was."""
+        size, width = self.grid.frame_tokens, self.grid.width
+        tokens = frames.flatten(1, 2)
+        self._read(prompt - 1)
+        was = Window(tokens, size, width, known=tokens.shape[1])
+        with self._weighted(INVERTING):
+            absorb(self, was)
+        self._read(prompt)
+        now = Window((tokens - was.b) / was.a, size, width)
+        with self._weighted(BRINGING):
+            for _ in solve_span(self, now, PRESETS["exact"], Statistics()):
+                pass
+        return now.x.view_as(frames)
+
+    @contextmanager
+    def _weighted(self, most: float) -> Iterator[None]:
+        """With guidance of at most that weight."""
+        own, self.guidance = self.guidance, min(self.guidance, most)
+        yield
         self.guidance = own
-        return torch.cat((window.x.view_as(head), known[:, extent.known :]), 1)
 
     def _read(self, prompt: int) -> None:
         """Have the text of a prompt in the cache."""

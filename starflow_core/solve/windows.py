@@ -1,4 +1,4 @@
-"""Where windows begin and end in a long clip: they slide when they are full, and begin anew where the prompt changes."""
+"""Where the windows of a long clip begin and end: they slide when full, and begin anew where the prompt changes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import InputError
 @dataclass(frozen=True)
 class Extent:
     """The frames `first` .. `stop` - 1 of a clip, of which the first `known` are there already. They are read under the
-    prompt of that number; `changes` says that the known ones were made under the prompt before it."""
+    prompt of that number; `changes` says that those were made under the prompt before it."""
 
     first: int
     known: int
@@ -26,15 +26,11 @@ class Extent:
 @dataclass(frozen=True)
 class Prompts:
     """Embeddings (S, B, L, D) of S prompts; each is read from its frame in `starts` on, which begin with 0. At a change
-    the last `kept` frames are read again under the new prompt; if `moved`, they are first brought under it themselves.
-    """
+    the last `kept` frames are brought under the new prompt, and the next ones follow them."""
 
     texts: Tensor
     starts: tuple[int, ...] = (0,)
     kept: int = 1
-    moved: bool = True
-    was_guidance: float = 0.0
-    move_guidance: float = 0.0
 
     def __post_init__(self):
         if len(self.starts) != len(self.texts):

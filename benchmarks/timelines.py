@@ -1,0 +1,167 @@
+"""Prompts that change in a clip, on the demo, judged by pixels: `python -m benchmarks.timelines [PART ..] [--clips N]`.
+
+Clips of 65 frames whose prompt changes in the middle, in one attribute. A new direction is judged from the change on;
+the other attributes from half a second later, since the frames in between show one picture on its way to another.
+`unchanged` is the same with the kept frames left as they were, as the reference reads them. The part `loops` gives one
+picture as first and last frame, and measures how far the last frame's shape is from the first one's. Shares come with
+their 95 % interval (Wilson). Settings were tuned on other scenes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.adherence import prompt, scenes
+from benchmarks.flow_features import changed, said
+from benchmarks.judge import look, verdict
+from benchmarks.solver import machine, write_json
+from starflow_core.jobs.tasks import layout
+from starflow_core.jobs.timeline import Timeline
+from starflow_core.pipeline import Pipeline, load_pipeline
+from starflow_core.solve.runs import PromptedRun
+from starflow_core.training.demo import clips
+
+SIDE, FRAMES, LOOP = 96, 65, 33
+CHANGE = 2.0  # seconds
+ON_THE_WAY = 8  # frames after the change that show no one attribute
+ROOM = 16.0  # pixels that a shape has in its new direction
+NEAR = 8.0  # pixels between the shapes of the first and the last frame of a loop
+SEED = 4001  # of the reported scenes
+ATTRIBUTES = ("direction", "kind", "colour", "background")
+PARTS = (*ATTRIBUTES, "loops")
+
+
+def wish(scene: clips.Scene, attribute: str, rng: random.Random) -> clips.Scene:
+    """What the second prompt says: one attribute is another. A new direction has room where the shape is by then."""
+    if attribute != "direction":
+        return changed(scene, attribute, rng)
+    x, y = clips.centres(scene, torch.tensor([CHANGE * 16]), SIDE, SIDE)[0].tolist()
+    reach = scene.radius + clips.MARGIN
+    rooms = {"left": x - reach, "right": SIDE - reach - x, "up": y - reach, "down": SIDE - reach - y}
+    free = [name for name, room in rooms.items() if name != scene.direction and room >= ROOM]
+    return replace(scene, direction=rng.choice(free or [max(rooms, key=rooms.get)]))
+
+
+@contextmanager
+def kept_as_they_were(active: bool) -> Iterator[None]:
+    """Kept frames aren't brought under the new prompt, only read under it."""
+    own = PromptedRun._brought
+
+    def read(self, frames: Tensor, number: int) -> Tensor:
+        self._read(number)
+        return frames
+
+    PromptedRun._brought = read if active else own
+    try:
+        yield
+    finally:
+        PromptedRun._brought = own
+
+
+def changes(
+    pipeline: Pipeline, attribute: str, count: int, seed: int, unchanged: bool = False, batch: int = 8, **settings
+) -> Iterator[dict]:  # fmt: skip
+    """Whether clips show the attribute that the second prompt asks for, in one connected shape, and the first one's
+    before; and pixels that the shape goes between the frames around the change."""
+    rng, wanted = random.Random(seed), scenes(count, seed)
+    for first in range(0, count, batch):
+        before = wanted[first : first + batch]
+        after = [wish(scene, attribute, rng) for scene in before]
+        job = pipeline.job(height=SIDE, width=SIDE, frames=FRAMES, batch=len(before), seed=1000 + first, **settings)
+        lines = [Timeline((prompt(a), prompt(b)), (0.0, CHANGE)) for a, b in zip(before, after, strict=True)]
+        with kept_as_they_were(unchanged):
+            made = pipeline.generate(lines, job, keep_text_encoder=True).pixels
+        begin = pipeline.config.latent.first_frame(layout(pipeline.config, replace(job, changes=(CHANGE,))).starts[1])
+        judged = begin if attribute == "direction" else begin + ON_THE_WAY
+        for clip, was, now in zip(made, before, after, strict=True):
+            met, path = verdict(look(clip[judged:]), now), look(clip).path
+            earlier = verdict(look(clip[:begin]), was)
+            yield {
+                "right": met[attribute] and met["connected"],
+                "before": earlier[attribute] and earlier["connected"],
+                "others": all(met[name] for name in ATTRIBUTES if name not in (attribute, "direction")),
+                "step": float(np.nan_to_num(np.linalg.norm(path[begin] - path[begin - 1]), nan=np.inf)),
+            }
+
+
+def loops(pipeline: Pipeline, count: int, seed: int, task: str, moving: bool, batch: int = 8) -> Iterator[dict]:
+    """Clips that begin with a picture, and for `last_frame` shall end with it, too: pixels between the shapes of the
+    first and the last frame, and how far it was away at most."""
+    wanted = scenes(count, seed)
+    for first in range(0, count, batch):
+        part = wanted[first : first + batch]
+        images = clips.render(part, 1, SIDE, SIDE)[:, :, 0]
+        given = {"last": images} if task == "last_frame" else {}
+        job = pipeline.with_context(
+            task, image=images, frames=LOOP, batch=len(part), seed=1000 + first, height=SIDE, width=SIDE, **given
+        )
+        captions = [prompt(scene if moving else replace(scene, direction=None)) for scene in part]
+        for clip in pipeline.generate(captions, job, keep_text_encoder=True).pixels:
+            path = look(clip).path
+            off = np.nan_to_num(np.linalg.norm(path - path[0], axis=1), nan=np.inf)
+            yield {"off": float(off[-1]), "furthest": float(off.max()), "met": bool(off[-1] < NEAR)}
+
+
+def measure_change(pipeline: Pipeline, attribute: str, count: int, seed: int, **settings) -> tuple[dict, list[str]]:
+    rows, words = {}, []
+    for name, unchanged in (("changed", False), ("unchanged", True)):
+        rows[name] = list(changes(pipeline, attribute, count, seed, unchanged, **settings))
+        right, others = ([row[key] for row in rows[name]] for key in ("right", "others"))
+        words.append(
+            f"kept frames {name}: right {said(right)}, also the other attributes {said(others)}, shape goes "
+            f"{np.median([row['step'] for row in rows[name]]):.1f} pixels at the change"
+        )
+    words.append(f"before the change {said([row['before'] for row in rows['changed']])}")
+    return rows, words
+
+
+def measure_loops(pipeline: Pipeline, count: int, seed: int) -> tuple[dict, list[str]]:
+    rows, words = {}, []
+    for moving in (True, False):
+        for task, name in (("last_frame", "first frame as last"), ("first_frame", "first frame alone")):
+            name += ", prompt with a direction" if moving else ", prompt without motion"
+            rows[name] = list(loops(pipeline, count, seed, task, moving))
+            off, far = (np.median([row[key] for row in rows[name]]) for key in ("off", "furthest"))
+            words.append(
+                f"{name}: within {NEAR:g} pixels {said([row['met'] for row in rows[name]])}, {off:.1f} off (median), "
+                f"{far:.1f} at most on the way"
+            )
+    return rows, words
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=SEED, help="of the scenes")
+    parser.add_argument("--guidance", type=float, help="(default: the model's own)")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    pipeline, results = load_pipeline(device="cpu"), {}
+    settings = {} if options.guidance is None else {"guidance": options.guidance}
+    for part in options.parts or PARTS:
+        began = time.process_time()
+        if part == "loops":
+            rows, words = measure_loops(pipeline, options.clips, options.seed)
+        else:
+            rows, words = measure_change(pipeline, part, options.clips, options.seed, **settings)
+        seconds = (time.process_time() - began) / sum(map(len, rows.values()))
+        print(f"{part}: {options.clips} clips, {seconds:.1f} CPU seconds each", *words, sep="\n  ", flush=True)
+        results[part] = {"seconds": seconds, "words": words, "rows": rows}
+        if options.json:
+            of = {"clips": options.clips, "seed": options.seed, **settings}
+            write_json(options.json, {**machine(), **of, "results": results})
+
+
+if __name__ == "__main__":
+    main()
