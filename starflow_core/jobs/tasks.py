@@ -142,7 +142,7 @@ def _starts(config: FlowConfig, job: Job, window: int, given: int, frames: int) 
     latent, starts = config.latent, [0]
     length = latent.temporal / job.fps  # seconds of a latent frame
     for time in job.changes:
-        start = max(math.floor((time * job.fps - 1) / latent.temporal + 1.5), 0)
+        start = latent.nearest(time * job.fps)
         if start <= starts[-1]:
             raise InputError(
                 f"the prompt at {time:g}s begins less than a latent frame after the one before it; leave at least "
