@@ -190,6 +190,13 @@ class STARFlowSampler(io.ComfyNode):
                     tooltip="Latent frames that the clip goes on from where the prompt changes. More make a smoother "
                     "change, but a new direction is followed less.",
                 ),
+                io.Boolean.Input(
+                    "change_kept",
+                    default=True,
+                    optional=True,
+                    tooltip="Brings these frames under the new prompt first. On for another colour, kind or "
+                    "background; off, another direction is followed best.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
@@ -208,6 +215,7 @@ class STARFlowSampler(io.ComfyNode):
     def execute(
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
         window: int = 0, keep: int = 0, options=None, noise=None, keep_at_change: int = 1,
+        change_kept: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
         if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
@@ -215,7 +223,7 @@ class STARFlowSampler(io.ComfyNode):
         given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         given |= {"solver": settings} if settings else {}
         given |= {"guidance": guidance} if guidance >= 0 else {}
-        given |= {"keep_at_change": keep_at_change}
+        given |= {"keep_at_change": keep_at_change, "change_kept": change_kept}
         job = at_rate_of(positive, _job(flow.config, latent["samples"], noise, **given))
         job = changing_as(positive, job)
         text = texts_for(flow.config, job, positive, "positive")
@@ -357,7 +365,9 @@ def _changes(config: FlowConfig, job: Job) -> str:
     if not job.changes:
         return ""
     frames = [str(config.latent.first_frame(start) + 1) for start in layout(config, job).starts[1:]]
-    return f"\nprompts change at frame {', '.join(frames)}; {job.keep_at_change} latent frames kept"
+    return f"\nprompts change at frame {', '.join(frames)}; {job.keep_at_change} latent frames kept" + (
+        ", and brought under the new prompt" if job.change_kept else ""
+    )
 
 
 def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float, noise: Noise | None) -> str:

@@ -85,6 +85,11 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "less (default: 1)",
     )  # fmt: skip
     job.add_argument(
+        "--change-kept", action=argparse.BooleanOptionalAction,
+        help="bring these frames under the new prompt first (default), as another colour, kind or background needs; "
+        "without it, another direction is followed best",
+    )  # fmt: skip
+    job.add_argument(
         "--denoise",
         action=argparse.BooleanOptionalAction,
         default=True,

@@ -114,10 +114,10 @@ def read_captions(args: Namespace) -> list[Caption]:
 def change_settings(args: Namespace, captions: list[Caption]) -> dict[str, Any]:
     """Of a timeline. Raises InputError for settings of one where there is none."""
     if not isinstance(captions[0], Timeline):
-        if args.keep_at_change is not None:
-            raise InputError("--keep-at-change is for prompts that change; give them with --timeline")
+        for name in chosen(args, "keep_at_change", "change_kept"):
+            raise InputError(f"--{name.replace('_', '-')} is for prompts that change; give them with --timeline")
         return {}
-    return {"changes": captions[0].changes, **chosen(args, "keep_at_change")}
+    return {"changes": captions[0].changes, **chosen(args, "keep_at_change", "change_kept")}
 
 
 def read_prompts(args: Namespace) -> list[str]:
@@ -212,7 +212,7 @@ def changes(config: FlowConfig, job: Job, plan: Layout) -> dict[str, Any]:
     if not job.changes:
         return {}
     frames = [config.latent.first_frame(start) for start in plan.starts]
-    return {"prompts_begin_at_frames": frames, "keep_at_change": job.keep_at_change}
+    return {"prompts_begin_at_frames": frames, "keep_at_change": job.keep_at_change, "change_kept": job.change_kept}
 
 
 def file_frames(setup: Setup, job: Job, source: Tensor | None) -> int:

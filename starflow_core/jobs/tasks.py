@@ -37,7 +37,8 @@ class Job:
 
     `frames` counts the result's frames, given ones included. Element i of a batch uses seed + i.
     `window` and `keep` are latent frames (None: the model's own). At each of `changes`, in seconds, another prompt
-    begins; the last `keep_at_change` latent frames are brought under it, and the next ones follow them.
+    begins; the next frames follow the last `keep_at_change` latent ones, which are brought under it first if
+    `change_kept`: right for another colour, kind or background, while another direction is followed a little less.
     """
 
     height: int
@@ -54,6 +55,7 @@ class Job:
     solver: SolverSettings = field(default_factory=lambda: PRESETS["balanced"])
     changes: tuple[float, ...] = ()
     keep_at_change: int = 1
+    change_kept: bool = True
 
     def __post_init__(self):
         check_kinds(self)
@@ -245,7 +247,8 @@ class Generation:
         texts = text if text.ndim == 4 else text.unsqueeze(0)
         if texts.shape[1] not in (1, job.batch):
             raise InputError(f"{texts.shape[1]} prompts for a batch of {job.batch}; give one, or one each")
-        self.prompts = Prompts(texts.expand(-1, job.batch, -1, -1), self.layout.starts, job.keep_at_change)
+        texts = texts.expand(-1, job.batch, -1, -1)
+        self.prompts = Prompts(texts, self.layout.starts, job.keep_at_change, job.change_kept)
         self.given = self._given()
         self._sampler = partial(
             Sampler,

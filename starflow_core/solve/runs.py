@@ -119,7 +119,7 @@ class PromptedRun(DeepRun):
 
     def enter(self, extent: Extent, there: Tensor) -> Tensor:
         """Begin a window whose first frames (B, n, N, c) are there; returns them as they are under its prompt."""
-        if not extent.changes:
+        if not (extent.changes and self.prompts.change):
             self._read(extent.prompt)
             return there
         kept, others = there[:, : extent.known], there[:, extent.known :]

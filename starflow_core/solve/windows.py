@@ -26,11 +26,12 @@ class Extent:
 @dataclass(frozen=True)
 class Prompts:
     """Embeddings (S, B, L, D) of S prompts; each is read from its frame in `starts` on, which begin with 0. At a change
-    the last `kept` frames are brought under the new prompt, and the next ones follow them."""
+    the next frames follow the last `kept` ones, which are brought under the new prompt first if they are to `change`."""
 
     texts: Tensor
     starts: tuple[int, ...] = (0,)
     kept: int = 1
+    change: bool = True
 
     def __post_init__(self):
         if len(self.starts) != len(self.texts):

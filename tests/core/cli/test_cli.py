@@ -31,8 +31,9 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch best-of cache denoise device dtype first-span fps frames guidance height image "
-    "image-span join keep keep-at-change last-image max-sweeps memory model negative no-denoise offload output preset "
+    "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height image "
+    "image-span join keep keep-at-change last-image max-sweeps memory model negative no-change-kept no-denoise "
+    "offload output preset "
     "prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
     "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
@@ -862,6 +863,7 @@ def test_a_timeline_is_followed_and_told(run, monkeypatch):
     assert any(line.startswith("prompt ") and line.endswith(TIMELINE) for line in lines)
     assert any(line.startswith("prompts_begin_at_frames [0, 17]") for line in lines)
     run("generate", "a red circle moving right", "--frames", 33, "-o", "plain/")
+    assert told["change_kept"] is True
     assert "keep_at_change" not in read_metadata("plain/")
     run("generate", "--timeline", TIMELINE, "--frames", 33, "-o", "changed/")
     plain, changed = pixels("plain/"), pixels("changed/")
@@ -902,6 +904,7 @@ def test_a_timeline_with_a_batch_a_context_and_candidates(run, given):
     (("--timeline", "0s: a | 9s: b"), "begins after the clip's end"),
     (("--timeline", "0s: a | 0.3s: b", "--frames", "1"), "one frame has one prompt"),
     (("--timeline", "0s: a | 0.3s: b", "x"), "leave out PROMPT and --prompt-file"),
+    (("x", "--no-change-kept"), "--change-kept is for prompts that change"),
     (("x", "--keep-at-change", "2"), "--keep-at-change is for prompts that change"),
     (("--timeline", "0s: a | 0.3s: b", "--keep-at-change", "5"), "keep_at_change is 5; .* keeps 1 to 4"),
 ])  # fmt: skip

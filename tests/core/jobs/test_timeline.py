@@ -204,6 +204,17 @@ def test_an_equal_prompt_only_begins_a_window(flow):
     assert relative_error(changed, plain) < 1e-8
 
 
+def test_kept_frames_may_stay_as_they_are(flow):
+    """Then a change is a window that slides there, under another text."""
+    old, new = texts(flow)
+    noise = models.randn(1, 8, 4, 2, 3)
+    prompts = Prompts(torch.stack((old, new)), (0, 5), kept=2, change=False)
+    changed = sample(flow, noise, prompts, settings=AUTOREGRESSIVE).latents
+    kept = changed[:, 3:5]
+    after = sample(flow, noise[:, 3:], new, context=kept, settings=AUTOREGRESSIVE).latents
+    torch.testing.assert_close(changed[:, 5:], after[:, 2:], atol=1e-4, rtol=1e-4)
+
+
 def test_kept_frames_are_brought_under_the_new_prompt(flow):
     """By hand: their noise under the old text, sampled under the new one."""
     old, new = texts(flow)
