@@ -26,7 +26,8 @@ class Extent:
 @dataclass(frozen=True)
 class Prompts:
     """Embeddings (S, B, L, D) of S prompts; each is read from its frame in `starts` on, which begin with 0. At a change
-    the next frames follow the last `kept` ones, which are brought under the new prompt first if they are to `change`."""
+    the next frames follow the last `kept` ones; if they are to `change`, these are brought under the new prompt first.
+    """
 
     texts: Tensor
     starts: tuple[int, ...] = (0,)

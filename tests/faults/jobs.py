@@ -134,7 +134,7 @@ FAULTS = [
           "candidates are judged with guidance", DECIDING),
     Fault(f"{JOBS}/memory.py", " * len(plan.starts)\n", "\n", "only one prompt is forecast", TIMELINE),
     Fault(f"{JOBS}/timeline.py", "if not before < after:", "if before > after:", "two prompts at one time", TIMELINE),
-    Fault(f"{JOBS}/timeline.py", "if not mark and times:", "if False:", "a prompt without a time begins at 0s", TIMELINE),
+    Fault(f"{JOBS}/timeline.py", "if not mark and times:", "if False:", "a later prompt needs no time", TIMELINE),
     Fault(f"{JOBS}/tasks.py", "if start <= given:", "if start < given:", "a change at given frames", TIMELINE),
     Fault(f"{JOBS}/tasks.py", "if start >= frames:", "if start > frames:", "a change at the clip's end", TIMELINE),
     Fault(LIKELIHOOD, 'some = {"seed": job.seed + first,', 'some = {"seed": job.seed,',

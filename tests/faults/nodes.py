@@ -82,7 +82,7 @@ FAULTS = [
     node("conditioning", "{KEY: made_for, PROMPT: prompt,", "{KEY: made_for, PROMPT: negative_prompt,",
          "a conditioning keeps another prompt than its own"),
     node("conditioning", "rows[1:-1].split(1)", "rows[:-2].split(1)", "a later prompt is the one before it"),
-    node("conditioning", "    if len(texts) > 1:\n", "    if False:\n", "an inverse reads the first of several prompts"),
+    node("conditioning", "    if len(texts) > 1:\n", "    if False:\n", "an inverse reads one of several prompts"),
     node("sampling", "        job = changing_as(positive, job)\n", "", "the sampler takes no note of changes"),
     node("sampling", '{"keep_at_change": keep_at_change,', '{"keep_at_change": 1,', "keep_at_change doesn't arrive"),
     node("conditioning", '            host.log.warning("%s", line)\n', "            pass\n",

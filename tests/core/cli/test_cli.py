@@ -31,8 +31,8 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height image "
-    "image-span join keep keep-at-change last-image max-sweeps memory model negative no-change-kept no-denoise "
+    "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
+    "image image-span join keep keep-at-change last-image max-sweeps memory model negative no-change-kept no-denoise "
     "offload output preset "
     "prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
