@@ -2,14 +2,15 @@
 
 Clips of 49 frames whose prompt changes after one second, in one attribute. A new direction is judged from the change
 on; the other attributes from half a second later, since the frames in between show one picture on its way to another.
-`unchanged` is the same with the kept frames left as they were. The part `loops` gives one picture as first and last
-frame, and measures how far the last frame's shape is from the first one's. Shares come with their 95 % interval
-(Wilson).
+`colour unchanged` is the same with the kept frames left as they were. `loop` gives one picture as first and last frame,
+and measures how far the last frame's shape is from the first one's; `no loop` gives the first frame alone. Shares come
+with their 95 % interval (Wilson).
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Iterator
@@ -35,7 +36,9 @@ ROOM = 16.0  # pixels that a shape has in its new direction
 NEAR = 8.0  # pixels between the shapes of the first and the last frame of a loop
 SEED = 4001  # of the reported scenes
 ATTRIBUTES = ("direction", "kind", "colour", "background")
-PARTS = (*ATTRIBUTES, "loops")
+UNCHANGED = " unchanged"
+LOOPS = {"loop": "last_frame", "no loop": "first_frame"}
+PARTS = (*ATTRIBUTES, *(attribute + UNCHANGED for attribute in ATTRIBUTES), *LOOPS)
 
 
 def wish(scene: clips.Scene, attribute: str, rng: random.Random) -> clips.Scene:
@@ -95,29 +98,20 @@ def loops(pipeline: Pipeline, count: int, seed: int, task: str, batch: int = 8) 
             yield {"off": float(off[-1]), "furthest": float(off.max()), "met": bool(off[-1] < NEAR)}
 
 
-def measure_change(pipeline: Pipeline, attribute: str, count: int, seed: int, **settings) -> tuple[dict, list[str]]:
-    rows, words = {}, []
-    for name, change in (("changed", True), ("unchanged", False)):
-        rows[name] = list(changes(pipeline, attribute, count, seed, change, **settings))
-        right, others = ([row[key] for row in rows[name]] for key in ("right", "others"))
-        words.append(
-            f"kept frames {name}: right {said(right)}, also the other attributes {said(others)}, shape goes "
-            f"{np.median([row['step'] for row in rows[name]]):.1f} pixels at the change"
-        )
-    words.append(f"before the change {said([row['before'] for row in rows['changed']])}")
-    return rows, words
-
-
-def measure_loops(pipeline: Pipeline, count: int, seed: int) -> tuple[dict, list[str]]:
-    rows, words = {}, []
-    for name, task in (("first frame as last", "last_frame"), ("first frame alone", "first_frame")):
-        rows[name] = list(loops(pipeline, count, seed, task))
-        off, far = (np.median([row[key] for row in rows[name]]) for key in ("off", "furthest"))
-        words.append(
-            f"{name}: within {NEAR:g} pixels {said([row['met'] for row in rows[name]])}, {off:.1f} off (median), "
-            f"{far:.1f} at most on the way"
-        )
-    return rows, words
+def measure(pipeline: Pipeline, part: str, count: int, seed: int, **settings) -> tuple[list[dict], list[str]]:
+    """A part's rows, and what they come to, in words."""
+    if part in LOOPS:
+        rows = list(loops(pipeline, count, seed, LOOPS[part]))
+        off, far = (np.median([row[key] for row in rows]) for key in ("off", "furthest"))
+        met = said([row["met"] for row in rows])
+        return rows, [f"within {NEAR:g} pixels {met}, {off:.1f} off (median), {far:.1f} at most on the way"]
+    rows = list(changes(pipeline, part.removesuffix(UNCHANGED), count, seed, not part.endswith(UNCHANGED), **settings))
+    shares = {name: said([row[name] for row in rows]) for name in ("right", "others", "before")}
+    step = np.median([row["step"] for row in rows])
+    return rows, [
+        f"right {shares['right']}, the other attributes {shares['others']}, before the change {shares['before']}",
+        f"the shape goes {step:.1f} pixels at the change (median)",
+    ]
 
 
 def main() -> None:
@@ -126,22 +120,21 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=48)
     parser.add_argument("--seed", type=int, default=SEED, help="of the scenes")
     parser.add_argument("--guidance", type=float, help="(default: the model's own)")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="parts that are in it already stay")
     options = parser.parse_args()
     pipeline, results = load_pipeline(device="cpu"), {}
     settings = {} if options.guidance is None else {"guidance": options.guidance}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text(encoding="utf-8"))["results"]
     for part in options.parts or PARTS:
         began = time.process_time()
-        if part == "loops":
-            rows, words = measure_loops(pipeline, options.clips, options.seed)
-        else:
-            rows, words = measure_change(pipeline, part, options.clips, options.seed, **settings)
-        seconds = (time.process_time() - began) / sum(map(len, rows.values()))
+        rows, words = measure(pipeline, part, options.clips, options.seed, **settings)
+        seconds = (time.process_time() - began) / len(rows)
         print(f"{part}: {options.clips} clips, {seconds:.1f} CPU seconds each", *words, sep="\n  ", flush=True)
-        results[part] = {"seconds": seconds, "words": words, "rows": rows}
+        of = {"clips": options.clips, "seed": options.seed, **settings}
+        results[part] = {"seconds": seconds, **of, "words": words, "rows": rows}
         if options.json:
-            of = {"clips": options.clips, "seed": options.seed, **settings}
-            write_json(options.json, {**machine(), **of, "results": results})
+            write_json(options.json, {**machine(), "results": results})
 
 
 if __name__ == "__main__":
