@@ -78,7 +78,7 @@ def timed(captions: Caption | list[Caption], job: Job) -> tuple[list[Timeline], 
     """Captions as timelines, and the job with their changes. Raises InputError where they change at different times."""
     captions = [captions] if isinstance(captions, Caption) else captions
     timelines = [each if isinstance(each, Timeline) else Timeline((each,)) for each in captions]
-    changes = {timeline.changes for timeline in timelines} | ({job.changes} - {()})
+    changes = {timeline.changes for timeline in timelines} | ({tuple(job.changes)} - {()})
     if len(changes) > 1:
         times = " and ".join(sorted(", ".join(f"{time:g}s" for time in each) or "never" for each in changes))
         raise InputError(f"prompts of one batch change at different times: {times}; make them one after the other")

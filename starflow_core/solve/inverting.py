@@ -103,7 +103,9 @@ def invert_deep(
     parts = []
     for extent in prompts.extents(grid.frames, width, keep, given):
         first, known = extent.first, extent.first + extent.known
-        tokens = torch.cat((run.enter(extent, x[:, first:known]), x[:, known : extent.stop]), 1)
+        there = Progress("deep", known * grid.frame_tokens, x.shape[1] * grid.frame_tokens)
+        report = lambda residual, there=there: control.report(there)  # noqa: E731
+        tokens = torch.cat((run.enter(extent, x[:, first:known], report), x[:, known : extent.stop]), 1)
         parts.append(_window(run, tokens, grid.width, extent.known, first, x.shape[1], control))
     blank = x.new_zeros(x[:, :given].shape), x.new_ones(x[:, :given].shape)
     z, scale = (block.ordered(torch.cat(each, 1)) for each in zip(blank, *parts, strict=True))

@@ -117,28 +117,30 @@ class PromptedRun(DeepRun):
         super().__init__(flow, grid, prompts.first, uncond, guidance, *options)
         self.grid, self.prompts, self.uncond, self.prompt = grid, prompts, uncond, 0
 
-    def enter(self, extent: Extent, there: Tensor) -> Tensor:
-        """Begin a window whose first frames (B, n, N, c) are there; returns them as they are under its prompt."""
+    def enter(self, extent: Extent, there: Tensor, report: Callable[[float], None]) -> Tensor:
+        """Begin a window whose first frames (B, n, N, c) are there; returns them as they are under its prompt. `report`
+        is told the residual of each sweep that this takes."""
         if not (extent.changes and self.prompts.change):
             self._read(extent.prompt)
             return there
         kept, others = there[:, : extent.known], there[:, extent.known :]
-        return torch.cat((self._brought(kept, extent.prompt), others), 1)
+        return torch.cat((self._brought(kept, extent, report), others), 1)
 
-    def _brought(self, frames: Tensor, prompt: int) -> Tensor:
-        """Frames (B, n, N, c) that were made under the prompt before, made again under `prompt` from the noise that
+    def _brought(self, frames: Tensor, extent: Extent, report: Callable[[float], None]) -> Tensor:
+        """Frames (B, n, N, c) that were made under the prompt before, made again under the extent's from the noise that
         they have under that one: what it says changes, the rest stays. Else a colour, say, would go on as it was."""
-        size, width = self.grid.frame_tokens, self.grid.width
+        size = self.grid.frame_tokens
+        place = {"frame_tokens": size, "width": self.grid.width, "first": extent.first * size}
         tokens = frames.flatten(1, 2)
-        self._read(prompt - 1)
-        was = Window(tokens, size, width, known=tokens.shape[1])
+        self._read(extent.prompt - 1)
+        was = Window(tokens, known=tokens.shape[1], **place)
         with self._weighted(INVERTING):
             absorb(self, was)
-        self._read(prompt)
-        now = Window((tokens - was.b) / was.a, size, width)
+        self._read(extent.prompt)
+        now = Window((tokens - was.b) / was.a, **place)
         with self._weighted(BRINGING):
-            for _ in solve_span(self, now, PRESETS["exact"], Statistics()):
-                pass
+            for _, residual in solve_span(self, now, PRESETS["exact"], Statistics()):
+                report(residual)
         return now.x.view_as(frames)
 
     @contextmanager

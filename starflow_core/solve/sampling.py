@@ -207,7 +207,9 @@ class Sampler:
         for extent in self.extents:
             if extent.stop <= len(done):
                 continue
-            known = run.enter(extent, torch.cat(done[extent.first :], 1)) if done else known
+            if done:
+                report = partial(self._report, len(done) * self.grid.frame_tokens)
+                known = run.enter(extent, torch.cat(done[extent.first :], 1), report)
             window = torch.cat((known, z[:, extent.first + known.shape[1] : extent.stop]), 1)
             for tokens in self._window(run, window, known.shape[1], extent.first):
                 yield tokens
@@ -219,12 +221,16 @@ class Sampler:
         window = Window(z.flatten(1, 2), size, self.grid.width, known * size, first * size)
         absorb(run, window)
         for settled, residual in self._solver(run, window):
-            tokens = first * size + settled, self.frames * size
             self._solving = _unsettled(window, settled, first)
-            self.control.report(Progress("deep", *tokens, *tokens, residual))
+            self._report(first * size + settled, residual)
             while known < settled // size:
                 yield window.x[:, None, known * size : (known + 1) * size].clone()
                 known += 1
+
+    def _report(self, settled: int, residual: float) -> None:
+        """How many of the clip's tokens are settled."""
+        tokens = settled, self.frames * self.grid.frame_tokens
+        self.control.report(Progress("deep", *tokens, *tokens, residual))
 
     def _solver(self, run: Evaluate, window: Window) -> Iterator[tuple[int, float]]:
         if self.settings.method == "jacobi":

@@ -220,7 +220,9 @@ def test_kept_frames_are_brought_under_the_new_prompt(flow):
     old, new = texts(flow)
     x = models.randn(1, 2, 4, 2, 3, seed=3)
     run = PromptedRun(flow, flow.grid(x), Prompts(torch.stack((old, new)), (0, 1)), None, 0.0)
-    brought = run.enter(Extent(0, 2, 2, 1, True), flow.tokens(x))
+    residuals = []
+    brought = run.enter(Extent(0, 2, 2, 1, True), flow.tokens(x), residuals.append)
+    assert residuals
     a, b = flow.deep_affine(flow.tokens(x).flatten(1, 2), old, flow.grid(x))
     noise = (flow.tokens(x).flatten(1, 2) - b) / a
     a, b = flow.deep_affine(brought.flatten(1, 2), new, flow.grid(x))
@@ -282,18 +284,23 @@ def test_unfinished_clips_know_their_timeline(flow):
         assert one != other
 
 
-def test_it_can_be_cancelled_at_the_change(flow):
-    """Also while kept frames are brought under the new prompt's window."""
-    seen = []
+def test_it_can_be_cancelled_at_the_change(flow, monkeypatch):
+    """While kept frames are brought under the new prompt."""
+    inside, brought = [], PromptedRun._brought
 
-    def progress(step):
-        seen.append(step)
-        if step.phase == "deep" and step.settled > 5 * 6:
-            raise Cancelled
+    def watched(self, frames, extent, report):
+        inside.append(True)
+        found = brought(self, frames, extent, report)
+        inside.clear()
+        return found
 
+    def cancelled():
+        return bool(inside)
+
+    monkeypatch.setattr(PromptedRun, "_brought", watched)
     with pytest.raises(Cancelled):
-        generation(flow, job(), control=Control(progress=progress)).run()
-    assert all(step.settled <= 9 * 6 for step in seen)
+        generation(flow, job(), control=Control(cancelled=cancelled)).run()
+    assert inside  # it never came back
 
 
 @pytest.mark.parametrize("guidance", [0.0, 1.5])
