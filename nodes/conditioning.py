@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import torch
 from comfy_api.latest import io
 from torch import Tensor
 
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.build import default_job
 from ..starflow_core.jobs.prompts import MadeFor, wrapped
-from ..starflow_core.jobs.tasks import MAX_FPS, Job
+from ..starflow_core.jobs.tasks import MAX_FPS, Job, layout
+from ..starflow_core.jobs.timeline import Timeline
 from ..starflow_core.model.config import FlowConfig
 from . import host
-from .types import CATEGORY, KEY, PROMPT, SEARCH, ContextType, ModelType, TextEncoderType
+from .types import CATEGORY, KEY, LATER, PROMPT, SEARCH, ContextType, ModelType, TextEncoderType
 
 
 class STARFlowTextEncode(io.ComfyNode):
@@ -31,7 +33,11 @@ class STARFlowTextEncode(io.ComfyNode):
                 TextEncoderType.Input("text_encoder", tooltip="The encoder that goes with the model."),
                 io.Latent.Input("latent", tooltip="Gives the aspect ratio, and whether it is an image or a clip."),
                 io.String.Input(
-                    "prompt", multiline=True, default="", tooltip="What to show; for an edit, what to change."
+                    "prompt",
+                    multiline=True,
+                    default="",
+                    tooltip="What to show; for an edit, what to change. Several prompts, each from a second on: "
+                    "0s: a red circle moving right | 2s: a red circle moving up",
                 ),
                 io.String.Input(
                     "negative_prompt",
@@ -68,19 +74,23 @@ class STARFlowTextEncode(io.ComfyNode):
         config = model.model.config
         config.check_text_encoder(text_encoder.encoder.dim)
         _check_rate(frame_rate)
-        job = job_of(config, latent["samples"], context=context, **({"fps": frame_rate} if frame_rate else {}))
-        texts = wrapped(config, [prompt], job) + wrapped(config, [negative_prompt], job, "text")
+        timeline = Timeline.parse(prompt)
+        given = {"context": context, "changes": timeline.changes} | ({"fps": frame_rate} if frame_rate else {})
+        job = job_of(config, latent["samples"], **given)
+        starts = layout(config, job).starts
+        texts = wrapped(config, list(timeline.prompts), job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)
         made_for = MadeFor.of(config, job)
         rows = encoded.embeddings.float().to(host.result_device())
         cut = _cut(config, *encoded.cut)
-        report = "\n".join([*cut, texts[0].strip()])
+        report = "\n".join([*cut, *_told(config, texts[:-1], starts)])
         host.show(report, cls.hidden.unique_id)
         for line in cut:
             host.log.warning("%s", line)
-        positive = [[rows[:1], {KEY: made_for, PROMPT: prompt}]]
-        negative = [[rows[1:], {KEY: made_for, PROMPT: negative_prompt}]]
+        later = {LATER: tuple(zip(timeline.changes, rows[1:-1].split(1), strict=True))} if timeline.changes else {}
+        positive = [[rows[:1], {KEY: made_for, PROMPT: prompt, **later}]]
+        negative = [[rows[-1:], {KEY: made_for, PROMPT: negative_prompt}]]
         return io.NodeOutput(positive, negative, report)
 
 
@@ -110,6 +120,12 @@ def as_clip(samples: Tensor) -> Tensor:
     return samples if samples.ndim == 5 else samples.unsqueeze(2)
 
 
+def changing_as(conditioning: list, job: Job) -> Job:
+    """The job whose prompt changes when that of a conditioning does."""
+    later = conditioning[0][1].get(LATER, ()) if conditioning else ()
+    return replace(job, changes=tuple(time for time, _ in later))
+
+
 def at_rate_of(conditioning: list, job: Job) -> Job:
     """The job at the frame rate that a prompt asks for."""
     made_for = conditioning[0][1].get(KEY) if conditioning else None
@@ -122,7 +138,18 @@ def prompt_of(conditioning: list) -> str:
 
 
 def embeddings_for(config: FlowConfig, job: Job, conditioning: list, name: str) -> Tensor:
-    """The embeddings (1, L, D) of a conditioning. Raises InputError unless they were made for this model and job."""
+    """The embeddings (1, L, D) of a conditioning with one prompt. Raises InputError unless they were made for this
+    model and job."""
+    texts = texts_for(config, job, conditioning, name)
+    if len(texts) > 1:
+        raise InputError(
+            f"{name} has prompts that change, which only the sampler's positive input reads; give one prompt"
+        )
+    return texts[0]
+
+
+def texts_for(config: FlowConfig, job: Job, conditioning: list, name: str) -> Tensor:
+    """As `embeddings_for`, of one prompt or several that follow each other: (S, 1, L, D)."""
     if len(conditioning) != 1:
         raise InputError(
             f"{name} combines {len(conditioning)} conditionings, but a flow reads only one prompt; connect one "
@@ -137,7 +164,7 @@ def embeddings_for(config: FlowConfig, job: Job, conditioning: list, name: str) 
             f"{name} was made for {made_for}, but this is {wanted}; give STARFlow Text Encode the same model, latent "
             "and context as the sampler"
         )
-    return rows
+    return torch.stack([rows, *(later for _, later in options.get(LATER, ()))])
 
 
 def _check_rate(frame_rate: float) -> None:
@@ -147,8 +174,17 @@ def _check_rate(frame_rate: float) -> None:
         )
 
 
-def _cut(config: FlowConfig, prompt: str, negative: str) -> list[str]:
-    """A line for each text that was too long."""
+def _cut(config: FlowConfig, *rests: str) -> list[str]:
+    """A line for each text that was too long, the negative prompt's last."""
     limit = f"{config.name} reads only {config.prompt.tokens} tokens; left out"
-    rests = {"": prompt, " of the negative prompt": negative}
-    return [f"{limit}{of}: {rest}" for of, rest in rests.items() if rest]
+    names = [""] if len(rests) == 2 else [f" of prompt {number}" for number in range(1, len(rests))]
+    cut = zip([*names, " of the negative prompt"], rests, strict=True)
+    return [f"{limit}{of}: {rest}" for of, rest in cut if rest]
+
+
+def _told(config: FlowConfig, texts: list[str], starts: tuple[int, ...]) -> list[str]:
+    """The texts as the model reads them; of several with the frame that each begins with, counted from 1."""
+    if len(texts) == 1:
+        return [texts[0].strip()]
+    frames = (config.latent.first_frame(start) + 1 for start in starts)
+    return [f"From frame {frame} on:\n{text.strip()}" for frame, text in zip(frames, texts, strict=True)]

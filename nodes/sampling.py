@@ -12,12 +12,12 @@ from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.noises import Noise
 from ..starflow_core.jobs.planner import MemoryPlan
-from ..starflow_core.jobs.tasks import Generation, Job, Piece
+from ..starflow_core.jobs.tasks import Generation, Job, Piece, layout
 from ..starflow_core.model.config import FlowConfig
 from ..starflow_core.model.placement import Placement
 from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
-from .conditioning import at_rate_of, embeddings_for, job_of
+from .conditioning import at_rate_of, changing_as, embeddings_for, job_of, texts_for
 from .noise import job_from
 from .options import Options, fitted, pace
 from .plot import convergence
@@ -181,6 +181,22 @@ class STARFlowSampler(io.ComfyNode):
                     tooltip="Used in place of the seed's; from STARFlow Invert, Noise or Mix Noise. Guidance -1, "
                     "window 0 and keep 0 mean the noise's own.",
                 ),
+                io.Int.Input(
+                    "keep_at_change",
+                    default=1,
+                    min=1,
+                    max=1024,
+                    optional=True,
+                    tooltip="Latent frames that the clip goes on from where the prompt changes. More make a smoother "
+                    "change, but a new direction is followed less.",
+                ),
+                io.Boolean.Input(
+                    "change_kept",
+                    default=True,
+                    optional=True,
+                    tooltip="Brings these frames under the new prompt first. On for another colour, kind or "
+                    "background; off, another direction is followed best.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="latent", tooltip="For STARFlow VAE Decode or ComfyUI's own nodes."),
@@ -198,7 +214,8 @@ class STARFlowSampler(io.ComfyNode):
     @classmethod
     def execute(
         cls, model, positive, negative, latent, seed: int, guidance: float, denoise: bool, settings=None, context=None,
-        window: int = 0, keep: int = 0, options=None, noise=None,
+        window: int = 0, keep: int = 0, options=None, noise=None, keep_at_change: int = 1,
+        change_kept: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
         if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
             raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
@@ -206,8 +223,10 @@ class STARFlowSampler(io.ComfyNode):
         given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         given |= {"solver": settings} if settings else {}
         given |= {"guidance": guidance} if guidance >= 0 else {}
+        given |= {"keep_at_change": keep_at_change, "change_kept": change_kept}
         job = at_rate_of(positive, _job(flow.config, latent["samples"], noise, **given))
-        text = embeddings_for(flow.config, job, positive, "positive")
+        job = changing_as(positive, job)
+        text = texts_for(flow.config, job, positive, "positive")
         uncond = embeddings_for(flow.config, job, negative, "negative") if job.guidance else None
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
@@ -215,6 +234,7 @@ class STARFlowSampler(io.ComfyNode):
         job, plan, work = fitted(model, job, options or Options(), settings is None)
         samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise)
         report = _report(statistics, job, plan, time.monotonic() - began, noise)
+        report += _changes(flow.config, job)
         overlap = job.context.overlap(flow.config.latent) if job.context else 0
         result = {"samples": samples, KEY: {"overlap": overlap}}
         return io.NodeOutput(result, report, convergence(statistics, job, flow.config))
@@ -338,6 +358,16 @@ class Watch:
     def _picture(self, latents: torch.Tensor) -> None:
         """Of a frame (B, C, h, w) in VAE space."""
         self.bar.update(self.step, self.total, self.preview.picture(latents))
+
+
+def _changes(config: FlowConfig, job: Job) -> str:
+    """A line of the report on prompts that change, frames counted from 1."""
+    if not job.changes:
+        return ""
+    frames = [str(config.latent.first_frame(start) + 1) for start in layout(config, job).starts[1:]]
+    return f"\nprompts change at frame {', '.join(frames)}; {job.keep_at_change} latent frames kept" + (
+        ", and brought under the new prompt" if job.change_kept else ""
+    )
 
 
 def _report(statistics: Statistics, job: Job, plan: MemoryPlan, seconds: float, noise: Noise | None) -> str:

@@ -17,3 +17,4 @@ SEARCH = {"search_aliases": WORDS} if "search_aliases" in io.Schema.__dataclass_
 
 KEY = "starflow"  # where latents and conditionings keep what this pack knows of them
 PROMPT = "starflow_prompt"  # where a conditioning keeps its prompt
+LATER = "starflow_later"  # and the prompts that follow it: (seconds, embeddings (1, L, D)) of each

@@ -20,6 +20,7 @@ _WHERE = {
     "Generation": "jobs.tasks",
     "Piece": "jobs.tasks",
     "Context": "jobs.context",
+    "Timeline": "jobs.timeline",
     "Control": "control",
     "Progress": "control",
     "Flow": "model.flow",

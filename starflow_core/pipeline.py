@@ -21,6 +21,7 @@ from .jobs.build import default_job, job_with_context
 from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
+from .jobs.timeline import Caption, timed
 from .jobs.unfinished import Unfinished, identity
 from .model.config import FlowConfig
 from .model.flow import Flow
@@ -81,28 +82,33 @@ class Pipeline:
         """As `wrapped`."""
         return wrapped(self.config, captions, job, task)
 
-    def encode_text(self, captions: list[str], negative: str, job: Job, keep_encoder: bool = False):
-        """Embeddings of the prompts and of the negative prompt (None without guidance), and what was cut off each
-        prompt."""
+    def encode_text(self, captions: list[Caption], negative: str, job: Job, keep_encoder: bool = False):
+        """Embeddings (B, L, D) of the prompts, or (S, B, L, D) where they change; of the negative prompt (None without
+        guidance); and what was cut off each caption."""
+        timelines, job = timed(captions, job)
         encoder = self._encoder or self.text.load(self.dtype, self.placement.text)
         tokens, home = self.config.prompt.tokens, self.placement.deep[0]
-        text = encoder.encode(self.prompts(captions, job), tokens)
+        texts = [self.prompts(list(prompts), job) for prompts in zip(*(t.prompts for t in timelines), strict=True)]
+        parts = [encoder.encode(prompts, tokens) for prompts in texts]
         uncond = encoder.encode(self.prompts([negative], job, "text"), tokens) if job.guidance else None
         self._encoder = encoder if keep_encoder else None
         if not keep_encoder:
             del encoder
             _give_back()
-        return text.embeddings.to(home), uncond.embeddings.to(home) if uncond else None, text.cut
+        text = torch.stack([part.embeddings for part in parts]) if job.changes else parts[0].embeddings
+        cut = [" | ".join(filter(None, rests)) for rests in zip(*(part.cut for part in parts), strict=True)]
+        return text.to(home), uncond.embeddings.to(home) if uncond else None, cut
 
     def start(
-        self, captions: list[str] | str, job: Job, *, negative: str = "", control: Control | None = None,
+        self, captions: list[Caption] | Caption, job: Job, *, negative: str = "", control: Control | None = None,
         keep_text_encoder: bool = False, noise: Tensor | None = None, unfinished: str | None = None,
     ) -> tuple[Generation, list[str]]:  # fmt: skip
         """Check a job and read its prompts; the generation is ready to run or to stream. `noise` as in `Generation`.
         Beside the file `unfinished` each complete window is kept, and gone on from if it is there: see `Unfinished`.
-        Raises OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
+        A `Timeline` among the captions changes the prompt in the clip; all of a batch change at the same times. Raises
+        OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
+        captions, job = timed(captions, job)
         plan = self.plan_for(job, keep_text_encoder)
-        captions = [captions] if isinstance(captions, str) else captions
         kept = {}
         if unfinished:
             file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
@@ -137,7 +143,7 @@ class Pipeline:
         return need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
 
     @torch.no_grad()
-    def generate(self, captions: list[str] | str, job: Job, **options) -> Output:
+    def generate(self, captions: list[Caption] | Caption, job: Job, **options) -> Output:
         """Run a job to its pixels; options as in `start`."""
         generation, cut = self.start(captions, job, **options)
         latents = generation.run()
@@ -163,7 +169,8 @@ class Pipeline:
         """One clip (F, 3, H, W) in [-1, 1] of its latents (1, C, T, h, w)."""
         return torch.cat(list(self._decoded([latents], latents.shape[2], control or Control(), tile)), 1)[0]
 
-    # One call for each task. Settings are those of `job`, and the options of `start`.
+    # One call for each task. A prompt is a string, a `Timeline`, or a list with one for each result. Settings are those
+    # of `job`, and the options of `start`.
 
     def text_to_image(self, prompt, **settings) -> Output:
         """Images (F = 1)."""

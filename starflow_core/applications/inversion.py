@@ -11,8 +11,9 @@ from ..control import Control
 from ..jobs import memory
 from ..jobs.build import default_job
 from ..jobs.context import Context
-from ..jobs.noises import Noise, inversion_job, inverted, noise_of
+from ..jobs.noises import Noise, check_one_prompt, inversion_job, inverted, noise_of
 from ..jobs.tasks import Generation, Job
+from ..jobs.timeline import Caption, timed
 from ..model.config import FlowConfig
 from ..pipeline import Pipeline
 from ..solve.inverting import Inverted
@@ -42,6 +43,7 @@ def measure(
     keep: int | None = None, context: Context | None = None,
 ) -> tuple[Inverted, Noise, str]:  # fmt: skip
     """As `encode_to_noise`, with the surprise of each token."""
+    check_one_prompt(timed(prompt, pipeline.job())[1])
     config = pipeline.config
     job = clean_job(config, pixels, fps, guidance=guidance, window=window, keep=keep, context=context)
     if seed is not None:
@@ -72,7 +74,7 @@ def clean_job(config: FlowConfig, pixels: Tensor, fps: float | None = None, **se
 
 def decode_from_noise(
     pipeline: Pipeline, noise: Noise, solver: SolverSettings = PRESETS["exact"], control: Control | None = None,
-    prompt: str | None = None, keep_text_encoder: bool = False, **settings,
+    prompt: Caption | None = None, keep_text_encoder: bool = False, **settings,
 ) -> Generation:  # fmt: skip
     """A generation that makes the clip again, or another one from the same noise with another `prompt` or other job
     `settings`; `Pipeline.frames` gives its pixels."""

@@ -18,6 +18,7 @@ from ..jobs.noises import inversion_job, inverted, under_each
 from ..jobs.prompts import check_text
 from ..jobs.surprise import Surprise
 from ..jobs.tasks import PLAIN, Generation, Job, layout
+from ..jobs.timeline import Caption, timed
 from ..model.config import FlowConfig
 from ..pipeline import Pipeline
 from ..solve.solvers import Statistics
@@ -123,7 +124,7 @@ class Best:
 
 @torch.no_grad()
 def best_of(
-    pipeline: Pipeline, caption: str, job: Job, count: int, *, negative: str = "", control: Control | None = None,
+    pipeline: Pipeline, caption: Caption, job: Job, count: int, *, negative: str = "", control: Control | None = None,
     judged: int | None = None,
 ) -> Best:  # fmt: skip
     """Which of the seeds job.seed, job.seed + 1, .. makes the likeliest of `count` results, looking at their first
@@ -135,6 +136,7 @@ def best_of(
     InputError for less than two candidates, and as `Pipeline.start`.
     """
     check_count(count)
+    (caption,), job = timed(caption, job)
     judged = min(judged or frames_judged(pipeline.config, job), layout(pipeline.config, job).frames)
     judging = judging_job(pipeline.config, job, judged)
     means = pipeline.plan.means if pipeline.plan else PLAIN
@@ -158,7 +160,8 @@ def best_of(
 def frames_judged(config: FlowConfig, job: Job) -> int:
     """The latent frames by which candidates are told apart: the first ones, where most of what fails does so already
     (see benchmarks/surprise.py), or all, where the first is given."""
-    frames = layout(config, job).frames
+    plan = layout(config, job)
+    frames = (*plan.starts, plan.frames)[1]  # of the first prompt
     return frames if job.context and job.context.shown else min(JUDGED, frames)
 
 
@@ -182,4 +185,6 @@ def check_count(count: int) -> None:
 
 def judging_job(config: FlowConfig, job: Job, frames: int) -> Job:
     """The job whose likelihood says how good a candidate's first latent frames are: clean ones, without guidance."""
-    return inversion_job(config, replace(job, guidance=0.0, frames=config.latent.frames(frames)), clean=True)
+    return inversion_job(
+        config, replace(job, guidance=0.0, changes=(), frames=config.latent.frames(frames)), clean=True
+    )

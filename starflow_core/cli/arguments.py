@@ -32,6 +32,11 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "prompt", nargs="*", metavar="PROMPT", help="what to show; several prompts make one result each"
     )
     command.add_argument("--prompt-file", metavar="FILE", help="prompts, one per line, instead of PROMPT")
+    command.add_argument(
+        "--timeline", metavar="TEXT",
+        help="instead of PROMPT: prompts that change in the clip, as '0s: a red circle moving right | 2s: a red circle "
+        "moving up'",
+    )  # fmt: skip
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
 
     given = command.add_argument_group("given frames", "Without --aspect, their nearest trained ratio is used.")
@@ -74,6 +79,16 @@ def _generate(command: argparse.ArgumentParser) -> None:
     job.add_argument(
         "--keep", type=whole, metavar="N", help="latent frames kept when the window slides, or seen by extend"
     )
+    job.add_argument(
+        "--keep-at-change", type=whole, metavar="N",
+        help="latent frames kept where --timeline changes the prompt; more make a smoother change, which is followed "
+        "less (default: 1)",
+    )  # fmt: skip
+    job.add_argument(
+        "--change-kept", action=argparse.BooleanOptionalAction,
+        help="bring these frames under the new prompt first (default), as another colour, kind or background needs; "
+        "without it, another direction is followed best",
+    )  # fmt: skip
     job.add_argument(
         "--denoise",
         action=argparse.BooleanOptionalAction,

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..applications.likelihood import Best, best_of
 from ..control import Control
 from ..jobs.tasks import Generation, Job
+from ..jobs.timeline import Caption
 from ..jobs.unfinished import path_of
 from ..media import VideoWriter
 from ..parts import remove
@@ -78,12 +79,12 @@ def _figures(best: Best) -> list[str]:
 
 
 def start(
-    pipeline: Pipeline, captions: list[str], job: Job, negative: str, control: Control, **options
+    pipeline: Pipeline, captions: list[Caption], job: Job, negative: str, control: Control, **options
 ) -> Generation:  # fmt: skip
     """A generation that is ready to run. Warns of prompts that were cut off, and says what it goes on from."""
     run, cut = pipeline.start(captions, job, negative=negative, control=control, **options)
     for caption, rest in dict(zip(captions, cut, strict=True)).items():
-        warn_of_cut(caption, rest, pipeline.config)
+        warn_of_cut(str(caption), rest, pipeline.config)
     if run.sampler.done > run.layout.given:
         print(f"going on after {run.sampler.done} of {run.layout.total} latent frames", file=sys.stderr)
     return run

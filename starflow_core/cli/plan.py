@@ -15,7 +15,8 @@ from ..errors import InputError
 from ..jobs.build import chosen_size, job_with_context, shapes_only
 from ..jobs.planner import MemoryPlan
 from ..jobs.prompts import TASK_PREFIX, check_text
-from ..jobs.tasks import Job, layout
+from ..jobs.tasks import Job, Layout, layout
+from ..jobs.timeline import EXAMPLE, Caption, Timeline
 from ..jobs.unfinished import check_unfinished
 from ..media import VideoWriter, check_writable, read_image, read_video
 from ..model.config import FlowConfig
@@ -34,7 +35,7 @@ class Plan:
     setup: Setup
     settings: dict[str, Any]
     memory: MemoryPlan
-    captions: list[str]
+    captions: list[Caption]
     seeds: list[int]
     paths: list[str]
     writers: list[VideoWriter]
@@ -43,7 +44,7 @@ class Plan:
     @classmethod
     def make(cls, args: Namespace) -> Plan:
         """Raises a StarflowError for anything that cannot work; warns of anything that may not."""
-        captions = read_prompts(args)
+        captions = read_captions(args)
         candidates = args.best_of or 1
         if args.best_of is not None:
             check_best_of(args)
@@ -53,6 +54,7 @@ class Plan:
         setup = Setup.find(args)
         given = read_given(args, setup.config)
         settings = {**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}
+        settings |= change_settings(args, captions)
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch
@@ -96,12 +98,33 @@ class Given:
         return {"task": self.task, **self.pixels, **rate, **place}
 
 
+def read_captions(args: Namespace) -> list[Caption]:
+    """The prompts, or the one timeline."""
+    check_text(args.negative)
+    if args.timeline is None:
+        return read_prompts(args)
+    if args.prompt or args.prompt_file is not None:
+        raise InputError("--timeline has all prompts in it; leave out PROMPT and --prompt-file")
+    timeline = Timeline.parse(args.timeline)
+    if not timeline.changes:
+        raise InputError(f"--timeline has no second prompt; write it as in {EXAMPLE!r}, or give one PROMPT")
+    return [timeline]
+
+
+def change_settings(args: Namespace, captions: list[Caption]) -> dict[str, Any]:
+    """Of a timeline. Raises InputError for settings of one where there is none."""
+    if not isinstance(captions[0], Timeline):
+        for name in chosen(args, "keep_at_change", "change_kept"):
+            raise InputError(f"--{name.replace('_', '-')} is for prompts that change; give them with --timeline")
+        return {}
+    return {"changes": captions[0].changes, **chosen(args, "keep_at_change", "change_kept")}
+
+
 def read_prompts(args: Namespace) -> list[str]:
     """The prompts, none of them empty."""
-    check_text(args.negative)
     if args.prompt_file is None:
         if not args.prompt:
-            raise InputError("no prompt; give one, or --prompt-file")
+            raise InputError("no prompt; give one, --timeline, or --prompt-file")
         for number, prompt in enumerate(args.prompt, 1):
             if not prompt.strip():
                 raise InputError(f"prompt {number} is empty; say what to show")
@@ -159,18 +182,19 @@ def job_settings(args: Namespace, setup: Setup, given: Given, results: int) -> d
 
 
 def metadata(
-    args: Namespace, setup: Setup, plan: MemoryPlan, given: Given, job: Job, prompt: str, seed: int
+    args: Namespace, setup: Setup, plan: MemoryPlan, given: Given, job: Job, caption: Caption, seed: int
 ) -> dict[str, Any]:
     """What it takes to make a result again."""
     frames = layout(setup.config, job)
     names = ("task", "height", "width", "frames", "fps", "guidance", "denoise")
     return {
-        "prompt": prompt,
+        "prompt": str(caption),
         "negative": args.negative,
         "seed": seed,
         **{name: getattr(job, name) for name in names},
         "window": frames.window,
         "keep": frames.keep,
+        **changes(setup.config, job, frames),
         "solver": asdict(job.solver),
         **given.files,
         **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
@@ -183,18 +207,26 @@ def metadata(
     }
 
 
+def changes(config: FlowConfig, job: Job, plan: Layout) -> dict[str, Any]:
+    """What the metadata say of prompts that change: the result's frames at which they begin, and what is kept."""
+    if not job.changes:
+        return {}
+    frames = [config.latent.first_frame(start) for start in plan.starts]
+    return {"prompts_begin_at_frames": frames, "keep_at_change": job.keep_at_change, "change_kept": job.change_kept}
+
+
 def file_frames(setup: Setup, job: Job, source: Tensor | None) -> int:
     """Frames of a result's file, which may begin with the `source`."""
     return job.frames if source is None else job.frames + len(source) - job.context.overlap(setup.config.latent)
 
 
 def name_outputs(
-    args: Namespace, setup: Setup, job: Job, captions: list[str], seeds: list[int], source: Tensor | None
+    args: Namespace, setup: Setup, job: Job, captions: list[Caption], seeds: list[int], source: Tensor | None
 ) -> list[str]:  # fmt: skip
     """A writable path for each result."""
     frames = file_frames(setup, job, source)
     if args.output is None:
-        paths = [default_output(f"{slug(c)}-{seed}", frames) for c, seed in zip(captions, seeds, strict=True)]
+        paths = [default_output(f"{slug(str(c))}-{seed}", frames) for c, seed in zip(captions, seeds, strict=True)]
     elif len(captions) == 1:
         paths = [args.output]
     else:

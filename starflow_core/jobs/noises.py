@@ -160,6 +160,7 @@ def inverted(
 ) -> Inverted:  # fmt: skip
     """The noise, and the surprise of each token, of a result's latents (B, C, T, h, w) in VAE space. The model's own
     noise is added to them first if the job denoises; given frames are the job's."""
+    check_one_prompt(job)
     plan, placement = layout(flow.config, job), placement or Placement.on(text.device)
     found = invert(
         flow, flowing(flow.config, job, latents.to(placement.shallow)), text.expand(job.batch, -1, -1), uncond,
@@ -186,6 +187,12 @@ def under_each(
         ours = shown(plan, found)
         for noise, surprise in zip(ours.noise, ours.surprise, strict=True):
             yield Inverted(noise[None], surprise[None], ours.given)
+
+
+def check_one_prompt(job: Job) -> None:
+    """Raise InputError for a job whose prompt changes: a noise holds one prompt."""
+    if job.changes:
+        raise InputError("a clip can be inverted under one prompt only; give one that doesn't change")
 
 
 def flowing(config: FlowConfig, job: Job, latents: Tensor) -> Tensor:

@@ -27,6 +27,7 @@ from ..solve import noise
 from ..solve.denoising import DenoiseStream, score_denoise
 from ..solve.sampling import Sampler, Settled
 from ..solve.solvers import PRESETS, SolverSettings, Statistics
+from ..solve.windows import Prompts
 from .context import Context, later_factors
 
 
@@ -35,7 +36,9 @@ class Job:
     """What to make. Sizes are in pixels; `frames` is 4n + 1 (1: an image), `fps` frames per second.
 
     `frames` counts the result's frames, given ones included. Element i of a batch uses seed + i.
-    `window` and `keep` are latent frames (None: the model's own).
+    `window` and `keep` are latent frames (None: the model's own). At each of `changes`, in seconds, another prompt
+    begins; the next frames follow the last `keep_at_change` latent ones, which are brought under it first if
+    `change_kept`: right for another colour, kind or background, while another direction is followed a little less.
     """
 
     height: int
@@ -50,6 +53,9 @@ class Job:
     window: int | None = None
     keep: int | None = None
     solver: SolverSettings = field(default_factory=lambda: PRESETS["balanced"])
+    changes: tuple[float, ...] = ()
+    keep_at_change: int = 1
+    change_kept: bool = True
 
     def __post_init__(self):
         check_kinds(self)
@@ -86,7 +92,8 @@ PLAIN = Means()  # all on the device, at once
 
 @dataclass(frozen=True)
 class Layout:
-    """A job in latent frames: `hidden` given ones that are not shown, then the result's `frames`."""
+    """A job in latent frames: `hidden` given ones that are not shown, then the result's `frames`. Prompts begin at the
+    `starts`."""
 
     frames: int
     hidden: int
@@ -95,6 +102,7 @@ class Layout:
     keep: int
     shape: tuple[int, int, int]
     factors: Tensor
+    starts: tuple[int, ...] = (0,)
 
     @property
     def total(self) -> int:
@@ -125,7 +133,54 @@ def layout(config: FlowConfig, job: Job) -> Layout:
     if context:
         _check_context(config, job, shape, window, total)
     factors = later_factors(config, job.task, hidden, total)
-    return Layout(frames, hidden, given, window, keep, shape, factors)
+    return Layout(frames, hidden, given, window, keep, shape, factors, _starts(config, job, window, given, frames))
+
+
+def _starts(config: FlowConfig, job: Job, window: int, given: int, frames: int) -> tuple[int, ...]:
+    """The latent frames at which prompts begin: those nearest to the job's times."""
+    if not job.changes:
+        return (0,)
+    _check_changes(config, job, window)
+    latent, starts = config.latent, [0]
+    length = latent.temporal / job.fps  # seconds of a latent frame
+    for time in job.changes:
+        start = latent.nearest(time * job.fps)
+        if start <= starts[-1]:
+            raise InputError(
+                f"the prompt at {time:g}s begins less than a latent frame after the one before it; leave at least "
+                f"{length:g}s between prompts"
+            )
+        if start >= frames:
+            end = f"{job.frames} frames at {job.fps:g} a second end at {job.frames / job.fps:.2f}s"
+            raise InputError(f"the prompt at {time:g}s begins after the clip's end: {end}; make it longer")
+        if start <= given:
+            first = latent.first_frame(given + 1) / job.fps
+            raise InputError(
+                f"the prompt at {time:g}s changes frames that are given; let it begin at {first:.2f}s or later"
+            )
+        starts.append(start)
+    return tuple(starts)
+
+
+def _check_changes(config: FlowConfig, job: Job, window: int) -> None:
+    """Raise InputError for prompts that can't change in such a job."""
+    if job.frames == 1:
+        raise InputError("one frame has one prompt; prompts that change need a clip")
+    if not all(0 < time < math.inf for time in job.changes):
+        raise InputError(f"prompts change at {', '.join(f'{time:g}s' for time in job.changes)}; give times above 0")
+    if job.context and job.context.hidden:
+        raise InputError(
+            f"{job.task.replace('_', ' ')} needs its given frames in every window, and a new prompt begins a new one; "
+            "give one prompt"
+        )
+    if job.denoise and config.denoiser is None:
+        raise InputError(f"{config.name} has no learned denoiser, so that all frames share a prompt; give one, or "
+                         "switch denoising off")  # fmt: skip
+    if not 1 <= job.keep_at_change < window:
+        raise InputError(
+            f"keep_at_change is {job.keep_at_change}; a window of {window} latent frames keeps 1 to {window - 1} where "
+            "the prompt changes"
+        )
 
 
 def _check_context(config: FlowConfig, job: Job, shape, window: int, total: int) -> None:
@@ -164,11 +219,12 @@ class Piece:
 
 
 class Generation:
-    """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts. `noise`
-    (B, frames, C, h, w) of the result's latent frames is drawn from the job's seed unless given. Without a
-    `placement` everything computes where the text is. Of `means`, `cache` and `in_turn` matter here; of the
-    `fallbacks`, to which it turns one by one where memory runs out, `cache`. With `settled` frames it goes on where
-    another one of the same job was, and `on_window` is called each time that a window is complete."""
+    """Runs a job. Text (B or 1, L, D) and uncond are embeddings of the wrapped prompts; text is (S, B or 1, L, D) of
+    the S prompts of a job in which they change. `noise` (B, frames, C, h, w) of the result's latent frames is drawn
+    from the job's seed unless given. Without a `placement` everything computes where the text is. Of `means`, `cache`
+    and `in_turn` matter here; of the `fallbacks`, to which it turns one by one where memory runs out, `cache`. With
+    `settled` frames it goes on where another one of the same job was, and `on_window` is called each time that a window
+    is complete."""
 
     def __init__(
         self,
@@ -188,15 +244,17 @@ class Generation:
         self.fallbacks, self.on_window = list(fallbacks), on_window
         self.placement = placement or Placement.on(text.device)
         self.layout = layout(flow.config, job)
-        if len(text) not in (1, job.batch):
-            raise InputError(f"{len(text)} prompts for a batch of {job.batch}; give one, or one each")
-        self.text = text.expand(job.batch, -1, -1)
+        texts = text if text.ndim == 4 else text.unsqueeze(0)
+        if texts.shape[1] not in (1, job.batch):
+            raise InputError(f"{texts.shape[1]} prompts for a batch of {job.batch}; give one, or one each")
+        texts = texts.expand(-1, job.batch, -1, -1)
+        self.prompts = Prompts(texts, self.layout.starts, job.keep_at_change, job.change_kept)
         self.given = self._given()
         self._sampler = partial(
             Sampler,
             flow,
             self._noise(noise),
-            self.text,
+            self.prompts,
             uncond,
             guidance=job.guidance,
             context=self._noisy_context(),
@@ -207,6 +265,11 @@ class Generation:
             placement=self.placement,
         )
         self.sampler = self._sampler(cache=means.cache, settled=settled)
+
+    @property
+    def text(self) -> Tensor:
+        """The embeddings (B, L, D) of the first prompt."""
+        return self.prompts.first
 
     @property
     def statistics(self) -> Statistics:
@@ -337,8 +400,8 @@ class Generation:
         return score_denoise(self.flow, latents, self.text.to(self.placement.deep[0]), self.control)
 
     def _denoise_stream(self) -> DenoiseStream:
-        text = self.text.to(self.placement.denoiser)
-        return DenoiseStream(self.flow, self.sampler.grid, text, self.layout.window, control=self.control)
+        prompts = self.prompts.to(self.placement.denoiser)
+        return DenoiseStream(self.flow, self.sampler.grid, prompts, self.layout.window, control=self.control)
 
     def _fed(self, stream: DenoiseStream, frames: Tensor) -> Tensor:
         """Give the denoiser the next frames of the deep sequence; return those that are done."""

@@ -18,6 +18,7 @@ from ..solve import noise
 from ..solve.sampling import Settled
 from ..weights.tensorfiles import TensorFile, check_target, save_tensors
 from .tasks import Job, Means
+from .timeline import Timeline
 
 ENDING = ".unfinished.safetensors"
 KEY = "starflow_unfinished"
@@ -77,9 +78,12 @@ def check_unfinished(output: str) -> None:
     check_target(path_of(output), None, overwrite=True)
 
 
-def identity(flow: Flow, job: Job, means: Means, captions: list[str], negative: str) -> dict[str, Any]:
+def identity(flow: Flow, job: Job, means: Means, captions: list[Timeline], negative: str) -> dict[str, Any]:
     """All that decides what is sampled. The text encoder is taken to be the same."""
-    context, named = job.context, {"prompt": captions, "negative": negative, "noise version": noise.VERSION}
+    context, named = (
+        job.context,
+        {"prompt": [str(each) for each in captions], "negative": negative, "noise version": noise.VERSION},
+    )
     given = context and [context.task, context.hidden, context.noisy, _digest([context.latents])]
     numbers = {k: v for k, v in vars(job).items() if k not in ("context", "solver", "denoise")}
     types = {"dtype": str(flow.compute_dtype), "cache": asdict(means.cache)}

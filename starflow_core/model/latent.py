@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,6 +50,14 @@ class LatentFormat:
     def frames(self, latent_frames: int) -> int:
         """Pixel frames that `latent_frames` decode to."""
         return (latent_frames - 1) * self.temporal + 1
+
+    def nearest(self, frame: float) -> int:
+        """The latent frame whose first pixel frame is the nearest to `frame`, the later one of two."""
+        return math.floor((frame - 1) / self.temporal + 1.5) if frame >= 0.5 else 0
+
+    def first_frame(self, index: int) -> int:
+        """The first pixel frame, counted from 0, that latent frame `index` decodes to."""
+        return (index - 1) * self.temporal + 1 if index else 0
 
 
 def to_flow_space(latent: LatentFormat, latents: Tensor, factors: Tensor) -> Tensor:

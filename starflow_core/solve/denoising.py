@@ -12,6 +12,7 @@ from torch import Tensor
 from ..control import Control, Progress
 from ..errors import InputError
 from ..model.flow import Flow, Grid, require_finite
+from .windows import Prompts
 
 STEP = 0.3  # share of the denoiser's output that is taken off, trained with the model
 
@@ -21,11 +22,12 @@ class DenoiseStream:
 
     Clips longer than the window are denoised in chunks of `window` frames; each later chunk starts with the last frames
     of the one before, as they were sampled, and only its new frames are kept. With `overlap` "denoised" it starts with
-    their denoised versions, as in the reference. `grid` is the whole clip's.
+    their denoised versions, as in the reference. `grid` is the whole clip's. `text` (B, L, D) may be `Prompts`: where
+    the prompt changes, a chunk ends, and the next one begins without frames of before, which show something else.
     """
 
     def __init__(
-        self, flow: Flow, grid: Grid, text: Tensor, window: int | None = None, overlap: str = "noisy",
+        self, flow: Flow, grid: Grid, text: Tensor | Prompts, window: int | None = None, overlap: str = "noisy",
         control: Control | None = None,
     ):  # fmt: skip
         config = flow.config
@@ -33,11 +35,13 @@ class DenoiseStream:
             raise InputError(f"{config.name} has no learned denoiser; use score_denoise")
         if overlap not in ("noisy", "denoised"):
             raise InputError(f"overlap is {overlap!r}, expected noisy or denoised")
-        self.flow, self.text, self.overlap, self.control = flow, text, overlap, control or Control()
+        self.flow, self.prompts, self.overlap = flow, Prompts.of(text), overlap
+        self.control = control or Control()
         self.window = window or config.window
-        self.lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
-        self.recent = deque(maxlen=self.lead)  # the frames that the next chunk begins with
+        lead = min(config.denoiser.window, self.window - 1)  # frames a chunk shares with the last
+        self.recent = deque(maxlen=lead)
         self.grid, self.taken, self.done = grid, 0, 0  # frames that came in, and that were returned
+        self.chunks = self.prompts.extents(grid.frames, self.window, lead, kept=0)
         self._begin()
 
     def feed(self, tokens: Tensor) -> Tensor:
@@ -52,12 +56,12 @@ class DenoiseStream:
     def push(self, tokens: Tensor, last: bool = False) -> Tensor:
         """Take sampled frames (B, n, N, c); return the denoised frames that are final, in order."""
         done = [tokens[:, :0]]
-        self.taken += tokens.shape[1]
         while tokens.shape[1]:
-            if self.run.taken == self.window:
+            if self.taken == self.chunk.stop:
                 self._begin()
-            room = self.window - self.run.taken
+            room = self.chunk.stop - self.taken
             part, tokens = tokens[:, :room], tokens[:, room:]
+            self.taken += part.shape[1]
             done.append(self._advance(part))
         if last:
             done.append(self._run(tokens, True))
@@ -67,15 +71,17 @@ class DenoiseStream:
         return clean
 
     def _begin(self) -> None:
-        self.run = self.flow.denoiser_run(self.text, self.grid.with_frames(self.window))
-        self.pending, self.known = [], len(self.recent)
-        if self.recent:
+        self.chunk = next(self.chunks)
+        text = self.prompts.texts[self.chunk.prompt]
+        self.run = self.flow.denoiser_run(text, self.grid.with_frames(self.window))
+        self.pending, self.known = [], self.chunk.known
+        if self.known:
             self._run(torch.stack(list(self.recent), 1), False)
 
     def _advance(self, part: Tensor) -> Tensor:
         if self.overlap == "noisy":
             self.recent.extend(part.unbind(1))
-        clean = self._run(part, self.run.taken + part.shape[1] == self.window)
+        clean = self._run(part, self.taken == self.chunk.stop)
         if self.overlap == "denoised":
             self.recent.extend(clean.unbind(1))
         return clean

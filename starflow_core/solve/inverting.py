@@ -14,8 +14,9 @@ from ..errors import InputError
 from ..model.cache import RESIDENT, Cache, CacheSettings
 from ..model.flow import Flow, Grid, require_finite
 from ..model.placement import Placement
-from .runs import DeepRun
+from .runs import PromptedRun
 from .solvers import ABSORBED, Window, absorb
+from .windows import Prompts
 
 
 @dataclass(frozen=True)
@@ -56,8 +57,8 @@ class Halfway:
 
 @torch.no_grad()
 def invert(
-    flow: Flow, latents: Tensor, text: Tensor, uncond: Tensor | None = None, *, control: Control | None = None,
-    placement: Placement | None = None, **options,
+    flow: Flow, latents: Tensor, text: Tensor | Prompts, uncond: Tensor | None = None, *,
+    control: Control | None = None, placement: Placement | None = None, **options,
 ) -> Inverted:  # fmt: skip
     """The noise from which `Sampler` makes latents (B, T, C, H, W), with the same text, guidance, windows and number of
     given frames; options as in `invert_deep`. A likelihood under guidance is that of the guided model, which isn't
@@ -65,7 +66,7 @@ def invert(
 
     Raises NonFiniteError that names the block and the token where NaN or infinity began.
     """
-    placement = placement or Placement.on(text.device)
+    placement = placement or Placement.on(Prompts.of(text).texts.device)
     halfway = invert_shallow(flow, latents.to(placement.shallow), control)
     found = invert_deep(flow, halfway, text, uncond, control=control, placement=placement, **options)
     return replace(found, noise=found.noise.to(latents.device), surprise=found.surprise.to(latents.device))
@@ -81,29 +82,31 @@ def invert_shallow(flow: Flow, latents: Tensor, control: Control | None = None) 
 
 @torch.no_grad()
 def invert_deep(
-    flow: Flow, halfway: Halfway, text: Tensor, uncond: Tensor | None = None, *, guidance: float = 0.0, given: int = 0,
-    window: int | None = None, keep: int | None = None, control: Control | None = None,
+    flow: Flow, halfway: Halfway, text: Tensor | Prompts, uncond: Tensor | None = None, *, guidance: float = 0.0,
+    given: int = 0, window: int | None = None, keep: int | None = None, control: Control | None = None,
     placement: Placement | None = None, cache: CacheSettings = RESIDENT,
 ) -> Inverted:  # fmt: skip
-    """The second half: under text (B, L, D). Raises InputError for guidance without the unconditional text, and as
-    `invert`."""
-    control, placement = control or Control(), placement or Placement.on(text.device)
+    """The second half: under text (B, L, D), or several prompts. Raises InputError for guidance without the
+    unconditional text, and as `invert`."""
+    control, placement = control or Control(), placement or Placement.on(Prompts.of(text).texts.device)
     if guidance and uncond is None:
         raise InputError("guidance needs the unconditional text; give it, or guidance 0")
     grid, block = halfway.grid, flow.deep
     width, keep = flow.config.sliding_window(grid.frames, window, keep)
     width = min(width, grid.frames)
     x = block.ordered(halfway.tokens).to(placement.deep[0])
-    run = DeepRun(
-        flow, grid.with_frames(width), text, uncond, guidance, placement.deep, ABSORBED, partial(Cache, settings=cache)
+    prompts = Prompts.of(text)
+    run = PromptedRun(
+        flow, grid.with_frames(width), prompts, uncond, guidance, placement.deep, ABSORBED,
+        partial(Cache, settings=cache),
     )  # fmt: skip
-    parts, first, known = [], 0, given
-    while True:
-        stop = min(first + width, grid.frames)
-        parts.append(_window(run, x[:, first:stop], grid.width, known, first, x.shape[1], control))
-        if stop == grid.frames:
-            break
-        first, known = stop - keep, keep
+    parts = []
+    for extent in prompts.extents(grid.frames, width, keep, given):
+        first, known = extent.first, extent.first + extent.known
+        there = Progress("deep", known * grid.frame_tokens, x.shape[1] * grid.frame_tokens)
+        report = lambda residual, there=there: control.report(there)  # noqa: E731
+        tokens = torch.cat((run.enter(extent, x[:, first:known], report), x[:, known : extent.stop]), 1)
+        parts.append(_window(run, tokens, grid.width, extent.known, first, x.shape[1], control))
     blank = x.new_zeros(x[:, :given].shape), x.new_ones(x[:, :given].shape)
     z, scale = (block.ordered(torch.cat(each, 1)) for each in zip(blank, *parts, strict=True))
     require_finite(z, f"block {block.index}", grid)
@@ -114,7 +117,7 @@ def invert_deep(
 
 
 def _window(
-    run: DeepRun, x: Tensor, width: int, known: int, first: int, frames: int, control: Control
+    run: PromptedRun, x: Tensor, width: int, known: int, first: int, frames: int, control: Control
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Noise and scale (B, n, N, c) of the frames after the first `known` of a window's tokens x (B, W, N, c), which
     begins at frame `first` of so many."""

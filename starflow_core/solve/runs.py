@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -11,6 +12,12 @@ from ..model.cache import Cache, CacheShape
 from ..model.flow import Block, Flow, Grid
 from ..model.rope import Rotary, joined
 from .guidance import guided
+from .solvers import PRESETS, Statistics, Window, absorb, solve_span
+from .windows import Extent, Prompts
+
+# Guidance of frames that are brought under another prompt, at most. Inverting with it would undo in part what sampling
+# with it does. Tuned on scenes other than the reported ones of benchmarks/timelines.py.
+INVERTING, BRINGING = 0.0, 1.0
 
 
 class BlockRun:
@@ -73,6 +80,7 @@ class DeepRun:
         self.guidance = guidance if uncond is not None else 0.0
         devices, prefix = devices or (text.device,), text.shape[1]
         copies = 2 if self.guidance else 1  # of the batch
+        self.both = copies > 1
         devices = devices[:copies]
         self.copies = copies // len(devices)  # in each run
         self.runs = []
@@ -86,7 +94,7 @@ class DeepRun:
 
     def fill(self, text: Tensor, uncond: Tensor | None) -> None:
         """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
-        rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.guidance else text
+        rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.both else text
         for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
             run.fill(part)
 
@@ -94,7 +102,56 @@ class DeepRun:
         """a, b (B, n, c), guided, on the tokens' device; `before` and `start` as in `BlockRun`."""
         parts = [run(before.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
         a, b = (torch.cat([part.to(before.device) for part in both]) for both in zip(*parts, strict=True))
-        if not self.guidance:
+        if not self.both:
             return a, b
         (a_c, a_u), (b_c, b_u) = a.chunk(2), b.chunk(2)
         return guided(a_c, b_c, a_u, b_u, self.guidance)
+
+
+class PromptedRun(DeepRun):
+    """The deep block over the windows of a clip, one after the other, each under its prompt."""
+
+    def __init__(
+        self, flow: Flow, grid: Grid, prompts: Prompts, uncond: Tensor | None, guidance: float, *options
+    ):  # fmt: skip
+        super().__init__(flow, grid, prompts.first, uncond, guidance, *options)
+        self.grid, self.prompts, self.uncond, self.prompt = grid, prompts, uncond, 0
+
+    def enter(self, extent: Extent, there: Tensor, report: Callable[[float], None]) -> Tensor:
+        """Begin a window whose first frames (B, n, N, c) are there; returns them as they are under its prompt. `report`
+        is told the residual of each sweep that this takes."""
+        if not (extent.changes and self.prompts.change):
+            self._read(extent.prompt)
+            return there
+        kept, others = there[:, : extent.known], there[:, extent.known :]
+        return torch.cat((self._brought(kept, extent, report), others), 1)
+
+    def _brought(self, frames: Tensor, extent: Extent, report: Callable[[float], None]) -> Tensor:
+        """Frames (B, n, N, c) that were made under the prompt before, made again under the extent's from the noise that
+        they have under that one: what it says changes, the rest stays. Else a colour, say, would go on as it was."""
+        size = self.grid.frame_tokens
+        place = {"frame_tokens": size, "width": self.grid.width, "first": extent.first * size}
+        tokens = frames.flatten(1, 2)
+        self._read(extent.prompt - 1)
+        was = Window(tokens, known=tokens.shape[1], **place)
+        with self._weighted(INVERTING):
+            absorb(self, was)
+        self._read(extent.prompt)
+        now = Window((tokens - was.b) / was.a, **place)
+        with self._weighted(BRINGING):
+            for _, residual in solve_span(self, now, PRESETS["exact"], Statistics()):
+                report(residual)
+        return now.x.view_as(frames)
+
+    @contextmanager
+    def _weighted(self, most: float) -> Iterator[None]:
+        """With guidance of at most that weight."""
+        own, self.guidance = self.guidance, min(self.guidance, most)
+        yield
+        self.guidance = own
+
+    def _read(self, prompt: int) -> None:
+        """Have the text of a prompt in the cache."""
+        if prompt != self.prompt:
+            self.fill(self.prompts.texts[prompt], self.uncond)
+            self.prompt = prompt

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from ..errors import InputError, NonFiniteError
 from ..model.cache import RESIDENT, Cache, CacheSettings
 from ..model.flow import Block, Flow, require_finite
 from ..model.placement import Placement
-from .runs import DeepRun, block_run
+from .runs import DeepRun, PromptedRun, block_run
 from .solvers import (
     PRESETS,
     Evaluate,
@@ -28,6 +27,7 @@ from .solvers import (
     solve_span,
     solve_tokens,
 )
+from .windows import Prompts
 
 DRAFT = SolverSettings(shallow_tolerance=0.03, max_sweeps=8)  # whatever the method: drafts are to cost little
 
@@ -52,8 +52,8 @@ class Settled:
 class Sampler:
     """One sampling job.
 
-    noise (B, T, C, H, W), text and uncond (B, L, D); uncond may be None or one row, and is not used
-    with guidance 0. `context` holds the first latent frames, noise included; they come back as they
+    noise (B, T, C, H, W), text and uncond (B, L, D); several prompts come as `Prompts`; uncond may be None or one row,
+    and is not used with guidance 0. `context` holds the first latent frames, noise included; they come back as they
     are and their place in `noise` is ignored. At most `window` frames are in the deep block at once;
     when it is full, it slides on, keeping the last `keep` of them. `cache` says how settled keys and values are kept.
     Without a `placement` everything computes where the text is. Frames that are `settled` aren't sampled again; the
@@ -64,7 +64,7 @@ class Sampler:
         self,
         flow: Flow,
         noise: Tensor,
-        text: Tensor,
+        text: Tensor | Prompts,
         uncond: Tensor | None = None,
         *,
         guidance: float = 0.0,
@@ -77,14 +77,16 @@ class Sampler:
         cache: CacheSettings = RESIDENT,
         settled: Settled | None = None,
     ):
-        self.flow, self.noise, self.text, self.uncond, self.guidance = flow, noise, text, uncond, guidance
+        self.flow, self.noise, self.uncond, self.guidance = flow, noise, uncond, guidance
+        self.prompts = Prompts.of(text)
         self.context, self.settings, self.control = context, settings, control or Control()
-        self.placement, self.cache = placement or Placement.on(text.device), cache
+        self.placement, self.cache = placement or Placement.on(self.prompts.texts.device), cache
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
         self.given = 0 if context is None else context.shape[1]
         window, self.keep = flow.config.sliding_window(self.frames, window, keep)
         self.window = min(window, self.frames)
+        self.extents = tuple(self.prompts.extents(self.frames, self.window, self.keep, self.given))
         self.statistics = Statistics()
         self._solving: tuple[int, Tensor] | None = None  # the first frame that isn't settled, and its tokens so far
         self._tokens = _each(settled.tokens) if settled else []
@@ -94,6 +96,15 @@ class Sampler:
     def _check(self) -> None:
         if self.given > self.window:
             raise InputError(f"a context of {self.given} latent frames is longer than the window of {self.window}")
+        if any(not self.given < start < self.frames for start in self.prompts.starts[1:]):
+            raise InputError(
+                f"prompts begin at the latent frames {self.prompts.starts}; the later ones go from {self.given + 1} to "
+                f"{self.frames - 1}"
+            )
+        if len(self.prompts.starts) > 1 and self.prompts.kept >= self.window:
+            raise InputError(
+                f"{self.prompts.kept} latent frames kept at a change fill the window of {self.window}; keep fewer"
+            )
         if self.given >= self.frames:
             raise InputError(f"a context of {self.given} latent frames leaves nothing to sample in {self.frames}")
         if self.frames > 1 and self.flow.config.kind == "image":
@@ -122,8 +133,7 @@ class Sampler:
 
     def ends_window(self, frames: int) -> bool:
         """Whether a window of the deep block ends after so many frames."""
-        beyond = frames - self.window
-        return frames == self.frames or (beyond >= 0 and beyond % (self.window - self.keep) == 0)
+        return any(extent.stop == frames for extent in self.extents)
 
     def sample(self) -> Sample:
         """All frames at once: shallow blocks take them as one batch."""
@@ -179,34 +189,31 @@ class Sampler:
         block, home = self.flow.deep, self.placement.deep[0]
         yield from range(len(self._latents), len(self._tokens))
         z = block.ordered(self.flow.tokens(self.noise)).to(home)
-        for tokens in self._deep(z, torch.cat((self._known(), block.ordered(self.settled.tokens).to(home)), 1)):
+        done = self.given + len(self._tokens)
+        if done == self.frames:
+            return
+        known = torch.cat((self._known(), block.ordered(self.settled.tokens).to(home)), 1)
+        for tokens in self._deep(z, known):
             self._tokens.append(block.ordered(tokens).cpu())
             yield len(self._tokens) - 1
 
     def _deep(self, z: Tensor, known: Tensor) -> Iterator[Tensor]:
         """The frames (B, 1, N, c) after the `known` ones, window by window, from noise z (B, T, N, c)."""
-        if known.shape[1] == self.frames:
-            return
-        grid = self.grid.with_frames(self.window)
-        run = DeepRun(
-            self.flow, grid, self.text, self.uncond, self.guidance, self.placement.deep, self.settings.widest,
-            partial(Cache, settings=self.cache),
+        run = PromptedRun(
+            self.flow, self.grid.with_frames(self.window), self.prompts, self.uncond, self.guidance,
+            self.placement.deep, self.settings.widest, partial(Cache, settings=self.cache),
         )  # fmt: skip
-        recent = deque(_each(known), max(self.keep, self.given))
-        first = 0  # absolute index of the window's first frame
-        while first + self.window <= known.shape[1]:
-            first += self.window - self.keep
-        known = known[:, first:]
-        while True:
-            stop = min(first + self.window, self.frames)
-            window = torch.cat((known, z[:, first + known.shape[1] : stop]), 1)
-            for tokens in self._window(run, window, known.shape[1], first):
+        done = _each(known)
+        for extent in self.extents:
+            if extent.stop <= len(done):
+                continue
+            if done:
+                report = partial(self._report, len(done) * self.grid.frame_tokens)
+                known = run.enter(extent, torch.cat(done[extent.first :], 1), report)
+            window = torch.cat((known, z[:, extent.first + known.shape[1] : extent.stop]), 1)
+            for tokens in self._window(run, window, known.shape[1], extent.first):
                 yield tokens
-                recent.append(tokens)
-            if stop == self.frames:
-                return
-            known = torch.cat(list(recent)[-self.keep :], 1)
-            first = stop - self.keep
+                done.append(tokens)
 
     def _window(self, run: DeepRun, z: Tensor, known: int, first: int) -> Iterator[Tensor]:
         """Solve the frames after the first `known` of z (B, W, N, c), which are tokens, not noise."""
@@ -214,12 +221,16 @@ class Sampler:
         window = Window(z.flatten(1, 2), size, self.grid.width, known * size, first * size)
         absorb(run, window)
         for settled, residual in self._solver(run, window):
-            tokens = first * size + settled, self.frames * size
             self._solving = _unsettled(window, settled, first)
-            self.control.report(Progress("deep", *tokens, *tokens, residual))
+            self._report(first * size + settled, residual)
             while known < settled // size:
                 yield window.x[:, None, known * size : (known + 1) * size].clone()
                 known += 1
+
+    def _report(self, settled: int, residual: float) -> None:
+        """How many of the clip's tokens are settled."""
+        tokens = settled, self.frames * self.grid.frame_tokens
+        self.control.report(Progress("deep", *tokens, *tokens, residual))
 
     def _solver(self, run: Evaluate, window: Window) -> Iterator[tuple[int, float]]:
         if self.settings.method == "jacobi":

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks import changes, surprise
+from benchmarks import changes, surprise, timelines
 from benchmarks.adherence import measure, prompt, scenes
 from benchmarks.judge import look, verdict
 from starflow_core.applications.likelihood import best_of
@@ -44,6 +44,13 @@ def test_fixed_prompts(pipeline, task, least):
     for name, share in least.items():
         assert result["met"][name] >= share, (name, result)
     assert result["shuffled"]["colour"] <= 0.5
+
+
+def test_a_new_colour_is_followed_where_the_prompt_changes(pipeline):
+    """A small version of benchmarks/timelines.py; with kept frames as they were, 1 clip of 10 follows."""
+    rows = list(timelines.changes(pipeline, "colour", 8, seed=21, change_kept=True))
+    assert sum(row["right"] for row in rows) >= 6
+    assert all(row["before"] for row in rows)
 
 
 def test_exact_is_the_autoregressive_answer(pipeline):

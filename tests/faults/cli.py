@@ -105,7 +105,7 @@ FAULTS: list[Fault] = [
         "results are counted as frames", TESTS + "test_every_written_frame_is_counted",
     ),
     Fault(
-        GENERATE, "        warn_of_cut(caption, rest, pipeline.config)", "        pass",
+        GENERATE, "        warn_of_cut(str(caption), rest, pipeline.config)", "        pass",
         "a prompt is cut without a word", TESTS + "test_what_the_text_encoder_cut_off",
     ),
     # Names, metadata, warnings
@@ -118,7 +118,7 @@ FAULTS: list[Fault] = [
         "metadata without the negative prompt", TESTS + "test_metadata_tells_how_to_make_it_again",
     ),
     Fault(
-        PLAN, '{slug(c)}-{seed}"', '{slug(c)}-{job.seed}"',
+        PLAN, '{slug(str(c))}-{seed}"', '{slug(str(c))}-{job.seed}"',
         "default names that collide", TESTS + "test_image_model",
     ),
     Fault(

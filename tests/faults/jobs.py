@@ -12,6 +12,8 @@ SURPRISE, DECIDING = "tests/core/jobs/test_surprise.py", "tests/core/application
 LIKELIHOOD, REPROMPTING = "starflow_core/applications/likelihood.py", "starflow_core/applications/reprompt.py"
 NOISES, REPROMPT = "tests/core/jobs/test_noises.py", "tests/core/applications/test_reprompt.py"
 
+TIMELINE = "tests/core/jobs/test_timeline.py"
+
 FAULTS = [
     Fault(f"{JOBS}/noises.py", "(1 - strength**2) ** 0.5 * self.noise", "(1 - strength) * self.noise",
           "a variation loses its deviation", NOISES),
@@ -51,8 +53,8 @@ FAULTS = [
           "noise of given frames of deviation 1", TASKS),
     Fault(f"{JOBS}/tasks.py", "noise.draw_context(self.job.seed", "noise.draw(self.job.seed",
           "noise of given frames from the first stream", TASKS),
-    Fault(f"{JOBS}/tasks.py", "self.sampler.grid, text, self.layout.window, control",
-          "self.sampler.grid, text, None, control", "the job's window not given to the denoiser", TASKS),
+    Fault(f"{JOBS}/tasks.py", "self.sampler.grid, prompts, self.layout.window, control",
+          "self.sampler.grid, prompts, None, control", "the job's window not given to the denoiser", TASKS),
     Fault(f"{JOBS}/prompts.py", "return job.fps if job.frames > 1 else 0", "return job.fps",
           "a still gets the clip's rate", PIPELINE),
     Fault("starflow_core/pipeline.py", 'self.prompts([negative], job, "text")', "self.prompts([negative], job)",
@@ -136,8 +138,13 @@ FAULTS = [
           "all captions at once, whatever memory there is", DECIDING),
     Fault(LIKELIHOOD, "            together //= 2\n", "            together = 1\n",
           "one caption at a time where several fit", DECIDING),
-    Fault(LIKELIHOOD, "replace(job, guidance=0.0, frames=", "replace(job, frames=",
+    Fault(LIKELIHOOD, "replace(job, guidance=0.0, changes=", "replace(job, changes=",
           "candidates are judged with guidance", DECIDING),
+    Fault(f"{JOBS}/memory.py", " * len(plan.starts)\n", "\n", "only one prompt is forecast", TIMELINE),
+    Fault(f"{JOBS}/timeline.py", "if not before < after:", "if before > after:", "two prompts at one time", TIMELINE),
+    Fault(f"{JOBS}/timeline.py", "if not mark and times:", "if False:", "a later prompt needs no time", TIMELINE),
+    Fault(f"{JOBS}/tasks.py", "if start <= given:", "if start < given:", "a change at given frames", TIMELINE),
+    Fault(f"{JOBS}/tasks.py", "if start >= frames:", "if start > frames:", "a change at the clip's end", TIMELINE),
     Fault(LIKELIHOOD, 'some = {"seed": job.seed + first,', 'some = {"seed": job.seed,',
           "every batch of candidates is the same", DECIDING),
     Fault(LIKELIHOOD, "if done >= frames:", "if False:", "candidates are sampled whole", DECIDING),

@@ -468,6 +468,21 @@ def long_video() -> Graph:
     return parts.graph
 
 
+def prompts_that_change() -> Graph:
+    parts = Parts.of(
+        "**Prompts that change.** One clip, three prompts, each from its second on: another direction, then another "
+        "colour. Times are rounded to latent frames, 4 frames each.\n\n*keep at change* in the sampler is how many "
+        "latent frames the clip goes on from: with more, the change is smoother, but a new direction is followed less."
+    )
+    prompt = (
+        "0s: a red circle moving right on a black background | 2s: a red circle moving up on a black background | "
+        "4s: a yellow circle moving up on a black background"
+    )
+    sampler = parts.sampled(prompt, parts.latent(frames=97))
+    parts.combined(parts.decoded(sampler), "prompts")
+    return parts.graph
+
+
 def convergence_study() -> Graph:
     parts = Parts.of(
         "**Convergence.** The same clip with three presets. The pictures show the residual by sweep (left to right) "
@@ -594,7 +609,7 @@ EXAMPLES = {
     function.__name__: function
     for function in (
         text_to_image, text_to_video, image_to_video, video_edit, extend, first_and_last_frame, long_video,
-        convergence_study, variations, another_prompt, edit_by_inversion, surprise,
+        prompts_that_change, convergence_study, variations, another_prompt, edit_by_inversion, surprise,
     )
 }  # fmt: skip
 REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack

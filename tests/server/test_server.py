@@ -24,6 +24,7 @@ EXPECTED = {  # frames of each saved clip, and what its prompt says
     "extend": {"extend": (17 + 33 - 13, "yellow", "down")},
     "first_and_last_frame": {"last": (33, "purple", None)},
     "long_video": {"long": (97, "green", "left")},
+    "prompts_that_change": {"prompts": (97, None, None)},
     "convergence_study": {"convergence": (33, "orange", "up")},
     "variations": {"variation": (17, "red", "right")},
     "another_prompt": {"prompt": (17, "red", "right")},

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from starflow_core.applications import likelihood
-from starflow_core.applications.inversion import measure
+from starflow_core.applications.inversion import decode_from_noise, encode_to_noise, measure
 from starflow_core.applications.likelihood import best_of, captions_at_once, choose_caption, judging_job
 from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError, OutOfMemoryForecast
 from starflow_core.jobs import memory, noises
 from starflow_core.jobs.noises import inverted
+from starflow_core.jobs.timeline import Timeline
 from starflow_core.model.flow import Flow
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve.solvers import PRESETS
@@ -160,3 +161,22 @@ def test_cancel(pipeline, act):
         left = iter([False] * moment + [True])
         with pytest.raises(Cancelled):
             act(pipeline, Control(cancelled=lambda left=left: next(left)))
+
+
+def test_candidates_of_a_timeline_are_judged_by_its_first_prompt(pipeline):
+    line = Timeline(("a red circle", "a blue ring"), (0.0, 0.1))  # of one latent frame
+    job = pipeline.job(frames=17, height=32, width=48)
+    found = best_of(pipeline, line, job, 2)
+    assert found.judged == 1
+    assert found.log_likelihoods.keys() == {0, 1}
+
+
+def test_a_noise_holds_one_prompt_and_is_sampled_under_several(pipeline):
+    line = Timeline(("a red circle", "a blue ring"), (0.0, 0.5))
+    clip = models.randn(17, 3, 32, 48).clamp(-1, 1)
+    with pytest.raises(InputError, match="under one prompt only; give one that doesn't change"):
+        encode_to_noise(pipeline, clip, line)
+    noise, _ = encode_to_noise(pipeline, clip, "a red circle", seed=1)
+    made = decode_from_noise(pipeline, noise, prompt=line)
+    assert made.layout.starts == (0, 3)
+    assert made.run().isfinite().all()

@@ -31,10 +31,11 @@ from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
 FLAGS = {
-    "generate": "aspect batch best-of cache denoise device dtype first-span fps frames guidance height image "
-    "image-span join keep last-image max-sweeps memory model negative no-denoise offload output preset prompt-file "
-    "quality resume seed "
-    "shallow-tolerance size solver span task text-encoder tile tolerance vae video width window",
+    "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
+    "image image-span join keep keep-at-change last-image max-sweeps memory model negative no-change-kept no-denoise "
+    "offload output preset "
+    "prompt-file quality resume seed "
+    "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
     "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
     "vae width window",
     "mix": "amount keep-frames output seed",
@@ -853,6 +854,67 @@ def test_best_of_several_prompts_and_tasks(run, given, image_model):
     options = ("--video", given / "clip.mp4", "--task", "extend", "--join", "--best-of", 2, "-o", "b/")
     run("generate", PROMPT, *options)
     assert read_metadata("b/")["best_of"]["latent_frames"] == 3
+
+
+TIMELINE = "0s: a red circle moving right | 1s: a blue circle moving up"
+
+
+def test_a_timeline_is_followed_and_told(run, monkeypatch):
+    run("generate", "--timeline", TIMELINE, "--frames", 33, "--keep-at-change", 2, "-o", "a.mp4")
+    told = read_metadata("a.mp4")
+    assert told["prompt"] == TIMELINE
+    assert (told["prompts_begin_at_frames"], told["keep_at_change"]) == ([0, 17], 2)
+    lines = run("inspect", "a.mp4")
+    assert any(line.startswith("prompt ") and line.endswith(TIMELINE) for line in lines)
+    assert any(line.startswith("prompts_begin_at_frames [0, 17]") for line in lines)
+    run("generate", "a red circle moving right", "--frames", 33, "-o", "plain/")
+    assert told["change_kept"] is True
+    assert "keep_at_change" not in read_metadata("plain/")
+    run("generate", "--timeline", TIMELINE, "--frames", 33, "-o", "changed/")
+    plain, changed = pixels("plain/"), pixels("changed/")
+    assert (plain[:9] - changed[:9]).abs().max() < 0.01 < (plain[17:] - changed[17:]).abs().max()
+
+
+def test_a_timeline_is_resumed_only_as_it_was(run, monkeypatch, tmp_path):
+    command = ("generate", "--timeline", TIMELINE, "--frames", 33, "--resume")
+    run(*command, "-o", "a.mp4")
+    whole, wrote = Path("a.mp4").read_bytes(), []
+
+    def stop(self, frames):
+        wrote.append(frames)
+        if sum(wrote) > 13:  # of the 17 that are final when the first prompt ends
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SamplingBar, "wrote", stop)
+        run(*command, "-o", "b.mp4", code=130, err="^interrupted")
+    other = ("generate", "--timeline", TIMELINE.replace("1s", "1.5s"), "--frames", 33, "--resume", "-o", "b.mp4")
+    run(*other, code=2, err="is of another job: changes, prompt differ")
+    run(*command, "-o", "b.mp4", err="^going on after 5 of 9 latent frames\n$")
+    assert Path("b.mp4").read_bytes() == whole
+
+
+def test_a_timeline_with_a_batch_a_context_and_candidates(run, given):
+    options = ("--frames", 33, "--image", given / "picture.png")
+    run("generate", "--timeline", TIMELINE, *options, "--batch", 2, "-o", "a.mp4")
+    assert sorted(path for path in os.listdir() if path.endswith("mp4")) == ["a-0.mp4", "a-1.mp4"]
+    out = run("generate", "--timeline", TIMELINE, "--frames", 33, "--best-of", 2, "-o", "b.mp4")
+    assert read_metadata("b.mp4")["prompt"] == TIMELINE
+    assert out[0].startswith("seed 0: log-likelihood")
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    (("--timeline", "a red circle"), "--timeline has no second prompt; write it as in '0s: a red circle"),
+    (("--timeline", "0s: a | 0s: b"), "times have to increase"),
+    (("--timeline", "0s: a | 9s: b"), "begins after the clip's end"),
+    (("--timeline", "0s: a | 0.3s: b", "--frames", "1"), "one frame has one prompt"),
+    (("--timeline", "0s: a | 0.3s: b", "x"), "leave out PROMPT and --prompt-file"),
+    (("x", "--no-change-kept"), "--change-kept is for prompts that change"),
+    (("x", "--keep-at-change", "2"), "--keep-at-change is for prompts that change"),
+    (("--timeline", "0s: a | 0.3s: b", "--keep-at-change", "5"), "keep_at_change is 5; .* keeps 1 to 4"),
+])  # fmt: skip
+def test_impossible_timelines(refused, words, message):
+    refused("generate", *words, err=message)
 
 
 def test_frames_that_do_not_fill_a_latent_frame(run, given, tmp_path):
