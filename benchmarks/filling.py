@@ -1,4 +1,4 @@
-"""How well parts of a clip are filled in, on the demo: `python -m benchmarks.filling [PART ..] [--clips N] [--json FILE]`.
+"""How well parts of a clip are filled in, on the demo: `python -m benchmarks.filling [PART ..] [--clips N]`.
 
 half      one half of all frames is masked: left, right, top or bottom
 middle    a square in the middle, two thirds of each side
@@ -7,8 +7,8 @@ missing   frames 9 to 20 of 33
 
 Masked pixels are gone before anything is encoded. A clip counts as right if colour, direction, kind and one connected
 shape are as the prompt says, judged by pixels; as near if the shape is within 8 pixels of where it was: in the median
-frame of those that show a quarter of it or more, and of missing frames in all. Beside each stands what pasting the known
-pixels over a fresh sample of the prompt gives. Settings were tuned on other scenes.
+frame of those that show a quarter of it or more, and of missing frames in all. Beside each stands what pasting the
+known pixels over a fresh sample of the prompt gives. Settings were tuned on other scenes.
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ def summary(rows: list[dict]) -> tuple[dict, str]:
     right, off = [not row["wrong"] for row in rows], [row["off"] for row in rows if row["off"] is not None]
     near, seconds = [far < NEAR for far in off], float(np.mean([row["seconds"] for row in rows]))
     found = {"right": rate(right), "near": rate(near), "off": float(np.median(off)), "seconds": seconds}
-    words = f"right {said(right)}, near {said(near)}, {np.median(off):.1f} pixels off (median), {seconds:.1f} CPU seconds"
+    words = (
+        f"right {said(right)}, near {said(near)}, {np.median(off):.1f} pixels off (median), {seconds:.1f} CPU seconds"
+    )
     return {**found, "rows": rows}, words
 
 

@@ -10,7 +10,9 @@ from comfy_api.latest import ComfyExtension, io
 from . import host
 
 INPUTS = Path(__file__).parents[1] / "example_workflows" / "inputs"
-TOPICS = ("loaders", "latent", "conditioning", "noise", "sampling", "options", "contexts", "likelihood", "video")
+TOPICS = (
+    "loaders", "latent", "conditioning", "noise", "sampling", "options", "contexts", "likelihood", "fill", "video",
+)  # fmt: skip
 NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
     "STARFlowLoadTextEncoder": ("transformers",),
     "STARFlowLoadVAE": ("diffusers",),

@@ -18,7 +18,8 @@ from ..jobs.build import default_job
 from ..jobs.masks import checked_mask, known_cells, stand_in
 from ..jobs.noises import flowing
 from ..jobs.prompts import check_text
-from ..jobs.tasks import Generation, Job, layout
+from ..jobs.tasks import PLAIN, Generation, Job, Means, layout
+from ..model.cache import RESIDENT
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.latent import to_vae_space
@@ -93,9 +94,10 @@ def composite(pixels: Tensor, mask: Tensor, made: Tensor) -> Tensor:
 
 
 def forecast_fill(
-    config: FlowConfig, job: Job, dtype: torch.dtype, means=memory.PLAIN, *, particles: int, known: Tensor
+    config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN, *, particles: int, known: Tensor
 ) -> memory.Forecast:
     """What it takes: all particles side by side, more of them in the first frame, then one clip denoised."""
+    means = replace(means, cache=RESIDENT)  # particles change places in it, so that all of it has to be there
     first = replace(job, batch=opening(particles, known), frames=1)
     needs = [memory.forecast_encode(config, each, dtype, means) for each in (replace(job, batch=particles), first)]
     needs.append(memory.forecast(config, job, dtype, means))

@@ -12,8 +12,8 @@ from ..model.config import FlowConfig
 
 def checked_mask(mask: Tensor, pixels: Tensor) -> Tensor:
     """Which pixels are to be filled, (F, H, W) bool, of a mask (H, W), (1, H, W) or (F, H, W), 0 to 1, for a clip
-    (F, 3, H, W): those above 0, since half of an unknown pixel isn't known. Raises InputError for another size or number
-    of frames, and if it leaves nothing to fill."""
+    (F, 3, H, W): those above 0, since half of an unknown pixel isn't known. Raises InputError for another size or
+    number of frames, and if it leaves nothing to fill."""
     mask = mask.unsqueeze(0) if mask.ndim == 2 else mask
     frames, height, width = len(pixels), *pixels.shape[-2:]
     if mask.ndim != 3 or mask.shape[1:] != (height, width):
@@ -65,8 +65,8 @@ def stand_in(pixels: Tensor, mask: Tensor) -> Tensor:
 
 
 def outpainted(pixels: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
-    """A clip (F, 3, H, W) with so many pixels added on each side, and the mask (F, H, W) of those. Raises InputError for
-    a margin below 0."""
+    """A clip (F, 3, H, W) with so many pixels added on each side, and the mask (F, H, W) of those. Raises InputError
+    for a margin below 0."""
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}
     for side, margin in margins.items():
         if margin < 0:

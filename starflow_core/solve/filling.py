@@ -26,6 +26,7 @@ from .sampling import Sampler
 from .solvers import ABSORBED, PRESETS, SolverSettings
 
 OPENING = 8  # times as many particles in a first frame with a seam: it decides where things are, and is short
+PARTICLE_STREAM = 0xBF58476D1CE4E5B9  # times the seed: where the seeds of further particles begin
 CHOICE_STREAM = 0xD1B54A32D192ED03  # moves a seed to the stream that decides which particles live on
 
 
@@ -44,7 +45,9 @@ def opening(particles: int, known: Tensor) -> int:
 
 
 @torch.no_grad()
-def fill_in(flow: Flow, latents: Tensor, known: Tensor, text: Tensor, uncond: Tensor | None = None, **options) -> Filled:
+def fill_in(
+    flow: Flow, latents: Tensor, known: Tensor, text: Tensor, uncond: Tensor | None = None, **options
+) -> Filled:
     """Sample what isn't `known` (T, h, w), by tokens, of latents (1, T, C, H, W) in flow space, the model's noise
     included, under text (1, L, D). Options as of `Particles`. Raises NonFiniteError as `Sampler` does."""
     return Particles(flow, latents, known, text, uncond, **options).run()
@@ -52,8 +55,12 @@ def fill_in(flow: Flow, latents: Tensor, known: Tensor, text: Tensor, uncond: Te
 
 @dataclass
 class Particles:
-    """The state of one such job. Particle i draws its noise from seed + i, so that without anything known the first is
-    what `Sampler` makes. No more than `window` frames are in the deep block at once, as in `Sampler`."""
+    """The state of one such job.
+
+    The first particle's noise is that of the seed, so that without anything known it is what `Sampler` makes; the
+    others' seeds are far from those of the next seed. No more than `window` frames are in the deep block at once, as in
+    `Sampler`.
+    """
 
     flow: Flow
     given: Tensor
@@ -83,7 +90,9 @@ class Particles:
         self.window = min(self.window, self.grid.frames)
         self.cells, self.forced = flow.tokens(given)[0].to(self.placement.shallow), self.known.flatten(1).cpu()
         self.rows = opening(self.particles, self.known)
-        self.noise = draws.draw(self.seed, self.rows, self.grid.frames, tuple(given.shape[2:]))
+        shape = self.grid.frames, tuple(given.shape[2:])
+        seeds = [self.seed, *(self.seed * PARTICLE_STREAM + i for i in range(1, self.rows))]
+        self.noise = torch.cat([draws.draw(seed, 1, *shape) for seed in seeds])
         self.choice = torch.Generator().manual_seed((self.seed ^ CHOICE_STREAM) % 2**64)
         self.weights, self.counted = torch.zeros(self.rows), torch.zeros(self.rows)
         self.tokens = self.cells.new_zeros(self.rows, 0, *self.cells.shape[1:])  # of the frames that are done
