@@ -14,6 +14,7 @@ known pixels over a fresh sample of the prompt gives. Settings were tuned on oth
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import time
 from collections.abc import Callable
@@ -104,16 +105,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
     parser.add_argument("--clips", type=int, default=48)
-    parser.add_argument("--json", type=Path, help="kept parts of an earlier run stay in it")
+    parser.add_argument("--json", type=Path, help="parts of an earlier run that aren't run again stay in it")
     options = parser.parse_args()
     pipeline, results = load_pipeline(device="cpu"), {}
+    if options.json and options.json.exists():
+        results = json.loads(options.json.read_text())["results"]
     for part in options.parts or PARTS:
         results[part] = {}
         for way_, make in WAYS.items():
             results[part][way_], words = summary(measure(pipeline, part, options.clips, make))
             print(f"{part}, {way_}, {options.clips} clips: {words}", flush=True)
-        if options.json:
-            write_json(options.json, {**machine(), "seed": SEED, "particles": PARTICLES, "results": results})
+            if options.json:
+                write_json(options.json, {**machine(), "seed": SEED, "particles": PARTICLES, "results": results})
 
 
 if __name__ == "__main__":
