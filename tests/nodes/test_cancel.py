@@ -30,13 +30,22 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
         "edit": lambda: run("STARFlowVideoEdit", images=clip, **given),
         "invert": lambda: demo.inverted(*pair, {"samples": latent["samples"] + 1}),
         "likelihood": lambda: run("STARFlowLikelihood", model=demo.model, positive=pair[0], latent=latent),
+        "fill in": lambda: run(
+            "STARFlowFillIn",
+            model=demo.model,
+            positive=pair[0],
+            negative=pair[1],
+            images=clip,
+            mask=(torch.arange(96) < 30).float().expand(1, 96, 96),
+            **given,
+        ),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
 NAMES = [
     "load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert", "likelihood",
-    "combine",
+    "fill in", "combine",
 ]  # fmt: skip
 
 

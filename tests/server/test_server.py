@@ -27,6 +27,7 @@ EXPECTED = {  # frames of each saved clip, and what its prompt says
     "convergence_study": {"convergence": (33, "orange", "up")},
     "variations": {"variation": (17, "red", "right")},
     "another_prompt": {"prompt": (17, "red", "right")},
+    "fill_in": {"fill": (17, "red", "right")},
 }
 
 
