@@ -15,11 +15,14 @@ from ..applications.fill import Filled, filling_job, forecast_fill
 from ..applications.fill import fill as make
 from ..control import Control
 from ..errors import InputError
+from ..jobs import memory
 from ..jobs.masks import checked_mask, outpainted
+from ..jobs.planner import MemoryPlan
+from ..jobs.tasks import Means
 from ..media import VideoWriter, check_writable, read_video
 from .invert import Source
 from .progress import Meter, warn
-from .settings import Setup, check_tile, chosen, default_output, slug, solver, warn_of_cut
+from .settings import Setup, check_tile, chosen, default_output, slug, solver, tell_plan, warn_of_cut
 
 BLACK = 0.1  # of 2: darker pixels of a mask stay, although a .jpg or .mp4 may have blurred its black
 
@@ -39,9 +42,11 @@ def fill(args: Namespace) -> None:
     settings["fps"] = source.fps
     _, known, job = filling_job(setup.config, pixels, mask, args.particles, **settings)
     need = forecast_fill(setup.config, job, setup.dtype, particles=args.particles, known=known)
-    setup.require(setup.parts.with_others(need, job, setup.dtype, args.tile), "filling this")
+    need = setup.parts.with_others(need, job, setup.dtype, args.tile)
+    setup.require(need, "filling this")
     output = args.output or default_output(f"{Path(args.input).stem}-{slug(args.prompt)}", job.frames)
     check_writable(output, job.frames)
+    tell_plan(MemoryPlan(Means(setup.parts.in_int8), need, memory.free(setup.device)))
     with Meter() as meter:
         pipeline = setup.load(meter)
         control = Control(meter.sampling(job.frames), warn=warn)

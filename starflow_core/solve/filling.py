@@ -31,7 +31,7 @@ CHOICE_STREAM = 0xD1B54A32D192ED03  # moves a seed to the stream that decides wh
 
 
 @dataclass(frozen=True)
-class Filled:
+class Completed:
     """Latents (1, T, C, H, W) in flow space, the known ones as they were given, and for each frame the least effective
     number of particles in it: near 1 where few of them could explain what is known."""
 
@@ -47,7 +47,7 @@ def opening(particles: int, known: Tensor) -> int:
 @torch.no_grad()
 def fill_in(
     flow: Flow, latents: Tensor, known: Tensor, text: Tensor, uncond: Tensor | None = None, **options
-) -> Filled:
+) -> Completed:
     """Sample what isn't `known` (T, h, w), by tokens, of latents (1, T, C, H, W) in flow space, the model's noise
     included, under text (1, L, D). Options as of `Particles`. Raises NonFiniteError as `Sampler` does."""
     return Particles(flow, latents, known, text, uncond, **options).run()
@@ -99,7 +99,7 @@ class Particles:
         self.deep = torch.zeros_like(self.tokens, device=self.placement.deep[0])  # the same before the shallow blocks
         self.first, self.effective = 0, []  # the first frame of the window
 
-    def run(self) -> Filled:
+    def run(self) -> Completed:
         """All frames, then the particle that explains the known ones best."""
         if self.rows > self.particles:
             self._begin(1)
@@ -112,7 +112,7 @@ class Particles:
             self._slide(index)
             self._frame(index)
         best = int(self.weights.argmax())
-        return Filled(self.flow.latents(self.tokens[best : best + 1], self.grid), self.effective)
+        return Completed(self.flow.latents(self.tokens[best : best + 1], self.grid), self.effective)
 
     # The window
 
