@@ -60,6 +60,7 @@ def fill(
     """
     config = pipeline.config
     check_text(prompt)
+    check_text(negative)
     mask, known, job = filling_job(
         config, pixels, mask, particles, fps=fps, guidance=guidance, seed=seed, window=window, keep=keep, solver=solver
     )  # fmt: skip

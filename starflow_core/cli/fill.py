@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..jobs import memory
 from ..jobs.masks import checked_mask, outpainted
 from ..jobs.planner import MemoryPlan
+from ..jobs.prompts import check_text
 from ..jobs.tasks import Means
 from ..media import VideoWriter, check_writable, read_video
 from .invert import Source
@@ -33,13 +34,12 @@ def fill(args: Namespace) -> None:
     check_tile(args.tile)
     if not (args.mask or args.outpaint or args.missing):
         raise InputError("nothing is to be filled; give --mask, --outpaint or --missing")
-    settings = {"fps": None, "solver": solver(args), **chosen(args, "seed", "guidance", "window", "keep")}
+    check_text(args.negative)
+    numbers = chosen(args, "guidance", "window", "keep")
     setup = Setup.find(args)
-    source = Source.read(
-        args, setup, lambda pixels: with_mask(args, pixels), **chosen(args, "guidance", "window", "keep")
-    )
+    source = Source.read(args, setup, lambda pixels: with_mask(args, pixels), solver=solver(args), **numbers)
     pixels, mask = source.pixels[:, :3], (source.pixels[:, 3] > -1 + 1e-3).float()
-    settings["fps"] = source.fps
+    settings = {"fps": source.fps, "seed": args.seed, "solver": source.job.solver, **numbers}
     _, known, job = filling_job(setup.config, pixels, mask, args.particles, **settings)
     need = forecast_fill(setup.config, job, setup.dtype, particles=args.particles, known=known)
     need = setup.parts.with_others(need, job, setup.dtype, args.tile)
@@ -99,7 +99,7 @@ def _metadata(args: Namespace, source: Source, found: Filled, mask: Tensor) -> d
         "seed": args.seed,
         **{name: getattr(job, name) for name in ("guidance", "height", "width", "frames", "fps", "window", "keep")},
         "effective": [round(n, 2) for n in found.effective],
-        "solver": asdict(solver(args)),
+        "solver": asdict(job.solver),
         "model": source.setup.config.name,
         "version": __version__,
     }

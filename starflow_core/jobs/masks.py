@@ -66,11 +66,11 @@ def stand_in(pixels: Tensor, mask: Tensor) -> Tensor:
 
 def outpainted(pixels: Tensor, left: int, top: int, right: int, bottom: int) -> tuple[Tensor, Tensor]:
     """A clip (F, 3, H, W) with so many pixels added on each side, and the mask (F, H, W) of those. Raises InputError
-    for a margin below 0."""
+    for a margin below 0, or wider than the picture."""
     margins = {"left": left, "top": top, "right": right, "bottom": bottom}
-    for side, margin in margins.items():
-        if margin < 0:
-            raise InputError(f"the margin on the {side} is {margin} pixels; the minimum is 0")
+    for (side, margin), most in zip(margins.items(), 2 * pixels.shape[:-3:-1], strict=True):
+        if not 0 <= margin <= most:
+            raise InputError(f"the margin on the {side} is {margin} pixels; give 0 to {most}, the side of the picture")
     around = (left, right, top, bottom)
     mask = torch.zeros(len(pixels), *pixels.shape[-2:])
     return F.pad(pixels, around), F.pad(mask, around, value=1.0)

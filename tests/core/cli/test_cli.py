@@ -835,6 +835,7 @@ def test_fill_a_picture_with_an_image_model(run, masks, image_model):
     ("--mask {given}/black.png", "the mask is empty"),
     ("--mask {given}/white.png", "no cell of 16 x 16 pixels wholly known"),
     ("--mask missing.png", "missing.png: no such file"),
+    ("--outpaint 0,0,33,0", "the margin on the right is 33 pixels; give 0 to 32"),
     ("--missing 3-9", "frames 3 to 9 are missing, but the clip's are 0 to 8"),
     ("--missing 4-3", "frames 4 to 3 are missing"),
     ("--missing 0-8", "no cell of 16 x 16 pixels wholly known"),

@@ -101,3 +101,8 @@ def test_outpainting_masks_what_is_added():
     assert not mask[:, 2:18, 1:17].any()
     with pytest.raises(InputError, match="the margin on the top is -2 pixels"):
         outpainted(pixels, 1, -2, 3, 4)
+    wide = torch.zeros(1, 3, 8, 16)
+    outpainted(wide, 16, 8, 16, 8)
+    for margins, words in (((17, 0, 0, 0), "left is 17 .* 0 to 16"), ((0, 0, 0, 9), "bottom is 9 .* 0 to 8")):
+        with pytest.raises(InputError, match=words):
+            outpainted(wide, *margins)
