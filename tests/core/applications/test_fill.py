@@ -123,6 +123,10 @@ def test_particles_take_memory_and_too_many_are_refused_before_any_work(demo, mo
     _, known, job = filling_job(demo.config, pixels, mask)
     few, many = (forecast_fill(demo.config, job, torch.float32, particles=n, known=known).total for n in (2, 16))
     assert many > 6 * few - memory.forecast(demo.config, job, torch.float32).weights * 6
+    frames = torch.ones_like(known)
+    frames[3] = False  # no seam in the first frame
+    few, many = (forecast_fill(demo.config, job, torch.float32, particles=n, known=frames).cache for n in (2, 16))
+    assert many == 8 * few
     assert known_cells(demo.config, mask.expand(33, -1, -1) > 0).equal(known)
     monkeypatch.setattr(type(demo), "encode_clip", None)
     with pytest.raises(OutOfMemoryForecast, match="filling this"):

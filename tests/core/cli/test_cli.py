@@ -815,6 +815,7 @@ def test_fill_missing_frames_and_around(run, masks):
     run("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4", "--particles", 2, "-o", "missing/")
     made = pixels("missing/")
     assert torch.equal(made[[0, 5, 6, 7, 8]], source[[0, 5, 6, 7, 8]])
+    assert all(not torch.equal(made[i], source[i]) for i in range(1, 5))
     assert read_metadata("missing/")["missing"] == "1-4"
     words = ("fill", masks / "clip.mp4", PROMPT, "--outpaint", "16,0,0,32", "--height", 64, "--width", 48)
     run(*words, "--particles", 2, "-o", "around/")

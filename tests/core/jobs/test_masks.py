@@ -78,7 +78,7 @@ def test_what_stands_in_goes_on_with_what_is_around():
     pixels[:, 0, :, :16] = torch.linspace(-1, 1, 5).view(-1, 1, 1)
     mask = torch.zeros(5, 16, 32, dtype=torch.bool)
     mask[:, :, 16:] = True
-    mask[2] = True
+    mask[2:4] = True
     filled = stand_in(pixels, mask)
     expected = torch.linspace(-1, 1, 5).view(-1, 1, 1).expand(5, 16, 32)
     assert torch.allclose(filled[:, 0], expected, atol=1e-5)
