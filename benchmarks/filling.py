@@ -104,7 +104,7 @@ WAYS: dict[str, Make] = {"filled": filled, "pasted": pasted}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--clips", type=int, default=48)
+    parser.add_argument("--clips", type=int, default=48, help="(default: 48)")
     parser.add_argument("--json", type=Path, help="parts of an earlier run that aren't run again stay in it")
     options = parser.parse_args()
     pipeline, results = load_pipeline(device="cpu"), {}
