@@ -155,6 +155,11 @@ def _tokens(config: FlowConfig, side: Fraction) -> int:
     return max(1, floor(side / config.cell + Fraction(1, 2))) * config.cell
 
 
+def decoded(vae, latents, tile_size: int = 0):
+    """Frames (B, F, H, W, 3) in 0..1 of the host's latents."""
+    return torch.cat(list(_stream(vae, latents, tile_size)), 1)
+
+
 def _stream(vae, latents, tile_size: int):
     """Frames (B, f, H, W, 3); a VAE from core's loader decodes in one piece."""
     from .vae import HostVAE

@@ -217,8 +217,7 @@ class STARFlowSampler(io.ComfyNode):
         window: int = 0, keep: int = 0, options=None, noise=None, keep_at_change: int = 1,
         change_kept: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
-        if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
-            raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
+        check_guidance(guidance)
         flow = model.model
         given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         given |= {"solver": settings} if settings else {}
@@ -241,6 +240,12 @@ class STARFlowSampler(io.ComfyNode):
 
 
 NODES = [STARFlowJacobiSettings, STARFlowSampler]
+
+
+def check_guidance(guidance: float) -> None:
+    """Raise InputError unless it is one, or stands for the model's own."""
+    if not (0 <= guidance < math.inf or guidance == OWN_GUIDANCE):
+        raise InputError(f"guidance is {guidance:g}; 0 is off, {OWN_GUIDANCE:g} uses the model's own value")
 
 
 def _job(config: FlowConfig, samples: torch.Tensor, noise: Noise | None, seed: int, **settings) -> Job:

@@ -298,16 +298,17 @@ class Parts:
     ) -> memory.Forecast:  # fmt: skip
         """What a job needs with all parts on one device; `tile` is the VAE's when decoding."""
         need = memory.forecast(self.config, job, dtype, means or Means(self.in_int8))
-        return self._with_others(need, job, dtype, tile, keep_text_encoder)
+        return self.with_others(need, job, dtype, tile, keep_text_encoder)
 
     def forecast_encode(self, job: Job, dtype: torch.dtype) -> memory.Forecast:
         """What encoding such a job's clip to noise needs."""
         need = memory.forecast_encode(self.config, job, dtype, Means(self.in_int8))
-        return self._with_others(need, job, dtype)
+        return self.with_others(need, job, dtype)
 
-    def _with_others(
+    def with_others(
         self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text: bool = False
     ) -> memory.Forecast:
+        """A flow's need, with text encoder and VAE on the same device."""
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
         return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)

@@ -183,6 +183,40 @@ def _reprompt(command: argparse.ArgumentParser) -> None:
     _add_video_output(command)
 
 
+def _fill(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Fills parts of a picture or clip, what is around it, or missing frames. Everything else stays as it is, to "
+        "the bit in .png and folders of pictures. Give --mask, --outpaint or --missing, or several of them."
+    )
+    command.add_argument("input", metavar="INPUT", help="picture or clip; it is scaled to cover the size, then cropped")
+    command.add_argument("prompt", metavar="PROMPT", help="what all of the result shows, known parts included")
+    command.add_argument(
+        "--mask", metavar="FILE",
+        help="picture, or clip with as many frames, of the input's size: black stays, anything brighter is filled",
+    )  # fmt: skip
+    command.add_argument(
+        "--outpaint", type=_margins, metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels of the input to add on each side"
+    )
+    command.add_argument(
+        "--missing", type=_frame_range, metavar="FIRST-LAST", help="frames to fill, counted from 0; both included"
+    )
+    command.add_argument("--frames", type=_positive, metavar="N", help="use only the first N frames")
+    command.add_argument("--fps", type=_rate, metavar="RATE", help="frames per second (default: the clip's)")
+    _add_size(command)
+    command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
+    command.add_argument("--guidance", type=float, metavar="W", help="(default: the model's own)")
+    command.add_argument(
+        "--particles", type=_positive, default=8, metavar="N",
+        help="samples that go side by side: the more, the better it fits, the longer it takes (default: 8)",
+    )  # fmt: skip
+    command.add_argument("--seed", type=whole, default=0, help="determines the noise (default: 0)")
+    command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once in a long clip")
+    command.add_argument("--keep", type=whole, metavar="N", help="latent frames kept when the window slides")
+    _add_solver(command, "balanced")
+    _add_model(command)
+    _add_video_output(command)
+
+
 def _score(command: argparse.ArgumentParser) -> None:
     command.description += (
         " Scores the latents without adding noise, though the flow was trained on noisy ones. A token's surprise is "
@@ -230,6 +264,7 @@ COMMANDS = {
     "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
     "mix": ("invert", _mix, "vary a noise, or mix two"),
     "reprompt": ("reprompt", _reprompt, "change a clip by another prompt for its noise"),
+    "fill": ("fill", _fill, "fill parts of a picture or clip, what is around it, or missing frames"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),
@@ -325,6 +360,19 @@ def _positive(text: str) -> int:
     if not 1 <= value <= 10**9:
         raise argparse.ArgumentTypeError(f"{text} is not a whole number from 1 to {10**9}")
     return value
+
+
+def _margins(text: str) -> tuple[int, ...]:
+    if not re.fullmatch(r"[0-9]{1,5}(,[0-9]{1,5}){3}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not LEFT,TOP,RIGHT,BOTTOM in pixels, such as 0,0,32,0")
+    return tuple(map(int, text.split(",")))
+
+
+def _frame_range(text: str) -> tuple[int, int]:
+    if not re.fullmatch(r"[0-9]{1,7}-[0-9]{1,7}", text):
+        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not FIRST-LAST, such as 9-20")
+    first, last = map(int, text.split("-"))
+    return first, last
 
 
 def _bytes(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +182,11 @@ class Source:
         return self.setup.load(meter), Control(meter.encoding, warn=warn)
 
     @classmethod
-    def read(cls, args: Namespace, setup: Setup, **settings) -> Source:
-        """Checks everything before a model is loaded, memory included. Settings are the job's."""
+    def read(
+        cls, args: Namespace, setup: Setup, change: Callable[[Tensor], Tensor] = lambda pixels: pixels, **settings
+    ) -> Source:  # fmt: skip
+        """Checks everything before a model is loaded, memory included. Settings are the job's; `change` is done to the
+        frames that are used, before they are fitted."""
         check_text(args.prompt)
         config, latent = setup.config, setup.config.latent
         longest = latent.frames(settings.get("window") or max(config.window, 1))
@@ -196,14 +200,15 @@ class Source:
                 "to invert it window by window"
             )
         frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
-        height, width = chosen_size(config, clip.pixels, **size_options(args))
+        pixels = change(clip.pixels[:frames])
+        height, width = chosen_size(config, pixels, **size_options(args))
         rate = args.fps or clip.fps
         given = {"height": height, "width": width, "frames": frames, **({"fps": float(rate)} if rate else {})}
         job = default_job(config, **given, **settings)
         setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
         if frames < found:
             warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
-        return cls(setup, fit(clip.pixels[:frames], height, width), job)
+        return cls(setup, fit(pixels, height, width), job)
 
 
 def _print_likelihood(found: Noise | Surprise) -> None:

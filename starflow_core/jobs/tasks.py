@@ -279,7 +279,7 @@ class Generation:
         """All latents at once: (B, C, T, h, w) in VAE space."""
         sampled = self._sampled()
         hidden = self.layout.hidden
-        return self._convert(self._denoised(sampled)[:, hidden:], hidden)
+        return self._convert(self.denoised(sampled)[:, hidden:], hidden)
 
     def stream(self) -> Iterator[Piece]:
         """Pieces as they are made. The final ones come in order and add up to what `run` returns; if frames are
@@ -306,7 +306,7 @@ class Generation:
             sampled.append(frames)
             yield from self._piece(first, frames, False)
             first += frames.shape[1]
-        yield from self._piece(0, self._denoised(torch.cat(sampled, 1)), True)
+        yield from self._piece(0, self.denoised(torch.cat(sampled, 1)), True)
 
     def _sampled(self) -> Tensor:
         with self._falling_back():
@@ -392,7 +392,8 @@ class Generation:
         drawn = noise.draw_context(self.job.seed, self.job.batch, self.layout.given, self.layout.shape)
         return self.given + self.flow.config.noise_std * drawn.to(self.given)
 
-    def _denoised(self, latents: Tensor) -> Tensor:
+    def denoised(self, latents: Tensor) -> Tensor:
+        """Sampled frames (B, T, C, h, w) of the deep sequence in flow space, without noise if the job denoises."""
         if not self.job.denoise:
             return latents
         if self._learned:

@@ -97,6 +97,12 @@ class Cache:
         self.settled = boundary
         return lambda layer: partial(self._attend, layer, start)
 
+    def take(self, rows: Tensor) -> None:
+        """Go on with these rows (rows,), which may repeat."""
+        assert not self.settings.in_groups, "settled slots are elsewhere"
+        for layer in self.recent.unbind(1):  # one at a time, which takes the least beside the cache
+            layer.copy_(layer[:, rows.to(layer.device)])
+
     def horizon(self, start: int) -> int:
         """Slots from this one on have to be evaluated again once the slots between `start` and it have settled."""
         return self._boundary(start) + GROUP if self.settings.in_groups else self.shape.slots

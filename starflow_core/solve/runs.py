@@ -92,6 +92,13 @@ class DeepRun:
     def horizon(self, start: int) -> int:
         return self.runs[0].horizon(start)
 
+    def take(self, rows: Tensor) -> None:
+        """Go on with these elements (n,) of the batch, in this order; n is as it was. Only for caches that keep all in
+        the compute type."""
+        for run in self.runs:
+            size = run.cache.shape.rows // self.copies
+            run.cache.take(torch.cat([rows + copy * size for copy in range(self.copies)]))
+
     def fill(self, text: Tensor, uncond: Tensor | None) -> None:
         """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
         rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.both else text

@@ -141,7 +141,7 @@ class Sampler:
             pass
         tokens = torch.cat(self._tokens[len(self._latents) :], 1).to(self.placement.shallow)
         done = [latents.to(self.placement.shallow) for latents in self._latents]
-        latents = torch.cat([*self._context(), *done, self._shallow(tokens, self.given + len(done))], 1)
+        latents = torch.cat([*self._context(), *done, self.through_shallow(tokens, self.given + len(done))], 1)
         return Sample(latents, self.statistics)
 
     def stream(self, first: int = 0) -> Iterator[Tensor]:
@@ -152,7 +152,7 @@ class Sampler:
         yield from (latents.to(self.placement.shallow) for latents in self._latents[done:])
         for index in self._solved():
             tokens = self._tokens[index].to(self.placement.shallow)
-            latents = self._shallow(tokens, self.given + index)
+            latents = self.through_shallow(tokens, self.given + index)
             self._latents.append(latents.cpu())
             yield latents
 
@@ -244,7 +244,7 @@ class Sampler:
             self.statistics.deep_evaluations += 1
             yield settled, 0.0
 
-    def _shallow(self, tokens: Tensor, first: int) -> Tensor:
+    def through_shallow(self, tokens: Tensor, first: int) -> Tensor:
         """Invert the shallow blocks of frames (B, n, N, c) from frame `first` on; latents (B, n, C, H, W)."""
         frames = tokens.shape[1]
         for block in reversed(self.flow.shallow):

@@ -109,7 +109,7 @@ FAULTS = [
     Fault(f"{JOBS}/pace.py", "rows = job.batch * (2 if job.guidance else 1)", "rows = job.batch",
           "guidance costs no time", "tests/core/jobs/test_pace.py"),
     Fault(f"{JOBS}/planner.py", "text_away=True)", "text_away=False)", "the text encoder stays", PLANNER),
-    Fault(f"{JOBS}/tasks.py", "yield from self._piece(0, self._denoised(torch.cat(sampled, 1)), True)",
+    Fault(f"{JOBS}/tasks.py", "yield from self._piece(0, self.denoised(torch.cat(sampled, 1)), True)",
           "yield from self._piece(0, torch.cat(sampled, 1), True)", "in turn, nothing is denoised", PLANNER),
     Fault(f"{JOBS}/planner.py", "caches[-1:] if away or streamed else caches", "caches",
           "a host moves weights for a cache that could be smaller", PLANNER),

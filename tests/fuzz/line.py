@@ -33,6 +33,20 @@ BASE = {
     "convert": ("convert", "{flow}", "a.safetensors", "--dtype", "fp16"),
     "encode": ("encode", "{clip}", *SMALL, "--prompt", "a ring", "-o", "a.safetensors"),
     "decode": ("decode", "{noise}", "--preset", "fast", "--quality", "50", "-o", "a.webm"),
+    "fill": (
+        "fill",
+        "{clip}",
+        "a ring",
+        *SMALL,
+        "--frames",
+        "5",
+        "--missing",
+        "1-4",
+        "--particles",
+        "2",
+        "-o",
+        "a.gif",
+    ),
     "score": ("score", "{clip}", *SMALL, "--frames", "5", "--json"),
     "score a choice": ("score", "{clip}", *SMALL, "--frames", "5", "--map", "a.gif", "--choose", "a ring", "a square"),
 }
@@ -43,6 +57,7 @@ GOOD = {
     "--prompt": ("a square",), "--image": ("{picture}",), "--last-image": ("{picture}",), "--video": ("{clip}",),
     "--task": ("edit", "extend"), "--preset": ("fast", "exact"), "--solver": ("autoregressive",), "--tile": ("4", "8"),
     "--model": ("{flow}",), "-o": ("a.gif", "a.png", "full/", "b.safetensors", "dangling.mp4", "linked/"),
+    "--mask": ("{picture}",), "--outpaint": ("0,16,16,0",), "--missing": ("1-4",),
     "--map": ("a.png", "a.webp", "full/", "dangling.mp4"), "--choose": ("a ring", "a square"), "--best-of": ("2", "3"),
     "--output": ("a.webp", "frames/%05d.jpg", "full.safetensors", "dangling.safetensors"),
 }  # fmt: skip
@@ -54,7 +69,7 @@ WRONG = (
     "\U0001f642.png", "{clip}", "{picture}", "{noise}", "{flow}", "dangling.mp4", "dangling.safetensors", "linked/",
     "linked.mp4", "linked.safetensors", "full/", "full.safetensors", "edit", "extend",
 )  # fmt: skip
-LONG = dict.fromkeys(("--frames", "--batch", "--best-of"), ("4097", "99999"))  # minutes of honest work
+LONG = dict.fromkeys(("--frames", "--batch", "--best-of", "--particles"), ("4097", "99999"))  # minutes of honest work
 LONGEST = 120  # seconds of a case: behind "--" each of the other words is a prompt of a clip
 
 

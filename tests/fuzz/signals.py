@@ -39,6 +39,7 @@ COMMANDS = {
     "convert": ("starflow_core", "convert", str(BUNDLED / FLOW_FILE), "{folder}/out.safetensors", "--overwrite"),
     "encode": ("starflow_core", "encode", "{source}", "-o", "{folder}/out.safetensors"),
     "decode": ("starflow_core", "decode", "{noise}", "-o", "{folder}/out.mp4"),
+    "fill": ("starflow_core", "fill", "{source}", PROMPT, *SIZE[:4], "--missing", "1-4", "-o", "{folder}/out.mp4"),
     "score": ("starflow_core", "score", "{source}"),
     "training": ("starflow_core.training", "--scale", "1e-9", "--work", "{folder}/work", "--output", "{folder}/out"),
 }

@@ -39,13 +39,22 @@ def long_nodes(monkeypatch, tmp_path, demo, clip):
             positive=pair[0],
             negative=pair[1],
         ),
+        "fill in": lambda: run(
+            "STARFlowFillIn",
+            model=demo.model,
+            positive=pair[0],
+            negative=pair[1],
+            images=clip,
+            mask=(torch.arange(96) < 30).float().expand(1, 96, 96),
+            **given,
+        ),
         "combine": lambda: run("STARFlowVideoCombine", images=clip, filename_prefix="c"),
     }
 
 
 NAMES = [
     "load", "sample", "decode", "core's decode", "first frame", "last frame", "extend", "edit", "invert", "likelihood",
-    "edit by inversion", "combine",
+    "edit by inversion", "fill in", "combine",
 ]  # fmt: skip
 
 

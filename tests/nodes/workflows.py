@@ -32,7 +32,7 @@ TITLE, EDGE, LANE = 30, 20, 24  # of a node; around a group's nodes; between two
 GROUPS = {  # by the last kind of node that a group holds, from left to right
     "Loaders": ("#8899a6", ("STARFlowLoadModel", "STARFlowLoadTextEncoder", "STARFlowLoadVAE")),
     "Size, input and prompt": ("#5b9bd5", ("STARFlowTextEncode",)),
-    "Sampling": ("#d0a04a", ("STARFlowSampler", "STARFlowEditByInversion")),
+    "Sampling": ("#d0a04a", ("STARFlowSampler", "STARFlowEditByInversion", "STARFlowFillIn")),
     "Result": ("#6fbf73", ()),
 }
 HUB = "https://huggingface.co"
@@ -305,6 +305,7 @@ SHOWN = {  # pictures and lines of text
     "LoadImage": 340, "LoadVideo": 340, "PreviewImage": 260, "SaveImage": 300, "PreviewAny": 140,
     "STARFlowEmptyLatent": 50, "STARFlowTextEncode": 150, "STARFlowSampler": 280, "STARFlowVAEDecode": 280,
     "STARFlowVideoCombine": 340, "STARFlowInvert": 50, "STARFlowEditByInversion": 50, "STARFlowLikelihood": 50,
+    "STARFlowFillIn": 50,
 }  # fmt: skip
 
 
@@ -581,6 +582,24 @@ def surprise() -> Graph:
     return parts.graph
 
 
+def fill_in() -> Graph:
+    parts = Parts.of(
+        "**Fill in.** The right half of the clip in Load Video is masked, and filled as the prompt says. The other "
+        "half stays as it is. "
+        + INPUT
+        + "\n\nThe mask is the transparent part of the picture in Load Image: draw your own in its mask editor, over a "
+        "picture of the clip's size. The prompt has to describe all of the clip, known parts included."
+    )
+    source, mask = parts.frames("starflow_red_circle.mp4"), parts.picture("starflow_mask.png", "Mask")
+    latent = parts.latent(frames=17)
+    text = parts.prompt("a red circle moving right on a black background", latent)
+    filled = parts.flowed(
+        "STARFlowFillIn", text, latent, images=(source, "images"), mask=(mask, "MASK"), vae=(parts.vae, "vae"), seed=1
+    )  # fmt: skip
+    parts.combined(filled, "fill")
+    return parts.graph
+
+
 def text_to_image_3b() -> Graph:
     parts = Parts.of(
         "**Text to image with Apple's 3B checkpoint**, which is for research only. Put three files under the names in "
@@ -609,7 +628,7 @@ EXAMPLES = {
     function.__name__: function
     for function in (
         text_to_image, text_to_video, image_to_video, video_edit, extend, first_and_last_frame, long_video,
-        prompts_that_change, convergence_study, variations, another_prompt, edit_by_inversion, surprise,
+        prompts_that_change, convergence_study, variations, another_prompt, edit_by_inversion, surprise, fill_in,
     )
 }  # fmt: skip
 REAL_WEIGHTS = {"text_to_image_3b": text_to_image_3b}  # examples that need files which don't come with the pack

@@ -30,6 +30,7 @@ EXPECTED = {  # frames of each saved clip, and what its prompt says
     "another_prompt": {"prompt": (17, "red", "right")},
     "edit_by_inversion": {"edit-by-inversion": (17, "green", "right")},
     "surprise": {"surprise": (17, None, None)},
+    "fill_in": {"fill": (17, "red", "right")},
 }
 
 

@@ -42,6 +42,9 @@ FLAGS = {
     "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span max-sweeps model "
     "negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance vae "
     "was width",
+    "fill": "aspect device dtype first-span fps frames guidance height image-span keep mask max-sweeps missing model "
+    "negative outpaint output particles preset quality seed shallow-tolerance size solver span text-encoder tile "
+    "tolerance vae width window",
     "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
     "quality shallow-tolerance solver span text-encoder tile tolerance vae",
     "score": "aspect choose device dtype fps frames height json keep map model prompt size text-encoder vae width "
@@ -776,6 +779,75 @@ def test_reprompt(run, given, hold):
     assert found["guidance"] == {"clip": 0.0, "first-frame": 3.0}[hold]
     run(*words, "--strength", 0, "-o", "other.mp4")
     assert (read_metadata("other.mp4")["noise"][-1].startswith("varied by 1")) == (hold == "clip")
+
+
+@pytest.fixture(scope="module")
+def masks(given):
+    """Masks of the clip: its right half, one frame, and some that don't fit."""
+    half = torch.full((9, 3, 32, 32), -1.0)
+    half[..., 16:] = 1
+    write_video(given / "half.png", half[:1], 0)
+    write_video(given / "halves.gif", half, 12)
+    write_video(given / "few.gif", half[:4], 12)
+    write_video(given / "black.png", half[:1] * 0 - 1, 0)
+    write_video(given / "white.png", half[:1] * 0 + 1, 0)
+    write_video(given / "small.png", half[:1, :, :16], 0)
+    return given
+
+
+@pytest.mark.parametrize("mask", ["half.png", "halves.gif"])
+def test_fill_by_a_mask(run, masks, mask):
+    words = ("fill", masks / "clip.mp4", PROMPT, "--mask", masks / mask, "--particles", 2)
+    out = run(*words, "--seed", 3, "-o", "filled/")
+    assert out[0] == "filled/"
+    assert re.fullmatch(r"effective particles by latent frame: [\d.]+, [\d.]+, [\d.]+", out[1])
+    made, source = pixels("filled/"), pixels(masks / "clip.mp4")
+    assert torch.equal(made[..., :16], source[..., :16])
+    assert not torch.equal(made[..., 16:], source[..., 16:])
+    found = read_metadata("filled/")
+    assert (found["task"], found["prompt"], found["seed"], found["particles"]) == ("fill", PROMPT, 3, 2)
+    assert (found["filled"], found["fps"], len(found["effective"])) == (0.5, 12, 3)
+    assert "task           fill" in run("inspect", "filled/")
+    run(*words, "--seed", 4, "-o", "other/")
+    assert not torch.equal(pixels("other/"), made)
+
+
+def test_fill_missing_frames_and_around(run, masks):
+    source = pixels(masks / "clip.mp4")
+    run("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4", "--particles", 2, "-o", "missing/")
+    made = pixels("missing/")
+    assert torch.equal(made[[0, 5, 6, 7, 8]], source[[0, 5, 6, 7, 8]])
+    assert all(not torch.equal(made[i], source[i]) for i in range(1, 5))
+    assert read_metadata("missing/")["missing"] == "1-4"
+    words = ("fill", masks / "clip.mp4", PROMPT, "--outpaint", "16,0,0,32", "--height", 64, "--width", 48)
+    run(*words, "--particles", 2, "-o", "around/")
+    assert torch.equal(pixels("around/")[:, :, :32, 16:], source)
+    assert read_metadata("around/")["filled"] == pytest.approx(1 - 32 * 32 / (64 * 48), abs=1e-4)
+
+
+def test_fill_a_picture_with_an_image_model(run, masks, image_model):
+    run("fill", masks / "picture.png", "a boat", "--mask", masks / "half.png", "--particles", 2, "-o", "a.png",
+        "--height", 32, "--width", 32, *image_model)  # fmt: skip
+    assert torch.equal(pixels("a.png")[..., :16], pixels(masks / "picture.png")[..., :16])
+
+
+@pytest.mark.parametrize(("words", "message"), [
+    ("", "nothing is to be filled; give --mask, --outpaint or --missing"),
+    ("--mask {given}/small.png", "the mask is of 32 x 16, the frames are 32 x 32"),
+    ("--mask {given}/few.gif", "the mask has 4 frames, the clip 9"),
+    ("--mask {given}/black.png", "the mask is empty"),
+    ("--mask {given}/white.png", "no cell of 16 x 16 pixels wholly known"),
+    ("--mask missing.png", "missing.png: no such file"),
+    ("--outpaint 0,0,33,0", "the margin on the right is 33 pixels; give 0 to 32"),
+    ("--missing 3-9", "frames 3 to 9 are missing, but the clip's are 0 to 8"),
+    ("--missing 4-3", "frames 4 to 3 are missing"),
+    ("--missing 0-8", "no cell of 16 x 16 pixels wholly known"),
+    ("--missing 3-4 --guidance -2", "guidance is -2"),
+    ("--missing 3-4 --particles 900000", "filling this needs about"),
+    ("--missing 3-4 -o a.png", "a.png: .png takes one picture, not 9"),
+])  # fmt: skip
+def test_fill_refuses(refused, masks, words, message):
+    refused("fill", masks / "clip.mp4", PROMPT, *words.format(given=masks).split(), err=message)
 
 
 def test_score(run, given):

@@ -149,7 +149,7 @@ def test_nan_in_a_shallow_block_names_the_clips_frame():
     sampler = Sampler(flow, models.randn(1, 3, 4, 3, 3), models.text(flow))
     flow.blocks[0].proj_out.bias.data[0] = float("nan")
     with pytest.raises(NonFiniteError, match="block 0: batch element 0, latent frame 2"):
-        sampler._shallow(models.randn(1, 1, 9, 4), first=2)
+        sampler.through_shallow(models.randn(1, 1, 9, 4), first=2)
 
 
 def test_nan_in_latents_names_the_token():

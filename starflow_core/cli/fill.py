@@ -1,0 +1,105 @@
+"""`fill`: parts of a picture or clip, what is around it, or missing frames."""
+
+from __future__ import annotations
+
+import time
+from argparse import Namespace
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import __version__
+from ..applications.fill import Filled, filling_job, forecast_fill
+from ..applications.fill import fill as make
+from ..control import Control
+from ..errors import InputError
+from ..jobs import memory
+from ..jobs.masks import checked_mask, outpainted
+from ..jobs.planner import MemoryPlan
+from ..jobs.prompts import check_text
+from ..jobs.tasks import Means
+from ..media import VideoWriter, check_writable, read_video
+from .invert import Source
+from .progress import Meter, warn
+from .settings import Setup, check_tile, chosen, default_output, slug, solver, tell_plan, warn_of_cut
+
+BLACK = 0.1  # of 2: darker pixels of a mask stay, although a .jpg or .mp4 may have blurred its black
+
+
+def fill(args: Namespace) -> None:
+    """Check everything, fill the source in, and write it."""
+    began = time.monotonic()
+    check_tile(args.tile)
+    if not (args.mask or args.outpaint or args.missing):
+        raise InputError("nothing is to be filled; give --mask, --outpaint or --missing")
+    check_text(args.negative)
+    numbers = chosen(args, "guidance", "window", "keep")
+    setup = Setup.find(args)
+    source = Source.read(args, setup, lambda pixels: with_mask(args, pixels), solver=solver(args), **numbers)
+    pixels, mask = source.pixels[:, :3], (source.pixels[:, 3] > -1 + 1e-3).float()
+    settings = {"fps": source.fps, "seed": args.seed, "solver": source.job.solver, **numbers}
+    _, known, job = filling_job(setup.config, pixels, mask, args.particles, **settings)
+    need = forecast_fill(setup.config, job, setup.dtype, particles=args.particles, known=known)
+    need = setup.parts.with_others(need, job, setup.dtype, args.tile)
+    setup.require(need, "filling this")
+    output = args.output or default_output(f"{Path(args.input).stem}-{slug(args.prompt)}", job.frames)
+    check_writable(output, job.frames)
+    tell_plan(MemoryPlan(Means(setup.parts.in_int8), need, memory.free(setup.device)))
+    with Meter() as meter:
+        pipeline = setup.load(meter)
+        control = Control(meter.sampling(job.frames), warn=warn)
+        found = make(
+            pipeline, pixels, mask, args.prompt, negative=args.negative, particles=args.particles, control=control,
+            tile=args.tile, **settings,
+        )  # fmt: skip
+    warn_of_cut(args.prompt, found.cut, setup.config)
+    with VideoWriter(output, job.fps, _metadata(args, source, found, mask), args.quality) as writer:
+        writer.add(found.pixels)
+    print(output)
+    print(f"effective particles by latent frame: {', '.join(f'{n:.1f}' for n in found.effective)}")
+    print(f"{time.monotonic() - began:.1f} s")
+
+
+def with_mask(args: Namespace, pixels: Tensor) -> Tensor:
+    """A clip (F, 4, H, W) with its mask as a fourth channel, from -1 to 1, so that it is fitted as the pixels are."""
+    mask = torch.zeros(len(pixels), *pixels.shape[-2:])
+    if args.mask:
+        drawn = (read_video(args.mask, len(pixels) + 1).pixels.mean(1) > BLACK - 1).float()
+        if len(drawn) > len(pixels) > 1:
+            warn(f"only the first {len(pixels)} frames of {args.mask} are used")
+            drawn = drawn[:-1]
+        mask = checked_mask(drawn, pixels).float()
+    if args.missing:
+        first, last = args.missing
+        if not first <= last < len(pixels):
+            raise InputError(
+                f"frames {first} to {last} are missing, but the clip's are 0 to {len(pixels) - 1}; give FIRST-LAST"
+            )
+        mask[first : last + 1] = 1
+    pixels, margins = outpainted(pixels, *(args.outpaint or (0, 0, 0, 0)))
+    around = torch.nn.functional.pad(mask, [args.outpaint[i] for i in (0, 2, 1, 3)]) if args.outpaint else mask
+    return torch.cat((pixels, torch.maximum(around, margins).unsqueeze(1) * 2 - 1), 1)
+
+
+def _metadata(args: Namespace, source: Source, found: Filled, mask: Tensor) -> dict:
+    """What it takes to make the result again."""
+    job = source.job
+    return {
+        "prompt": args.prompt,
+        "negative": args.negative,
+        "task": "fill",
+        "source": args.input,
+        "mask": args.mask or "",
+        "outpaint": ",".join(map(str, args.outpaint or ())),
+        "missing": "-".join(map(str, args.missing or ())),
+        "filled": round(float(mask.mean()), 4),
+        "particles": args.particles,
+        "seed": args.seed,
+        **{name: getattr(job, name) for name in ("guidance", "height", "width", "frames", "fps", "window", "keep")},
+        "effective": [round(n, 2) for n in found.effective],
+        "solver": asdict(job.solver),
+        "model": source.setup.config.name,
+        "version": __version__,
+    }
