@@ -33,6 +33,7 @@ SHOWN = {  # which example a help page's picture is from
     "noise": ("Noise",),
     "surprise": ("Likelihood",),
     "edit_by_inversion": ("EditByInversion",),
+    "fill_in": ("FillIn",),
 }  # fmt: skip
 
 
