@@ -160,8 +160,9 @@ class Reprompting:
         if self.wish.hold == "clip":
             found = self._noises()
         else:
+            texts = {"prompt": self.wish.prompt, "negative": self.wish.negative}
             jobs = (replace(self.job, seed=self.wish.seed + index) for index in range(self.wish.candidates))
-            found = (replace(fresh_noise(self.flow.config, job), prompt=self.wish.prompt) for job in jobs)
+            found = (replace(fresh_noise(self.flow.config, job), **texts) for job in jobs)
         for noise in found:
             yield Candidate(self._sampled(noise.noise, replace(self.job, seed=noise.seed or 0), noise.clean), noise)
 
