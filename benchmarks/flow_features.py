@@ -37,6 +37,7 @@ REPROMPT = {  # the options of each attribute
     "colour": {"candidates": 8},
     "direction": {"hold": "first-frame", "candidates": 4},
 }
+NO_CAPTION = ", first caption empty"
 STRENGTHS = (0.1, 0.2, 0.35, 0.5, 0.7, 1.0)
 
 
@@ -184,7 +185,8 @@ def measure(pipeline: Pipeline, part: str, count: int) -> tuple[list[dict], list
             fresh, trained = (said([row[name] for row in own]) for name in ("fresh", "trained"))
             words.append(f"{attribute}, right and near: fresh sample {fresh}, trained task {trained}")
     else:
-        rows = list(reprompted(pipeline, part, count, SEED, **REPROMPT[part]))
+        attribute = part.removesuffix(NO_CAPTION)
+        rows = list(reprompted(pipeline, attribute, count, SEED, part == attribute, **REPROMPT[attribute]))
         words = [_reprompted(rows)]
         if part == "direction":
             words.append(f"with {NEAR:g} pixels of room to move: {_reprompted([r for r in rows if r['room'] >= NEAR])}")
@@ -196,7 +198,7 @@ def _reprompted(rows: list[dict]) -> str:
     return f"{len(rows)} clips, right {right}, right and near {met}"
 
 
-PARTS = ("round trip", "variations", "interpolation", *REPROMPT, "without the flow")
+PARTS = ("round trip", "variations", "interpolation", *REPROMPT, f"kind{NO_CAPTION}", "without the flow")
 
 
 def main() -> None:
