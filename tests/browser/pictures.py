@@ -46,8 +46,17 @@ def thumbnail(files: list[Path]) -> Image.Image:
         frames = [clip[i] for clip in clips for i in (0, -1)]
     else:
         frames = [clip[0] for clip in clips[:4]]
+    frames = [_squared(frame) for frame in frames]
     rows = [np.concatenate(frames[i : i + 2], 1) for i in (0, 2)]
     return Image.fromarray(np.concatenate(rows)).resize((SIDE, SIDE), Image.Resampling.LANCZOS)
+
+
+def _squared(frame: np.ndarray) -> np.ndarray:
+    """A frame (H, W, 3) in the middle of a black square."""
+    height, width, _ = frame.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return np.pad(frame, ((top, side - height - top), (left, side - width - left), (0, 0)))
 
 
 def card(*lines: str) -> Image.Image:
