@@ -57,6 +57,7 @@ class STARFlowLikelihood(io.ComfyNode):
                 io.Mask.Output(display_name="surprise", tooltip="Where the surprise is above the threshold, by frame."),
                 io.Image.Output(display_name="overlay", tooltip="The surprise over the images, with its scale."),
                 io.String.Output(display_name="report", tooltip="The figures of each clip and frame."),
+                io.Latent.Output(display_name="best", tooltip="Of a batch the likeliest."),
             ],
             hidden=[io.Hidden.unique_id],
         )
@@ -74,7 +75,9 @@ class STARFlowLikelihood(io.ComfyNode):
         host.show(f"log-likelihood {likelihood:.2f} nats, {bits:.4f} bits per dimension", cls.hidden.unique_id)
         overlay = overlaid(pixels, torch.cat([clip.map for clip in clips]), UNIT)
         mask = torch.cat([clip.mask(threshold) for clip in clips])
-        return io.NodeOutput(likelihood, bits, mask, ((overlay + 1) / 2).movedim(1, -1), report)
+        best = max(range(len(clips)), key=lambda index: clips[index].log_likelihood)
+        kept = {**latent, "samples": samples[best : best + 1]}
+        return io.NodeOutput(likelihood, bits, mask, ((overlay + 1) / 2).movedim(1, -1), report, kept)
 
 
 NODES = [STARFlowLikelihood]

@@ -11,6 +11,7 @@ TESTS = {
     "conditioning": "tests/nodes/test_text.py tests/nodes/test_sampler.py tests/nodes/test_noise.py",
     "contexts": "tests/nodes/test_contexts.py",
     "latent": "tests/nodes/test_latent.py tests/nodes/test_vae.py tests/nodes/test_video.py",
+    "likelihood": "tests/nodes/test_likelihood.py",
     "loaders": f"tests/nodes/test_loaders.py tests/nodes/test_int8.py {CANCEL}",
     "edits": f"tests/nodes/test_edits.py {CANCEL}",
     "host": "tests/nodes",
@@ -28,6 +29,7 @@ def node(file: str, old: str, new: str, what: str) -> Fault:
 
 
 FAULTS = [
+    node("likelihood", "best = max(range", "best = min(range", "the least likely of a batch"),
     node("edits", "hold = HOLDS[context is not None]", "hold = HOLDS[0]", "a context's frame alone isn't held"),
     node("edits", "guidance if guidance >= 0 else None", "guidance", "the edit's own guidance isn't found"),
     node("edits", ".movedim(-1, 1).float().cpu() * 2 - 1", ".movedim(-1, 1).float().cpu()", "pixels are in 0..1"),

@@ -21,9 +21,12 @@ def samples(demo):
 
 
 def test_figures_of_a_batch(demo, samples):
-    both, bits, mask, overlay, report = likelihood(demo, samples)
+    both, bits, mask, overlay, report, best = likelihood(demo, samples)
     single = [likelihood(demo, {"samples": part})[0] for part in samples["samples"].split(1)]
     assert both == pytest.approx(sum(single) / 2, rel=1e-4)
+    assert torch.equal(best["samples"], samples["samples"].split(1)[single.index(max(single))])
+    turned = likelihood(demo, {"samples": samples["samples"].flip(0)})[5]
+    assert torch.equal(turned["samples"], best["samples"])
     assert bits == pytest.approx(-both / (3 * 16 * 6 * math.log(2)), rel=1e-4)
     assert mask.shape == (18, 32, 48)
     assert overlay.shape[0] == 18
