@@ -3,8 +3,9 @@
 Clips of 49 frames whose prompt changes after one second, in one attribute. A new direction is judged from the change
 on; the other attributes from half a second later, since the frames in between show one picture on its way to another.
 `colour unchanged` is the same with the kept frames left as they were. `loop` gives one picture as first and last frame,
-and measures how far the last frame's shape is from the first one's; `no loop` gives the first frame alone. Shares come
-with their 95 % interval (Wilson).
+and measures how far the last frame's shape is from the first one's; `no loop` gives the first frame alone. `loop by
+filling in` fills what is missing between the picture and itself, held for the last latent frame, and measures how far
+the shape jumps where the two meet. Shares come with their 95 % interval (Wilson).
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from benchmarks.adherence import prompt, scenes
 from benchmarks.flow_features import changed, said
 from benchmarks.judge import look, verdict
 from benchmarks.solver import machine, write_json
+from starflow_core.applications.fill import fill
 from starflow_core.jobs.tasks import layout
 from starflow_core.jobs.timeline import Timeline
 from starflow_core.pipeline import Pipeline, load_pipeline
@@ -38,7 +40,8 @@ SEED = 4001  # of the reported scenes
 ATTRIBUTES = ("direction", "kind", "colour", "background")
 UNCHANGED = " unchanged"
 LOOPS = {"loop": "last_frame", "no loop": "first_frame"}
-PARTS = (*ATTRIBUTES, *(attribute + UNCHANGED for attribute in ATTRIBUTES), *LOOPS)
+FILLED = "loop by filling in"
+PARTS = (*ATTRIBUTES, *(attribute + UNCHANGED for attribute in ATTRIBUTES), *LOOPS, FILLED)
 
 
 def wish(scene: clips.Scene, attribute: str, rng: random.Random) -> clips.Scene:
@@ -98,10 +101,25 @@ def loops(pipeline: Pipeline, count: int, seed: int, task: str, batch: int = 8) 
             yield {"off": float(off[-1]), "furthest": float(off.max()), "met": bool(off[-1] < NEAR)}
 
 
+def filled_loops(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
+    """As `loops`, but pixels that the shape goes between the last filled frame and the first one that is given again."""
+    end = LOOP - pipeline.config.latent.temporal
+    mask = torch.zeros(LOOP, SIDE, SIDE)
+    mask[1:end] = 1
+    for index, scene in enumerate(scenes(count, seed)):
+        source = clips.render([scene], 1, SIDE, SIDE)[0].transpose(0, 1).expand(LOOP, -1, -1, -1)
+        path = look(fill(pipeline, source, mask, prompt(scene), seed=1000 + index).pixels).path
+        off = np.nan_to_num(np.linalg.norm(path - path[0], axis=1), nan=np.inf)
+        jump = float(np.nan_to_num(np.linalg.norm(path[end] - path[end - 1]), nan=np.inf))
+        yield {"off": jump, "furthest": float(off.max()), "met": jump < NEAR}
+
+
 def measure(pipeline: Pipeline, part: str, count: int, seed: int, **settings) -> tuple[list[dict], list[str]]:
     """A part's rows, and what they come to, in words."""
-    if part in LOOPS:
-        rows = list(loops(pipeline, count, seed, LOOPS[part]))
+    if part in (*LOOPS, FILLED):
+        rows = list(
+            filled_loops(pipeline, count, seed) if part == FILLED else loops(pipeline, count, seed, LOOPS[part])
+        )
         off, far = (np.median([row[key] for row in rows]) for key in ("off", "furthest"))
         met = said([row["met"] for row in rows])
         return rows, [f"within {NEAR:g} pixels {met}, {off:.1f} off (median), {far:.1f} at most on the way"]
