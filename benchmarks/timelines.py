@@ -102,7 +102,7 @@ def loops(pipeline: Pipeline, count: int, seed: int, task: str, batch: int = 8) 
 
 
 def filled_loops(pipeline: Pipeline, count: int, seed: int) -> Iterator[dict]:
-    """As `loops`, but pixels that the shape goes between the last filled frame and the first one that is given again."""
+    """As `loops`, but `off` is what the shape goes from the last filled frame to the first one that is given again."""
     end = LOOP - pipeline.config.latent.temporal
     mask = torch.zeros(LOOP, SIDE, SIDE)
     mask[1:end] = 1
