@@ -77,7 +77,8 @@ class STARFlowTextEncode(io.ComfyNode):
         timeline = Timeline.parse(prompt)
         given = {"context": context, "changes": timeline.changes} | ({"fps": frame_rate} if frame_rate else {})
         job = job_of(config, latent["samples"], **given)
-        starts = layout(config, job).starts
+        # Only these are laid out: window and denoising are the sampler's to know.
+        starts = layout(config, replace(job, denoise=False)).starts if job.changes else (0,)
         texts = wrapped(config, list(timeline.prompts), job) + wrapped(config, [negative_prompt], job, "text")
         host.load(text_encoder.patcher, 0, "reading the prompt", whole=True)
         encoded = text_encoder.encoder.encode(texts, config.prompt.tokens)

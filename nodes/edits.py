@@ -48,7 +48,8 @@ class STARFlowEditByInversion(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How strongly to hold on to the source: 1 keeps all of its noise, 0 none.",
+                    tooltip="How strongly to hold on to the source: 1 keeps all of its noise, 0 none. With a "
+                    "context it doesn't matter.",
                 ),
                 io.Float.Input(
                     "guidance",

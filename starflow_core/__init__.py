@@ -52,6 +52,7 @@ _WHERE = {
     "reprompt": "applications.reprompt",
     "Wish": "applications.reprompt",
     "Candidate": "applications.reprompt",
+    "Edited": "applications.reprompt",
     "fill": "applications.fill",
     "Filled": "applications.fill",
     "outpainted": "jobs.masks",

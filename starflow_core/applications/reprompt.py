@@ -40,7 +40,7 @@ class Wish:
     `hold` "clip" holds on to all of it, by its noise, `strength` 0 to 1; candidates are judged by the likeness of their
     outlines, those that `was` still fits better last. "first-frame" gives that frame and nothing else; candidates are
     judged by how much likelier `prompt` makes them than `was` does. Guidance None is what suits each: none for the
-    clip, and 3.
+    clip, and 3. Without the whole clip held, strength doesn't matter.
     """
 
     was: str
@@ -119,7 +119,7 @@ def reprompt(
 def check_hold(wish: Wish, job: Job) -> None:
     """Raise InputError for a picture whose first frame alone is to be held."""
     if wish.hold != "clip" and job.frames == 1:
-        raise InputError("a picture has no frames after its first; hold on to the clip")
+        raise InputError("a picture has no frames after its first; hold on to all of it (without --hold, or a context)")
 
 
 def wished_job(wish: Wish, job: Job, latents: Tensor) -> Job:
@@ -151,7 +151,7 @@ class Reprompting:
         for candidate in self._candidates():
             pixels = self.decode(candidate.latents)
             scores.append(self._score(candidate.latents, pixels))
-            if scores[-1] == max(scores):
+            if best is None or scores[-1] > max(scores[:-1]):
                 best, shown = candidate, pixels
             scored(len(scores) - 1)
         return best, shown, scores

@@ -35,7 +35,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--timeline", metavar="TEXT",
         help="instead of PROMPT: prompts that change in the clip, as '0s: a red circle moving right | 2s: a red circle "
-        "moving up'",
+        "moving up'; with --task extend the seconds begin with the frames that are seen of the source",
     )  # fmt: skip
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
 
@@ -173,11 +173,11 @@ def _reprompt(command: argparse.ArgumentParser) -> None:
         type=float,
         default=1.0,
         metavar="X",
-        help="how strongly to hold on to the clip, 0 to 1 (default: 1)",
+        help="how strongly to hold on to the whole clip, 0 to 1 (default: 1)",
     )
     command.add_argument("--guidance", type=float, metavar="W", help="(default: 0 for the clip, 3 for its first frame)")
     command.add_argument("--candidates", type=_positive, default=1, metavar="N", help="how many to make (default: 1)")
-    command.add_argument("--seed", type=whole, default=0, help="candidate i uses seed + i (default: 0)")
+    command.add_argument("--seed", type=whole, default=0, help="of the candidates after the first (default: 0)")
     _add_solver(command, "balanced")
     _add_model(command)
     _add_video_output(command)

@@ -194,7 +194,7 @@ def metadata(
         **{name: getattr(job, name) for name in names},
         "window": frames.window,
         "keep": frames.keep,
-        **changes(setup.config, job, frames),
+        **changes(setup, job, frames, given.pixels["clip"] if args.join else None),
         "solver": asdict(job.solver),
         **given.files,
         **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
@@ -207,11 +207,12 @@ def metadata(
     }
 
 
-def changes(config: FlowConfig, job: Job, plan: Layout) -> dict[str, Any]:
-    """What the metadata say of prompts that change: the result's frames at which they begin, and what is kept."""
+def changes(setup: Setup, job: Job, plan: Layout, source: Tensor | None) -> dict[str, Any]:
+    """What the metadata say of prompts that change: the file's frames at which they begin, and what is kept."""
     if not job.changes:
         return {}
-    frames = [config.latent.first_frame(start) for start in plan.starts]
+    before = file_frames(setup, job, source) - job.frames
+    frames = [setup.config.latent.first_frame(start) + (before if start else 0) for start in plan.starts]
     return {"prompts_begin_at_frames": frames, "keep_at_change": job.keep_at_change, "change_kept": job.change_kept}
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from .. import __version__
-from ..applications.reprompt import Edited, Wish
+from ..applications.reprompt import Edited, Wish, check_hold
 from ..applications.reprompt import reprompt as make
 from ..control import Control
 from ..media import VideoWriter, check_writable
@@ -26,6 +26,7 @@ def reprompt(args: Namespace) -> None:
     settings = solver(args)
     source = Source.read(args, Setup.find(args), guidance=wish.guidance, solver=settings)
     job = source.job
+    check_hold(wish, job)
     output = args.output or default_output(f"{Path(args.input).stem}-{slug(args.new)}", job.frames)
     check_writable(output, job.frames)
     with Meter() as meter:
@@ -47,7 +48,7 @@ def _metadata(args: Namespace, source: Source, wish: Wish, edited: Edited) -> di
     return {
         "prompt": wish.prompt,
         "task": "reprompt",
-        "source": args.input,
+        "source": Path(args.input).name,
         **{k: v for k, v in asdict(wish).items() if k != "prompt"},
         **{name: getattr(job, name) for name in ("height", "width", "frames", "fps")},
         "candidate": edited.kept,

@@ -108,7 +108,7 @@ class Noise:
         if self.clean:
             raise InputError(
                 "this noise is that of clean latents, which can't be blended with fresh noise; invert the clip with "
-                "the model's own noise added to it"
+                "the model's own noise added to it (encode --seed)"
             )
         batch, frames, *shape = self.noise.shape
         fresh = draws.draw(seed, batch, frames, tuple(shape)).to(self.noise)

@@ -59,17 +59,20 @@ class Prompts:
         self, frames: int, window: int, keep: int, given: int = 0, kept: int | None = None
     ) -> Iterator[Extent]:  # fmt: skip
         """The windows of a clip of so many frames, the first `given` of which are there: at most `window` frames each,
-        `keep` of which stay when it slides, and `kept` (None: the prompts' own) where the prompt changes."""
+        `keep` of which stay when it slides, and `kept` (None: the prompts' own) where the prompt changes; fewer
+        where fewer were made under the prompt, or under the one before it."""
         kept = self.kept if kept is None else kept
         first, known = 0, given
         for prompt, (start, end) in enumerate(zip(self.starts, (*self.starts[1:], frames), strict=True)):
             changes = prompt > 0
             if changes:
-                known = min(kept, start)
+                known = min(kept, start - self.starts[prompt - 1])
                 first = start - known
             while True:
                 stop = min(first + window, end)
                 yield Extent(first, known, stop, prompt, changes)
                 if stop == end:
                     break
-                first, known, changes = stop - keep, keep, False
+                # Frames that were made under the prompt before aren't read again.
+                known = min(keep, stop - start)
+                first, changes = stop - known, False

@@ -30,7 +30,7 @@ FAULTS = [
     Fault(f"{JOBS}/noises.py", "((1 - share) * angle).sin() * a", "(1 - share) * angle.sin() * a",
           "a mixture off the arc", NOISES),
     Fault(f"{JOBS}/noises.py", "if self.clean != other.clean:", "if False:", "clean and noisy noise are mixed", NOISES),
-    Fault(REPROMPTING, "if scores[-1] == max(scores):", "if scores[-1] == min(scores):",
+    Fault(REPROMPTING, "scores[-1] > max(scores[:-1])", "scores[-1] < min(scores[:-1])",
           "the worst candidate is kept", REPROMPT),
     Fault(REPROMPTING, "gone_on = noise.vary(how_far, wish.seed + index, keep=1)", "gone_on = noise",
           "all candidates but the first go on alike", REPROMPT),

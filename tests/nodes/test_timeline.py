@@ -46,6 +46,16 @@ def test_a_conditioning_carries_the_later_prompts(demo, latent, conditioned):
     assert LATER in told[2]
 
 
+def test_what_only_the_sampler_knows_is_not_asked_of_the_text(demo, clip):
+    """A source and its edit that fit a larger window; Text Encode has no window."""
+    source = clip[:1].expand(25, -1, -1, -1)
+    edit = {"images": source, "vae": demo.vae, "latent": demo.empty(**SMALL, frames=25)}
+    context, latent = run("STARFlowVideoEdit", **edit)[:2]
+    positive, negative, _ = demo.encode(latent, "make it blue", context=context)
+    made = demo.sampler(positive, negative, latent, context=context, window=14)[0]["samples"]
+    assert made.shape[2] == 7
+
+
 def test_a_plain_prompt_is_as_it_was(demo, latent):
     positive, _, report = demo.encode(latent, "red | blue: 2s")
     assert positive[0][1].keys() == {"starflow", "starflow_prompt"}

@@ -130,3 +130,10 @@ def test_beginnings_that_come_nearest_are_gone_on_from(demo, monkeypatch):
     assert found.best.noise.made[-1] == (
         "begun as: from a clip, with the model's own noise of seed 30; varied by 0.5, seed 34"
     )
+
+
+def test_of_equal_scores_the_first_is_kept(demo, monkeypatch):
+    monkeypatch.setattr(module.Reprompting, "_score", lambda self, latents, pixels: 0.5)
+    found = reprompt(demo, torch.zeros(5, 3, 96, 96), Wish("a red circle", "a blue ring", candidates=3))
+    assert found.kept == 0
+    assert found.best.noise.clean

@@ -970,6 +970,13 @@ def test_a_timeline_with_a_batch_a_context_and_candidates(run, given):
     options = ("--frames", 33, "--image", given / "picture.png")
     run("generate", "--timeline", TIMELINE, *options, "--batch", 2, "-o", "a.mp4")
     assert sorted(path for path in os.listdir() if path.endswith("mp4")) == ["a-0.mp4", "a-1.mp4"]
+    extend = ("--video", given / "clip.mp4", "--task", "extend", "--frames", 33)
+    begins = []
+    for name, options in {"c.mp4": (), "d.mp4": ("--join",)}.items():
+        run("generate", "--timeline", TIMELINE, *extend, *options, "-o", name)
+        begins.append(read_metadata(name)["prompts_begin_at_frames"])
+    assert begins[1] == [0, begins[0][1] + read_metadata("d.mp4")["frames"] - 33]
+    assert begins[1] != begins[0]
     out = run("generate", "--timeline", TIMELINE, "--frames", 33, "--best-of", 2, "-o", "b.mp4")
     assert read_metadata("b.mp4")["prompt"] == TIMELINE
     assert out[0].startswith("seed 0: log-likelihood")

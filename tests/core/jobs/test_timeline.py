@@ -164,6 +164,8 @@ def test_each_frame_is_made_once_under_its_prompt(seed):
         assert extent.first + extent.known == done
         assert extent.first >= 0
         assert extent.stop - extent.first <= window
+        begin, before = starts[extent.prompt], starts[max(extent.prompt - 1, 0)]
+        assert extent.first >= (before if extent.changes else begin)  # none of a prompt further back is read
         for frame in range(done, extent.stop):
             assert extent.prompt == sum(start <= frame for start in starts) - 1
         done = extent.stop
