@@ -28,7 +28,7 @@ from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
 
 SIDE, FRAMES = 96, 33
-NEAR = 8.0  # pixels
+NEAR, ROOM = 8.0, 16.0  # pixels
 SEED = 4001  # of the reported scenes
 VALUES = {"kind": clips.KINDS, "colour": clips.COLOURS, "background": clips.BACKGROUNDS, "direction": clips.DIRECTIONS}
 REPROMPT = {  # the options of each attribute
@@ -189,7 +189,7 @@ def measure(pipeline: Pipeline, part: str, count: int) -> tuple[list[dict], list
         rows = list(reprompted(pipeline, attribute, count, SEED, part == attribute, **REPROMPT[attribute]))
         words = [_reprompted(rows)]
         if part == "direction":
-            words.append(f"with {NEAR:g} pixels of room to move: {_reprompted([r for r in rows if r['room'] >= NEAR])}")
+            words.append(f"with {ROOM:g} pixels of room to move: {_reprompted([r for r in rows if r['room'] >= ROOM])}")
     return rows, words
 
 
