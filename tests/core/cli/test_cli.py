@@ -440,7 +440,7 @@ def test_impossible_jobs(refused, given, demo, options, message):
 
 
 @pytest.mark.parametrize(("words", "message"), [
-    ([], "no prompt; give one, or --prompt-file"),
+    ([], "no prompt; give one, --timeline, or --prompt-file"),
     (["one", " "], "prompt 2 is empty"),
     (["one", "--prompt-file", "gap.txt"], "--prompt-file, not both"),
     (["--prompt-file", "empty.txt"], "empty.txt is empty; write one prompt per line"),
