@@ -9,7 +9,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..starflow_core.applications.fill import PARTICLES, composite, fill_latents, filling_job, forecast_fill
+from ..starflow_core.applications.fill import PARTICLES, composite, fill_latents, filling_job, forecast_fill, told
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.masks import checked_mask, stand_in
@@ -124,7 +124,7 @@ class STARFlowFillIn(io.ComfyNode):
         frames = decoded(vae, result["samples"])[0].movedim(-1, 1).cpu().float()
         known_images = (pixels + 1) / 2 if pixels.shape[-2:] != images.shape[1:3] else _plain(images)[: len(pixels)]
         whole = composite(known_images, marked, frames).movedim(1, -1)
-        report = _report(job, particles, effective, time.monotonic() - began, str(plan))
+        report = _report(job, particles, told(effective, particles, known), time.monotonic() - began, str(plan))
         bar.say(report.splitlines()[0])
         return io.NodeOutput(host.mark_clips(whole, len(whole)), result, report)
 
@@ -173,12 +173,12 @@ def _progress(bar: host.NodeProgress):
     return progress
 
 
-def _report(job: Job, particles: int, effective: list[float], seconds: float, memory: str) -> str:
+def _report(job: Job, particles: int, fitted: str, seconds: float, memory: str) -> str:
     """What was done; a first line for the node itself."""
     length = f"{job.frames} frames" if job.frames > 1 else "one picture"
     return "\n".join([
         f"{job.width} x {job.height}, {length} filled in {seconds:.1f} s",
         f"particles {particles}, guidance {job.guidance:g}, seed {job.seed}",
-        f"effective particles by latent frame: {', '.join(f'{n:.1f}' for n in effective)}",
+        fitted,
         f"memory: {memory}",
     ])  # fmt: skip

@@ -89,6 +89,14 @@ def filling_job(
     return mask, known_cells(config, mask), job
 
 
+def told(effective: list[float], particles: int, known: Tensor) -> str:
+    """`Filled.effective` in words, of how many where a first frame takes more."""
+    first, numbers = opening(particles, known), [f"{n:.1f}" for n in effective]
+    if first > particles:
+        numbers[0] += f" of {first}"
+    return f"effective particles by latent frame: {', '.join(numbers)}"
+
+
 def composite(pixels: Tensor, mask: Tensor, made: Tensor) -> Tensor:
     """What was made where the mask (F, H, W) is set, the pixels themselves elsewhere, (F, 3, H, W)."""
     return torch.where(mask.unsqueeze(1), made.to(pixels), pixels)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..applications.fill import Filled, filling_job, forecast_fill
+from ..applications.fill import Filled, filling_job, forecast_fill, told
 from ..applications.fill import fill as make
 from ..control import Control
 from ..errors import InputError
@@ -58,7 +58,7 @@ def fill(args: Namespace) -> None:
     with VideoWriter(output, job.fps, _metadata(args, source, found, mask), args.quality) as writer:
         writer.add(found.pixels)
     print(output)
-    print(f"effective particles by latent frame: {', '.join(f'{n:.1f}' for n in found.effective)}")
+    print(told(found.effective, args.particles, known))
     print(f"{time.monotonic() - began:.1f} s")
 
 

@@ -155,8 +155,9 @@ class Particles:
         self.deep = torch.cat((self.deep, frame[:, -self.grid.frame_tokens :].unsqueeze(1)), 1)
         if forced.any():
             self.weights -= nats[:, forced].sum(-1).cpu() + self.counted
-            if index + 1 < self.grid.frames and self.rows == self.particles:
-                self._resample()
+            few = self._few()
+            if few and index + 1 < self.grid.frames and self.rows == self.particles:
+                self._choose(self.rows)
 
     def _guess(self, index: int) -> Tensor:
         """What an unknown cell may be, so that the known ones can be inverted beside it: what it was, or their mean."""
@@ -228,14 +229,13 @@ class Particles:
         counted here isn't again when the frame is done."""
         self.weights -= nats
         self.counted -= nats
-        return self._resample()
+        return self._choose(self.rows) if self._few() else None
 
-    def _resample(self) -> Tensor | None:
-        """Branch and drop particles where the effective number of them has halved."""
-        shares = self.weights.softmax(0)
-        effective = float(1 / shares.square().sum())
+    def _few(self) -> bool:
+        """Whether the effective number of particles has halved, so that they are to branch and end; it is noted."""
+        effective = float(1 / self.weights.softmax(0).square().sum())
         self.effective[-1] = min(self.effective[-1], effective)
-        return self._choose(self.rows) if effective < self.rows / 2 else None
+        return effective < self.rows / 2
 
     def _choose(self, count: int) -> Tensor:
         """Systematic resampling to so many particles, which weigh the same from here on."""

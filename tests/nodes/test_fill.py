@@ -33,6 +33,7 @@ def test_known_pixels_come_back_to_the_bit(demo, images):
     assert report.splitlines()[0].startswith("48 x 32, 9 frames filled in ")
     assert report.splitlines()[1] == "particles 2, guidance 1, seed 3"
     assert report.splitlines()[2].count(",") == 2
+    assert " of 16, " in report.splitlines()[2]
 
 
 def test_what_is_masked_and_what_is_beyond_the_latent_does_not_matter(demo, images):

@@ -800,7 +800,7 @@ def test_fill_by_a_mask(run, masks, mask):
     words = ("fill", masks / "clip.mp4", PROMPT, "--mask", masks / mask, "--particles", 2)
     out = run(*words, "--seed", 3, "-o", "filled/")
     assert out[0] == "filled/"
-    assert re.fullmatch(r"effective particles by latent frame: [\d.]+, [\d.]+, [\d.]+", out[1])
+    assert re.fullmatch(r"effective particles by latent frame: [\d.]+ of 16, [\d.]+, [\d.]+", out[1])
     made, source = pixels("filled/"), pixels(masks / "clip.mp4")
     assert torch.equal(made[..., :16], source[..., :16])
     assert not torch.equal(made[..., 16:], source[..., 16:])

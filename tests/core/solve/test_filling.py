@@ -130,6 +130,22 @@ def test_the_first_frame_takes_more_particles_where_it_has_a_seam():
     assert Particles(flow, latents, known, text, particles=3).rows == 3
 
 
+@pytest.mark.parametrize(("particles", "frames"), [(4, 1), (4, 2), (1, 1)])
+def test_effective_counts_what_is_known_at_the_end_of_the_last_frame(particles, frames):
+    """The weights of tokens after the last one that was sampled count there, with nothing left to branch for."""
+    flow = models.flow(5)
+    latents, known = models.randn(1, frames, 4, 2, 3) * 3, torch.zeros(frames, 2, 3, dtype=torch.bool)
+    known[-1] = True
+    first = flow.deep.ordered(torch.arange(6.0).view(1, 6, 1))[0, 0, 0].int()
+    known[-1].view(-1)[first] = False  # all but the first in the block's order
+    state = Particles(flow, latents, known, models.text(flow), particles=particles, settings=EXACT)
+    found = state.run()
+    assert len(found.effective) == frames
+    if particles > 1:
+        assert found.effective[-1] < state.rows * 0.999
+        assert found.effective[-1] == pytest.approx(float(1 / state.weights.softmax(0).square().sum()))
+
+
 def test_resampled_particles_keep_their_own_past():
     """Rows of the cache move with the particles: evaluating again from the tokens alone gives the same."""
     flow, latents = models.flow(2), models.randn(1, 4, 4, 3, 3, seed=2) * 3
