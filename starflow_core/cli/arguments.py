@@ -206,8 +206,9 @@ def _fill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
     command.add_argument("--guidance", type=float, metavar="W", help="(default: the model's own)")
     command.add_argument(
-        "--particles", type=_positive, default=8, metavar="N",
-        help="samples that go side by side: the more, the better it fits, the longer it takes (default: 8)",
+        "--particles", type=_positive, metavar="N",
+        help="samples that go side by side: the more, the better it fits, the longer it takes (default: 8, or as many "
+        "as fit in memory)",
     )  # fmt: skip
     command.add_argument("--seed", type=whole, default=0, help="determines the noise (default: 0)")
     command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once in a long clip")

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..applications.fill import Filled, filling_job, forecast_fill, told
+from ..applications.fill import PARTICLES, Filled, check_prompt, fewer, filling_job, fitting, forecast_fill, told
 from ..applications.fill import fill as make
 from ..control import Control
 from ..errors import InputError
@@ -34,6 +34,7 @@ def fill(args: Namespace) -> None:
     check_tile(args.tile)
     if not (args.mask or args.outpaint or args.missing):
         raise InputError("nothing is to be filled; give --mask, --outpaint or --missing")
+    check_prompt(args.prompt)
     check_text(args.negative)
     numbers = chosen(args, "guidance", "window", "keep")
     setup = Setup.find(args)
@@ -41,24 +42,32 @@ def fill(args: Namespace) -> None:
     pixels, mask = source.pixels[:, :3], (source.pixels[:, 3] > -1 + 1e-3).float()
     settings = {"fps": source.fps, "seed": args.seed, "solver": source.job.solver, **numbers}
     _, known, job = filling_job(setup.config, pixels, mask, args.particles, **settings)
-    need = forecast_fill(setup.config, job, setup.dtype, particles=args.particles, known=known)
-    need = setup.parts.with_others(need, job, setup.dtype, args.tile)
-    setup.require(need, "filling this")
+    means = Means(setup.parts.in_int8)
+
+    def fitted(particles: int) -> memory.Forecast:
+        need = forecast_fill(setup.config, job, setup.dtype, means, particles=particles, known=known)
+        need = setup.parts.with_others(need, job, setup.dtype, args.tile)
+        setup.require(need, "filling this")
+        return need
+
+    particles, need = fitting(args.particles, fitted)
+    if warning := fewer(particles, args.particles or PARTICLES):
+        warn(warning)
     output = args.output or default_output(f"{Path(args.input).stem}-{slug(args.prompt)}", job.frames)
     check_writable(output, job.frames)
-    tell_plan(MemoryPlan(Means(setup.parts.in_int8), need, memory.free(setup.device)))
+    tell_plan(MemoryPlan(means, need, memory.free(setup.device)))
     with Meter() as meter:
         pipeline = setup.load(meter)
         control = Control(meter.sampling(job.frames), warn=warn)
         found = make(
-            pipeline, pixels, mask, args.prompt, negative=args.negative, particles=args.particles, control=control,
+            pipeline, pixels, mask, args.prompt, negative=args.negative, particles=particles, control=control,
             tile=args.tile, **settings,
         )  # fmt: skip
     warn_of_cut(args.prompt, found.cut, setup.config)
     with VideoWriter(output, job.fps, _metadata(args, source, found, mask), args.quality) as writer:
         writer.add(found.pixels)
     print(output)
-    print(told(found.effective, args.particles, known))
+    print(told(found.effective, found.particles, known))
     print(f"{time.monotonic() - began:.1f} s")
 
 
@@ -95,7 +104,7 @@ def _metadata(args: Namespace, source: Source, found: Filled, mask: Tensor) -> d
         "outpaint": ",".join(map(str, args.outpaint or ())),
         "missing": "-".join(map(str, args.missing or ())),
         "filled": round(float(mask.mean()), 4),
-        "particles": args.particles,
+        "particles": found.particles,
         "seed": args.seed,
         **{name: getattr(job, name) for name in ("guidance", "height", "width", "frames", "fps", "window", "keep")},
         "effective": [round(n, 2) for n in found.effective],

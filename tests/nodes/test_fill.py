@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from . import pack
 from .steps import PROMPT, SMALL, PlainVAE, run
 
+fill, errors = pack.module("nodes.fill"), pack.module("starflow_core.errors")
 HALF = torch.zeros(1, 32, 48)
 HALF[:, :, 16:] = 1
 
@@ -88,6 +90,31 @@ def test_a_picture(demo, images):
 def test_what_is_wrong_is_named(demo, images, count, mask, inputs, message):
     with pytest.raises(Exception, match=message):
         filled(demo, images[:count], mask, **inputs)
+
+
+def test_as_many_particles_as_fit(demo, images, monkeypatch, caplog):
+    tried, planned = [], fill.planned
+
+    def scarce(model, job, options, forecast, what):
+        tried.append(forecast.keywords["particles"])
+        if tried[-1] > 2:
+            raise errors.OutOfMemoryForecast("too much")
+        return planned(model, job, options, forecast, what)
+
+    monkeypatch.setattr(fill, "planned", scarce)
+    report = filled(demo, images, HALF, particles=6)[2].splitlines()
+    assert tried == [6, 3, 1]
+    warning = "6 particles don't fit in memory, so 1 goes side by side"
+    assert (report[1], report[-1]) == ("particles 1, guidance 1, seed 3", warning)
+    assert f"STARFlow: {warning}" in caplog.messages
+
+
+def test_an_empty_prompt_is_refused(demo, images):
+    latent = demo.empty(**SMALL)
+    positive, negative, _ = demo.encode(latent, " ")
+    with pytest.raises(Exception, match="the prompt is empty; say what all of the result shows"):
+        run("STARFlowFillIn", model=demo.model, positive=positive, negative=negative, images=images, mask=HALF,
+            latent=latent, vae=demo.vae, seed=3, particles=2, guidance=1.0)  # fmt: skip
 
 
 def test_one_clip_at_a_time(demo, images):
