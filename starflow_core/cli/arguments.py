@@ -195,7 +195,10 @@ def _fill(command: argparse.ArgumentParser) -> None:
         help="picture, or clip with as many frames, of the input's size: black stays, anything brighter is filled",
     )  # fmt: skip
     command.add_argument(
-        "--outpaint", type=_margins, metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels of the input to add on each side"
+        "--outpaint",
+        type=_margins,
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="pixels of the input to add on each side; without another option for it, this is the size of the result",
     )
     command.add_argument(
         "--missing", type=_frame_range, metavar="FIRST-LAST", help="frames to fill, counted from 0; both included"

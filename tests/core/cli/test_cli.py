@@ -855,6 +855,27 @@ def test_fill_forecasts_the_weights_in_int8(run, masks, monkeypatch):
     assert plans[1].need.weights < plans[0].need.weights
 
 
+def test_fill_around_keeps_the_size_unless_one_is_given(run, refused, masks):
+    source, words = pixels(masks / "clip.mp4"), ("fill", masks / "clip.mp4", PROMPT, "--particles", 1)
+    run(*words, "--outpaint", "16,0,0,32", "-o", "own/")
+    assert torch.equal(pixels("own/")[:, :, :32, 16:], source)
+    assert pixels("own/").shape[-2:] == (64, 48)
+    sized = ("--height", 32, "--width", 48, "-o", "sized/")
+    run(
+        *words, "--outpaint", "16,0,0,32", *sized, err="with its margins it is 48 x 64; that is scaled to cover 48 x 32"
+    )
+    for margins, nearest in (("20,0,0,3", "16,0,0,0"), ("0,9,4,9", "0,9,0,7"), ("0,15,31,0", "0,16,32,0")):
+        refused(
+            *words, "--outpaint", margins, err=f"but sides are multiples of 16; the nearest margins are {nearest}, or"
+        )
+
+
+def test_fill_adds_an_empty_mask_and_missing_frames_up(run, masks):
+    words = ("fill", masks / "clip.mp4", PROMPT, "--particles", 1, "-o", "both/")
+    run(*words, "--mask", masks / "black.png", "--missing", "5-8")
+    assert read_metadata("both/")["filled"] == pytest.approx(4 / 9, abs=1e-4)
+
+
 def test_fill_needs_a_prompt(refused, masks):
     refused("fill", masks / "clip.mp4", " ", "--missing", "1-4", err="the prompt is empty; say what all of the result")
 
