@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from functools import partial
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
@@ -22,7 +21,7 @@ from ..starflow_core.applications.fill import (
 )  # fmt: skip
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
-from ..starflow_core.jobs.masks import checked_mask, stand_in
+from ..starflow_core.jobs.masks import checked_mask, joined, parted, stand_in
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.media import FITS, fit
 from ..starflow_core.model.placement import Placement
@@ -156,13 +155,11 @@ def _fitted(images: Tensor, mask: Tensor, job: Job, how: str) -> tuple[Tensor, T
     if job.batch != 1:
         raise InputError(f"the latent is a batch of {job.batch}; fill one picture or clip at a time")
     if len(images) < job.frames or (len(images) > 1 and job.frames == 1):
-        raise InputError(f"{len(images)} images, but the latent has {job.frames} frames; give both the same length")
+        need = "one picture" if job.frames == 1 else "at least as many images"
+        raise InputError(f"{len(images)} images, but the latent has {job.frames} frames; give {need}")
     pixels = _plain(images) * 2 - 1
     marked = checked_mask(mask.cpu().float(), pixels)[: job.frames]
-    # The mask goes along as a fourth channel, so that it is fitted as the pixels are.
-    both = torch.cat((pixels[: job.frames], marked.unsqueeze(1) * 2.0 - 1), 1)
-    both = fit(both, job.height, job.width, how)
-    return both[:, :3], (both[:, 3] > -1 + 1e-3).float()
+    return parted(fit(joined(pixels[: job.frames], marked), job.height, job.width, how))
 
 
 def _prompts(config, job: Job, positive: list, negative: list) -> tuple[Job, Tensor, Tensor | None]:

@@ -84,7 +84,7 @@ def test_a_picture(demo, images):
     (9, torch.ones(4, 32, 48), {}, "the mask has 4 frames, the clip 9"),
     (9, torch.zeros(1, 32, 48), {}, "the mask is empty"),
     (9, torch.ones(1, 32, 48), {}, "no cell of 16 x 16 pixels wholly known"),
-    (5, HALF, {}, "5 images, but the latent has 9 frames"),
+    (5, HALF, {}, "5 images, but the latent has 9 frames; give at least as many images"),
     (9, HALF, {"guidance": -2.0}, "guidance is -2"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(demo, images, count, mask, inputs, message):
