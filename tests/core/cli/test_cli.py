@@ -876,6 +876,10 @@ def test_fill_adds_an_empty_mask_and_missing_frames_up(run, masks):
     assert read_metadata("both/")["filled"] == pytest.approx(4 / 9, abs=1e-4)
 
 
+def test_fill_of_a_clip_beyond_the_window_says_what_to_give(refused, masks):
+    refused("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4", "--window", 1, err="to fill it window by window")
+
+
 def test_fill_needs_a_prompt(refused, masks):
     refused("fill", masks / "clip.mp4", " ", "--missing", "1-4", err="the prompt is empty; say what all of the result")
 
