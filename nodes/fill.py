@@ -5,19 +5,28 @@ from __future__ import annotations
 import time
 from functools import partial
 
-import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..starflow_core.applications.fill import PARTICLES, composite, fill_latents, filling_job, forecast_fill
+from ..starflow_core.applications.fill import (
+    PARTICLES,
+    check_prompt,
+    composite,
+    fewer,
+    fill_latents,
+    filling_job,
+    fitting,
+    forecast_fill,
+    told,
+)  # fmt: skip
 from ..starflow_core.control import Control, Progress
 from ..starflow_core.errors import InputError
-from ..starflow_core.jobs.masks import checked_mask, stand_in
+from ..starflow_core.jobs.masks import checked_mask, joined, parted, stand_in
 from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.media import FITS, fit
 from ..starflow_core.model.placement import Placement
 from . import host
-from .conditioning import as_clip, at_rate_of, embeddings_for, job_of
+from .conditioning import as_clip, at_rate_of, embeddings_for, job_of, prompt_of
 from .latent import decoded
 from .options import Options, planned
 from .sampling import OWN_GUIDANCE, check_guidance
@@ -107,8 +116,9 @@ class STARFlowFillIn(io.ComfyNode):
         given = {"seed": seed, "solver": settings, "guidance": guidance if guidance >= 0 else None}
         marked, known, job = filling_job(config, pixels, marked, particles, **given)
         job, text, uncond = _prompts(config, job, positive, negative)
-        forecast = partial(forecast_fill, particles=particles, known=known)
-        plan, work = planned(model, job, options or Options(), forecast, "filling this")
+        asked, (particles, (plan, work)) = particles, fitting(None, _plans(model, job, options, known), particles)
+        if warning := fewer(particles, asked):
+            host.log.warning("STARFlow: %s", warning)
         bar, began = host.NodeProgress(cls.hidden.unique_id), time.monotonic()
         bar.say(str(plan))
         latents = _encoded(vae, stand_in(pixels, marked))
@@ -124,7 +134,9 @@ class STARFlowFillIn(io.ComfyNode):
         frames = decoded(vae, result["samples"])[0].movedim(-1, 1).cpu().float()
         known_images = (pixels + 1) / 2 if pixels.shape[-2:] != images.shape[1:3] else _plain(images)[: len(pixels)]
         whole = composite(known_images, marked, frames).movedim(1, -1)
-        report = _report(job, particles, effective, time.monotonic() - began, str(plan))
+        report = _report(
+            job, particles, told(effective, particles, known), time.monotonic() - began, str(plan), warning
+        )
         bar.say(report.splitlines()[0])
         return io.NodeOutput(host.mark_clips(whole, len(whole)), result, report)
 
@@ -143,20 +155,29 @@ def _fitted(images: Tensor, mask: Tensor, job: Job, how: str) -> tuple[Tensor, T
     if job.batch != 1:
         raise InputError(f"the latent is a batch of {job.batch}; fill one picture or clip at a time")
     if len(images) < job.frames or (len(images) > 1 and job.frames == 1):
-        raise InputError(f"{len(images)} images, but the latent has {job.frames} frames; give both the same length")
+        need = "one picture" if job.frames == 1 else "at least as many images"
+        raise InputError(f"{len(images)} images, but the latent has {job.frames} frames; give {need}")
     pixels = _plain(images) * 2 - 1
     marked = checked_mask(mask.cpu().float(), pixels)[: job.frames]
-    # The mask goes along as a fourth channel, so that it is fitted as the pixels are.
-    both = torch.cat((pixels[: job.frames], marked.unsqueeze(1) * 2.0 - 1), 1)
-    both = fit(both, job.height, job.width, how)
-    return both[:, :3], (both[:, 3] > -1 + 1e-3).float()
+    return parted(fit(joined(pixels[: job.frames], marked), job.height, job.width, how))
 
 
 def _prompts(config, job: Job, positive: list, negative: list) -> tuple[Job, Tensor, Tensor | None]:
     """The job at the prompt's frame rate, and the embeddings."""
     job = at_rate_of(positive, job)
     text = embeddings_for(config, job, positive, "positive")
+    check_prompt(prompt_of(positive))
     return job, text, embeddings_for(config, job, negative, "negative") if job.guidance else None
+
+
+def _plans(model, job: Job, options: Options | None, known: Tensor):
+    """`planned`, by the number of particles."""
+
+    def plan(particles: int):
+        forecast = partial(forecast_fill, particles=particles, known=known)
+        return planned(model, job, options or Options(), forecast, "filling this")
+
+    return plan
 
 
 def _encoded(vae, pixels: Tensor) -> Tensor:
@@ -173,12 +194,13 @@ def _progress(bar: host.NodeProgress):
     return progress
 
 
-def _report(job: Job, particles: int, effective: list[float], seconds: float, memory: str) -> str:
+def _report(job: Job, particles: int, fitted: str, seconds: float, memory: str, warning: str) -> str:
     """What was done; a first line for the node itself."""
     length = f"{job.frames} frames" if job.frames > 1 else "one picture"
     return "\n".join([
         f"{job.width} x {job.height}, {length} filled in {seconds:.1f} s",
         f"particles {particles}, guidance {job.guidance:g}, seed {job.seed}",
-        f"effective particles by latent frame: {', '.join(f'{n:.1f}' for n in effective)}",
+        fitted,
         f"memory: {memory}",
+        *filter(None, [warning]),
     ])  # fmt: skip

@@ -6,13 +6,15 @@ particles, so that filling doesn't stream.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..control import Control
-from ..errors import InputError
+from ..errors import InputError, OutOfMemoryForecast
 from ..jobs import memory
 from ..jobs.build import default_job
 from ..jobs.masks import checked_mask, known_cells, stand_in
@@ -36,17 +38,18 @@ class Filled:
     """Pixels (F, 3, H, W) in [-1, 1], of which the known ones are the source's, bit for bit; latents (1, C, T, h, w) in
     VAE space as they were sampled and denoised, known cells as they were encoded; and for each latent frame the least
     effective number of particles: near 1 where few could explain what is known. `cut` is what was too long of the
-    prompt."""
+    prompt, `particles` how many there were."""
 
     pixels: Tensor
     latents: Tensor
     effective: list[float]
     cut: str
+    particles: int
 
 
 @torch.no_grad()
 def fill(
-    pipeline: Pipeline, pixels: Tensor, mask: Tensor, prompt: str, *, negative: str = "", particles: int = PARTICLES,
+    pipeline: Pipeline, pixels: Tensor, mask: Tensor, prompt: str, *, negative: str = "", particles: int | None = None,
     guidance: float | None = None, seed: int = 0, fps: float | None = None, window: int | None = None,
     keep: int | None = None, solver: SolverSettings = PRESETS["balanced"], control: Control | None = None,
     tile: int | None = None,
@@ -55,31 +58,36 @@ def fill(
     describe all of the result.
 
     `mask` (H, W), (1, H, W) or (F, H, W), 1 where it is to be filled, 0 where it stays. A latent cell, which stands for
-    a square of pixels in several frames, is known only if all of them are. Raises InputError for a mask that doesn't
+    a square of pixels in several frames, is known only if all of them are. Without `particles`, there are 8, or as many
+    as fit in memory. Raises InputError for a mask that doesn't
     fit, or leaves nothing to fill or nothing to go by, and as `Pipeline.start`.
     """
     config = pipeline.config
-    check_text(prompt)
+    check_prompt(prompt)
     check_text(negative)
     mask, known, job = filling_job(
         config, pixels, mask, particles, fps=fps, guidance=guidance, seed=seed, window=window, keep=keep, solver=solver
     )  # fmt: skip
-    pipeline.require(forecast_fill(config, job, pipeline.dtype, particles=particles, known=known), "filling this")
+
+    def require(count: int) -> None:
+        pipeline.require(forecast_fill(config, job, pipeline.dtype, particles=count, known=known), "filling this")
+
+    particles, _ = fitting(particles, require)
     latents = pipeline.encode_clip(stand_in(pixels, mask), control)
     text, uncond, cut = pipeline.encode_text([prompt], negative, job)
     options = {"control": control, "placement": pipeline.placement}
     made, effective = fill_latents(pipeline.flow, job, latents, known, text, uncond, particles, **options)
     run = Generation(pipeline.flow, job, text, uncond, control, placement=pipeline.placement)
     frames = torch.cat(list(pipeline.decoded(made, run, tile)), 1)[0]
-    return Filled(composite(pixels, mask, frames), made.cpu(), effective, cut[0])
+    return Filled(composite(pixels, mask, frames), made.cpu(), effective, cut[0], particles)
 
 
 def filling_job(
-    config: FlowConfig, pixels: Tensor, mask: Tensor, particles: int = PARTICLES, **settings
+    config: FlowConfig, pixels: Tensor, mask: Tensor, particles: int | None = None, **settings
 ) -> tuple[Tensor, Tensor, Job]:
     """The mask (F, H, W) of pixels to fill, the known cells (T, h, w), and the job that makes the like of the clip.
     Settings of None are the model's own. Raises InputError as `fill`, before any work."""
-    if particles < 1:
+    if particles is not None and particles < 1:
         raise InputError(f"particles is {particles}; the minimum is 1")
     height, width = pixels.shape[-2:]
     given = {name: value for name, value in settings.items() if value is not None}
@@ -87,6 +95,43 @@ def filling_job(
     layout(config, job)
     mask = checked_mask(mask, pixels)
     return mask, known_cells(config, mask), job
+
+
+def check_prompt(prompt: str) -> None:
+    """Raise InputError for a prompt that says nothing, or that no model could read."""
+    check_text(prompt)
+    if not prompt.strip():
+        raise InputError("the prompt is empty; say what all of the result shows")
+
+
+def fitting(particles: int | None, attempt: Callable[[int], Any], most: int = PARTICLES) -> tuple[int, Any]:
+    """How many particles there are to be, and what `attempt` returned for so many; it raises OutOfMemoryForecast where
+    they don't fit. Those that are given have to; without, it is `most`, halved until they fit."""
+    count = most if particles is None else particles
+    while True:
+        try:
+            return count, attempt(count)
+        except OutOfMemoryForecast as error:
+            if count > 1 and particles is not None:
+                raise OutOfMemoryForecast(f"{error} Fewer particles than {count} need less, too.") from None
+            if count == 1:
+                raise
+        count //= 2
+
+
+def fewer(particles: int, wanted: int) -> str:
+    """A warning where not as many particles fit as were wanted."""
+    if particles == wanted:
+        return ""
+    return f"{wanted} particles don't fit in memory, so {particles} {'go' if particles > 1 else 'goes'} side by side"
+
+
+def told(effective: list[float], particles: int, known: Tensor) -> str:
+    """`Filled.effective` in words, of how many where a first frame takes more."""
+    first, numbers = opening(particles, known), [f"{n:.1f}" for n in effective]
+    if first > particles:
+        numbers[0] += f" of {first}"
+    return f"effective particles by latent frame: {', '.join(numbers)}"
 
 
 def composite(pixels: Tensor, mask: Tensor, made: Tensor) -> Tensor:

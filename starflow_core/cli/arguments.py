@@ -195,7 +195,10 @@ def _fill(command: argparse.ArgumentParser) -> None:
         help="picture, or clip with as many frames, of the input's size: black stays, anything brighter is filled",
     )  # fmt: skip
     command.add_argument(
-        "--outpaint", type=_margins, metavar="LEFT,TOP,RIGHT,BOTTOM", help="pixels of the input to add on each side"
+        "--outpaint",
+        type=_margins,
+        metavar="LEFT,TOP,RIGHT,BOTTOM",
+        help="pixels of the input to add on each side; without another option for it, this is the size of the result",
     )
     command.add_argument(
         "--missing", type=_frame_range, metavar="FIRST-LAST", help="frames to fill, counted from 0; both included"
@@ -206,8 +209,9 @@ def _fill(command: argparse.ArgumentParser) -> None:
     command.add_argument("--negative", default="", metavar="TEXT", help="what guidance steers away from")
     command.add_argument("--guidance", type=float, metavar="W", help="(default: the model's own)")
     command.add_argument(
-        "--particles", type=_positive, default=8, metavar="N",
-        help="samples that go side by side: the more, the better it fits, the longer it takes (default: 8)",
+        "--particles", type=_positive, metavar="N",
+        help="samples that go side by side: the more, the better it fits, the longer it takes (default: 8, or as many "
+        "as fit in memory)",
     )  # fmt: skip
     command.add_argument("--seed", type=whole, default=0, help="determines the noise (default: 0)")
     command.add_argument("--window", type=whole, metavar="N", help="latent frames attended to at once in a long clip")

@@ -173,6 +173,7 @@ class Source:
     setup: Setup
     pixels: Tensor
     job: Job
+    size: tuple[int, int]  # height and width before that
 
     @property
     def fps(self) -> float:
@@ -183,10 +184,11 @@ class Source:
 
     @classmethod
     def read(
-        cls, args: Namespace, setup: Setup, change: Callable[[Tensor], Tensor] = lambda pixels: pixels, **settings
+        cls, args: Namespace, setup: Setup, change: Callable[[Tensor], Tensor] = lambda pixels: pixels,
+        doing: str = "invert", own_size: bool = False, **settings,
     ) -> Source:  # fmt: skip
         """Checks everything before a model is loaded, memory included. Settings are the job's; `change` is done to the
-        frames that are used, before they are fitted."""
+        frames that are used, before they are fitted, with `own_size` to the size that they have then."""
         check_text(args.prompt)
         config, latent = setup.config, setup.config.latent
         longest = latent.frames(settings.get("window") or max(config.window, 1))
@@ -197,18 +199,19 @@ class Source:
         if not args.frames and found >= longest + latent.temporal:
             raise InputError(
                 f"{args.input} is longer than the window of {longest} frames; give --frames {longest}, or more of them "
-                "to invert it window by window"
+                f"to {doing} it window by window"
             )
         frames = args.frames or latent.frames((found - 1) // latent.temporal + 1)
         pixels = change(clip.pixels[:frames])
-        height, width = chosen_size(config, pixels, **size_options(args))
+        size = tuple(pixels.shape[-2:])
+        height, width = size if own_size else chosen_size(config, pixels, **size_options(args))
         rate = args.fps or clip.fps
         given = {"height": height, "width": width, "frames": frames, **({"fps": float(rate)} if rate else {})}
         job = default_job(config, **given, **settings)
         setup.require(setup.parts.forecast_encode(job, setup.dtype), "encoding this")
         if frames < found:
             warn(f"the last {found - frames} of {found} frames don't fill a latent frame and were left out")
-        return cls(setup, fit(pixels, height, width), job)
+        return cls(setup, fit(pixels, height, width), job, size)
 
 
 def _print_likelihood(found: Noise | Surprise) -> None:

@@ -26,7 +26,7 @@ from .sampling import Sampler
 from .solvers import ABSORBED, PRESETS, SolverSettings
 
 OPENING = 8  # times as many particles in a first frame with a seam: it decides where things are, and is short
-PARTICLE_STREAM = 0xBF58476D1CE4E5B9  # times the seed: where the seeds of further particles begin
+PARTICLE_STREAM = 0xBF58476D1CE4E5B9  # between the seeds of one particle and the next
 CHOICE_STREAM = 0xD1B54A32D192ED03  # moves a seed to the stream that decides which particles live on
 
 
@@ -58,8 +58,8 @@ class Particles:
     """The state of one such job.
 
     The first particle's noise is that of the seed, so that without anything known it is what `Sampler` makes; the
-    others' seeds are far from those of the next seed. No more than `window` frames are in the deep block at once, as in
-    `Sampler`.
+    others' seeds are far from it and from those of other seeds. No more than `window` frames are in the deep block at
+    once, as in `Sampler`.
     """
 
     flow: Flow
@@ -90,9 +90,11 @@ class Particles:
         self.window = min(self.window, self.grid.frames)
         self.cells, self.forced = flow.tokens(given)[0].to(self.placement.shallow), self.known.flatten(1).cpu()
         self.rows = opening(self.particles, self.known)
-        shape = self.grid.frames, tuple(given.shape[2:])
-        seeds = [self.seed, *(self.seed * PARTICLE_STREAM + i for i in range(1, self.rows))]
-        self.noise = torch.cat([draws.draw(seed, 1, *shape) for seed in seeds])
+        frames, shape = self.grid.frames, tuple(given.shape[2:])
+        seeds = [self.seed + i * PARTICLE_STREAM for i in range(self.rows)]
+        self.noise = torch.cat([draws.draw(seed, 1, frames, shape) for seed in seeds[: self.particles]])
+        further = [draws.draw(seed, 1, 1, shape) for seed in seeds[self.particles :]]
+        self.first_noise = torch.cat((self.noise[:, :1], *further))  # of all rows, which later frames haven't
         self.choice = torch.Generator().manual_seed((self.seed ^ CHOICE_STREAM) % 2**64)
         self.weights, self.counted = torch.zeros(self.rows), torch.zeros(self.rows)
         self.tokens = self.cells.new_zeros(self.rows, 0, *self.cells.shape[1:])  # of the frames that are done
@@ -155,8 +157,9 @@ class Particles:
         self.deep = torch.cat((self.deep, frame[:, -self.grid.frame_tokens :].unsqueeze(1)), 1)
         if forced.any():
             self.weights -= nats[:, forced].sum(-1).cpu() + self.counted
-            if index + 1 < self.grid.frames and self.rows == self.particles:
-                self._resample()
+            few = self._few()
+            if few and index + 1 < self.grid.frames and self.rows == self.particles:
+                self._choose(self.rows)
 
     def _guess(self, index: int) -> Tensor:
         """What an unknown cell may be, so that the known ones can be inverted beside it: what it was, or their mean."""
@@ -181,7 +184,7 @@ class Particles:
         frame, block = self._before(index, u), self.flow.deep
         start, lead = self._slot(index), frame.shape[1] - self.grid.frame_tokens
         forced = block.ordered(self.forced[index].unsqueeze(-1)).squeeze(-1)
-        z = self.flow.tokens(self.noise[: self.rows, index : index + 1])[:, 0]
+        z = self.flow.tokens(self.noise[:, index : index + 1] if index else self.first_noise)[:, 0]
         z, done = block.ordered(z).to(frame), 0
         for token in (~forced).nonzero()[:, 0].tolist():
             a, b = self.evaluate(frame[:, max(lead + done - 1, 0) : lead + token], start + done)
@@ -199,7 +202,7 @@ class Particles:
 
     def _shallow(self, tokens: Tensor, index: int) -> Tensor:
         """Latents of a frame's deep tokens (rows, 1, N, c): one frame through the sampler's shallow blocks."""
-        blank = self.noise[: len(tokens), :1]
+        blank = self.first_noise[: len(tokens)]
         sampler = Sampler(self.flow, blank, self.text, settings=self.settings, control=self.control)
         return sampler.through_shallow(tokens.to(self.placement.shallow), index)
 
@@ -228,14 +231,13 @@ class Particles:
         counted here isn't again when the frame is done."""
         self.weights -= nats
         self.counted -= nats
-        return self._resample()
+        return self._choose(self.rows) if self._few() else None
 
-    def _resample(self) -> Tensor | None:
-        """Branch and drop particles where the effective number of them has halved."""
-        shares = self.weights.softmax(0)
-        effective = float(1 / shares.square().sum())
+    def _few(self) -> bool:
+        """Whether the effective number of particles has halved, so that they are to branch and end; it is noted."""
+        effective = float(1 / self.weights.softmax(0).square().sum())
         self.effective[-1] = min(self.effective[-1], effective)
-        return self._choose(self.rows) if effective < self.rows / 2 else None
+        return effective < self.rows / 2
 
     def _choose(self, count: int) -> Tensor:
         """Systematic resampling to so many particles, which weigh the same from here on."""

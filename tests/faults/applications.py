@@ -52,10 +52,10 @@ FAULTS = [
     ),
     Fault(
         SOLVE,
-        "(self.seed * PARTICLE_STREAM + i for i in range(1, self.rows))",
-        "range(1, self.rows)",
-        "all seeds have the same further particles",
-        f"{FILLING}::test_the_same_seed_gives_the_same",
+        "self.seed + i * PARTICLE_STREAM for",
+        "self.seed * PARTICLE_STREAM + i for",
+        "seed 0 shares its noise with other seeds",
+        f"{FILLING}::test_seeds_share_no_noise",
     ),
     Fault(
         SOLVE,

@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from . import pack
 from .steps import PROMPT, SMALL, PlainVAE, run
 
+fill, errors = pack.module("nodes.fill"), pack.module("starflow_core.errors")
 HALF = torch.zeros(1, 32, 48)
 HALF[:, :, 16:] = 1
 
@@ -33,6 +35,7 @@ def test_known_pixels_come_back_to_the_bit(demo, images):
     assert report.splitlines()[0].startswith("48 x 32, 9 frames filled in ")
     assert report.splitlines()[1] == "particles 2, guidance 1, seed 3"
     assert report.splitlines()[2].count(",") == 2
+    assert " of 16, " in report.splitlines()[2]
 
 
 def test_what_is_masked_and_what_is_beyond_the_latent_does_not_matter(demo, images):
@@ -81,12 +84,37 @@ def test_a_picture(demo, images):
     (9, torch.ones(4, 32, 48), {}, "the mask has 4 frames, the clip 9"),
     (9, torch.zeros(1, 32, 48), {}, "the mask is empty"),
     (9, torch.ones(1, 32, 48), {}, "no cell of 16 x 16 pixels wholly known"),
-    (5, HALF, {}, "5 images, but the latent has 9 frames"),
+    (5, HALF, {}, "5 images, but the latent has 9 frames; give at least as many images"),
     (9, HALF, {"guidance": -2.0}, "guidance is -2"),
 ])  # fmt: skip
 def test_what_is_wrong_is_named(demo, images, count, mask, inputs, message):
     with pytest.raises(Exception, match=message):
         filled(demo, images[:count], mask, **inputs)
+
+
+def test_as_many_particles_as_fit(demo, images, monkeypatch, caplog):
+    tried, planned = [], fill.planned
+
+    def scarce(model, job, options, forecast, what):
+        tried.append(forecast.keywords["particles"])
+        if tried[-1] > 2:
+            raise errors.OutOfMemoryForecast("too much")
+        return planned(model, job, options, forecast, what)
+
+    monkeypatch.setattr(fill, "planned", scarce)
+    report = filled(demo, images, HALF, particles=6)[2].splitlines()
+    assert tried == [6, 3, 1]
+    warning = "6 particles don't fit in memory, so 1 goes side by side"
+    assert (report[1], report[-1]) == ("particles 1, guidance 1, seed 3", warning)
+    assert f"STARFlow: {warning}" in caplog.messages
+
+
+def test_an_empty_prompt_is_refused(demo, images):
+    latent = demo.empty(**SMALL)
+    positive, negative, _ = demo.encode(latent, " ")
+    with pytest.raises(Exception, match="the prompt is empty; say what all of the result shows"):
+        run("STARFlowFillIn", model=demo.model, positive=positive, negative=negative, images=images, mask=HALF,
+            latent=latent, vae=demo.vae, seed=3, particles=2, guidance=1.0)  # fmt: skip
 
 
 def test_one_clip_at_a_time(demo, images):

@@ -98,7 +98,7 @@ def test_cancelled(demo):
     mask[:, :48] = 1
     left = iter(range(40))
     with pytest.raises(Cancelled):
-        fill(demo, drawn([SCENE])[0][:5], mask, "", control=Control(cancelled=lambda: next(left, None) is None))
+        fill(demo, drawn([SCENE])[0][:5], mask, "a circle", control=Control(cancelled=lambda: next(left, None) is None))
 
 
 @pytest.mark.parametrize(("pixels", "mask", "options", "message"), [
@@ -129,5 +129,30 @@ def test_particles_take_memory_and_too_many_are_refused_before_any_work(demo, mo
     assert many == 8 * few
     assert known_cells(demo.config, mask.expand(33, -1, -1) > 0).equal(known)
     monkeypatch.setattr(type(demo), "encode_clip", None)
-    with pytest.raises(OutOfMemoryForecast, match="filling this"):
+    with pytest.raises(OutOfMemoryForecast, match=r"filling this .* Fewer particles than 1000000 need less, too\.$"):
         fill(demo, pixels, mask, "a circle", particles=10**6)
+
+
+@pytest.mark.parametrize("fits", [8, 4, 3, 1, 0])
+def test_as_many_particles_as_fit_go_side_by_side(demo, monkeypatch, fits):
+    pixels, mask = torch.zeros(5, 3, 96, 96), torch.zeros(1, 96, 96)
+    mask[:, 40:] = 1
+    _, known, job = filling_job(demo.config, pixels, mask)
+    least = demo._beside(forecast_fill(demo.config, job, demo.dtype, particles=max(fits, 1), known=known)).total
+    monkeypatch.setattr(memory, "RESERVE", 0)
+    monkeypatch.setattr(memory, "free", lambda device: least if fits else least - 1)
+    if not fits:
+        with pytest.raises(OutOfMemoryForecast, match=r"or a 16-bit type\.$"):
+            fill(demo, pixels, mask, "a circle")
+        return
+    found = fill(demo, pixels, mask, "a circle")
+    assert found.particles == {8: 8, 4: 4, 3: 2, 1: 1}[fits]
+    if fits < 8:
+        with pytest.raises(OutOfMemoryForecast, match="Fewer particles than 8"):
+            fill(demo, pixels, mask, "a circle", particles=8)
+
+
+@pytest.mark.parametrize("prompt", ["", " \n"])
+def test_an_empty_prompt_is_refused_before_any_work(demo, prompt):
+    with pytest.raises(InputError, match="the prompt is empty; say what all of the result shows"):
+        fill(demo, torch.zeros(5, 3, 96, 96), torch.zeros(5, 96, 96), prompt)

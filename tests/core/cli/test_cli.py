@@ -18,8 +18,10 @@ from safetensors.torch import load_file, save_file
 
 from starflow_core import __version__, cli, pipeline
 from starflow_core.cli import arguments, generate, main, progress, settings
+from starflow_core.cli import fill as cli_fill
 from starflow_core.cli.progress import Meter, SamplingBar
 from starflow_core.control import Progress
+from starflow_core.errors import OutOfMemoryForecast
 from starflow_core.jobs import memory
 from starflow_core.media import fit, read_metadata, read_video, write_video, writing
 from starflow_core.model.vae.codec import VAE
@@ -800,7 +802,7 @@ def test_fill_by_a_mask(run, masks, mask):
     words = ("fill", masks / "clip.mp4", PROMPT, "--mask", masks / mask, "--particles", 2)
     out = run(*words, "--seed", 3, "-o", "filled/")
     assert out[0] == "filled/"
-    assert re.fullmatch(r"effective particles by latent frame: [\d.]+, [\d.]+, [\d.]+", out[1])
+    assert re.fullmatch(r"effective particles by latent frame: [\d.]+ of 16, [\d.]+, [\d.]+", out[1])
     made, source = pixels("filled/"), pixels(masks / "clip.mp4")
     assert torch.equal(made[..., :16], source[..., :16])
     assert not torch.equal(made[..., 16:], source[..., 16:])
@@ -823,6 +825,63 @@ def test_fill_missing_frames_and_around(run, masks):
     run(*words, "--particles", 2, "-o", "around/")
     assert torch.equal(pixels("around/")[:, :, :32, 16:], source)
     assert read_metadata("around/")["filled"] == pytest.approx(1 - 32 * 32 / (64 * 48), abs=1e-4)
+
+
+def test_fill_takes_as_many_particles_as_fit(run, masks, monkeypatch):
+    asked = []
+
+    def require(need, device, what):
+        asked.append((what, need))
+        if [each for each, _ in asked].count("filling this") == 1:
+            raise OutOfMemoryForecast("too much")
+
+    monkeypatch.setattr(memory, "require", require)
+    words = ("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4")
+    run(*words, "-o", "few/", err="warning: 8 particles don't fit in memory, so 4 go side by side")
+    assert read_metadata("few/")["particles"] == 4
+    needs = [need for what, need in asked if what == "filling this"]
+    assert needs[0] > needs[1]
+    asked.clear()
+    run(*words, "--particles", 8, code=2, err="error: too much Fewer particles than 8 need less, too")
+
+
+def test_fill_forecasts_the_weights_in_int8(run, masks, monkeypatch):
+    plans = []
+    monkeypatch.setattr(cli_fill, "tell_plan", plans.append)
+    words = ("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4", "--particles", 1, "-o", "filled/")
+    for dtype in ("auto", "int8"):
+        run(*words, "--dtype", dtype)
+    assert plans[1].means.int8
+    assert plans[1].need.weights < plans[0].need.weights
+
+
+def test_fill_around_keeps_the_size_unless_one_is_given(run, refused, masks):
+    source, words = pixels(masks / "clip.mp4"), ("fill", masks / "clip.mp4", PROMPT, "--particles", 1)
+    run(*words, "--outpaint", "16,0,0,32", "-o", "own/")
+    assert torch.equal(pixels("own/")[:, :, :32, 16:], source)
+    assert pixels("own/").shape[-2:] == (64, 48)
+    sized = ("--height", 32, "--width", 48, "-o", "sized/")
+    run(
+        *words, "--outpaint", "16,0,0,32", *sized, err="with its margins it is 48 x 64; that is scaled to cover 48 x 32"
+    )
+    for margins, nearest in (("20,0,0,3", "16,0,0,0"), ("0,9,4,9", "0,9,0,7"), ("0,15,31,0", "0,16,32,0")):
+        refused(
+            *words, "--outpaint", margins, err=f"but sides are multiples of 16; the nearest margins are {nearest}, or"
+        )
+
+
+def test_fill_adds_an_empty_mask_and_missing_frames_up(run, masks):
+    words = ("fill", masks / "clip.mp4", PROMPT, "--particles", 1, "-o", "both/")
+    run(*words, "--mask", masks / "black.png", "--missing", "5-8")
+    assert read_metadata("both/")["filled"] == pytest.approx(4 / 9, abs=1e-4)
+
+
+def test_fill_of_a_clip_beyond_the_window_says_what_to_give(refused, masks):
+    refused("fill", masks / "clip.mp4", PROMPT, "--missing", "1-4", "--window", 1, err="to fill it window by window")
+
+
+def test_fill_needs_a_prompt(refused, masks):
+    refused("fill", masks / "clip.mp4", " ", "--missing", "1-4", err="the prompt is empty; say what all of the result")
 
 
 def test_fill_a_picture_with_an_image_model(run, masks, image_model):

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 
 from starflow_core.errors import InputError
-from starflow_core.jobs.masks import checked_mask, known_cells, outpainted, stand_in
+from starflow_core.jobs.masks import checked_mask, joined, known_cells, outpainted, parted, stand_in
 from tests.core import models
 
 CONFIG = models.config()  # cells of 16 x 16 pixels, 4 frames each after the first
@@ -82,6 +84,36 @@ def test_what_stands_in_goes_on_with_what_is_around():
     filled = stand_in(pixels, mask)
     expected = torch.linspace(-1, 1, 5).view(-1, 1, 1).expand(5, 16, 32)
     assert torch.allclose(filled[:, 0], expected, atol=1e-5)
+
+
+def test_a_clip_of_real_size_is_continued_in_seconds():
+    """Each pixel is visited a few times, however wide the mask is."""
+    pixels, mask = models.randn(17, 3, 240, 424), torch.zeros(17, 240, 424, dtype=torch.bool)
+    mask[:, :, 40:], began = True, time.process_time()
+    filled = stand_in(pixels, mask)
+    assert time.process_time() - began < 10
+    assert torch.isfinite(filled).all()
+    assert torch.equal(filled[..., :40], pixels[..., :40])
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (7, 13), (33, 48)])
+def test_what_stands_in_is_between_what_is_known(height, width):
+    pixels, mask = models.randn(2, 3, height, width), torch.ones(2, height, width, dtype=torch.bool)
+    mask[:, height // 2, :: max(width // 3, 1)] = False
+    filled, known = stand_in(pixels, mask), pixels.movedim(1, -1)[~mask]
+    assert filled.amin() >= known.amin() - 1e-6
+    assert filled.amax() <= known.amax() + 1e-6
+
+
+def test_a_mask_may_be_empty_where_there_is_more_to_fill():
+    assert not checked_mask(torch.zeros(1, 48, 64), torch.zeros(9, 3, 48, 64), may_be_empty=True).any()
+
+
+def test_pixels_and_mask_are_joined_and_parted():
+    pixels, mask = models.randn(2, 3, 4, 4), models.randn(2, 4, 4) > 0
+    one, two = parted(joined(pixels, mask))
+    assert torch.equal(one, pixels)
+    assert torch.equal(two, mask.float())
 
 
 @pytest.mark.parametrize("gone", [slice(0, 2), slice(3, 5)])

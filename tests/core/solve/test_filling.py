@@ -83,7 +83,7 @@ def missing_frames(flow, particles, seed, only=None):
     state = Particles(flow, clip, known, text, particles=particles, seed=seed, settings=EXACT)
     if only is not None:
         noise, state = state.noise, Particles(flow, clip, known, text, particles=1, settings=EXACT)
-        state.noise = noise[only : only + 1]
+        state.noise, state.first_noise = noise[only : only + 1], noise[only : only + 1, :1]
     return clip, state.run()
 
 
@@ -130,14 +130,33 @@ def test_the_first_frame_takes_more_particles_where_it_has_a_seam():
     assert Particles(flow, latents, known, text, particles=3).rows == 3
 
 
+@pytest.mark.parametrize(("particles", "frames"), [(4, 1), (4, 2), (1, 1)])
+def test_effective_counts_what_is_known_at_the_end_of_the_last_frame(particles, frames):
+    """The weights of tokens after the last one that was sampled count there, with nothing left to branch for."""
+    flow = models.flow(5)
+    latents, known = models.randn(1, frames, 4, 2, 3) * 3, torch.zeros(frames, 2, 3, dtype=torch.bool)
+    known[-1] = True
+    first = flow.deep.ordered(torch.arange(6.0).view(1, 6, 1))[0, 0, 0].int()
+    known[-1].view(-1)[first] = False  # all but the first in the block's order
+    state = Particles(flow, latents, known, models.text(flow), particles=particles, settings=EXACT)
+    found = state.run()
+    assert len(found.effective) == frames
+    if particles > 1:
+        assert found.effective[-1] < state.rows * 0.999
+        assert found.effective[-1] == pytest.approx(float(1 / state.weights.softmax(0).square().sum()))
+
+
 def test_resampled_particles_keep_their_own_past():
     """Rows of the cache move with the particles: evaluating again from the tokens alone gives the same."""
     flow, latents = models.flow(2), models.randn(1, 4, 4, 3, 3, seed=2) * 3
     known = torch.ones(4, 3, 3, dtype=torch.bool)
     known[:, :, 1] = False
     state = Particles(flow, latents, known, models.text(flow), models.text(flow, seed=3), guidance=0.5, particles=4)
+    state._begin(1)
+    state._frame(0)
+    state._choose(4)
     state._begin(4)
-    for index in range(3):
+    for index in (1, 2):
         state._slide(index)
         state._frame(index)
     before = torch.cat((state.deep[:, -1, -1:], state.deep[:, 0]), 1)
@@ -152,6 +171,21 @@ def test_the_same_seed_gives_the_same():
     one, two, other = (fill_in(flow, latents, known, text, seed=s, **options).latents for s in (1, 1, 2))
     assert torch.equal(one, two)
     assert not torch.equal(one, other)
+
+
+def test_seeds_share_no_noise():
+    """Nor do the particles of one; the first one's is that of the seed, and a first frame's more have one frame."""
+    flow, text = models.flow(1), models.text(models.flow(1))
+    latents, known = models.randn(1, 3, 4, 2, 3), torch.ones(3, 2, 3, dtype=torch.bool)
+    known[:, :, 0] = False
+    states = [Particles(flow, latents, known, text, particles=3, seed=seed) for seed in (0, 1, 2, 2**64 - 1)]
+    firsts = [tuple(row.flatten().tolist()) for state in states for row in state.first_noise]
+    assert len(set(firsts)) == len(firsts) == 4 * 3 * OPENING
+    for state in states:
+        assert torch.equal(state.noise[:1], draws.draw(state.seed, 1, 3, (4, 2, 3)))
+        assert torch.equal(state.first_noise[:3], state.noise[:, :1])
+        assert state.noise.shape == (3, 3, 4, 2, 3)
+        assert state.first_noise.shape == (3 * OPENING, 1, 4, 2, 3)
 
 
 def test_cancelled_at_any_token():
