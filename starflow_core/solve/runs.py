@@ -154,8 +154,10 @@ class PromptedRun(DeepRun):
     def _weighted(self, most: float) -> Iterator[None]:
         """With guidance of at most that weight."""
         own, self.guidance = self.guidance, min(self.guidance, most)
-        yield
-        self.guidance = own
+        try:
+            yield
+        finally:
+            self.guidance = own
 
     def _read(self, prompt: int) -> None:
         """Have the text of a prompt in the cache."""
