@@ -73,7 +73,7 @@ FAULTS = [
           "the noise of kept frames is that of the new prompt", TIMELINE),
     Fault(f"{SOLVE}/runs.py", "self._read(extent.prompt)\n            return there", "return there",
           "a resumed clip goes on under its first prompt", TIMELINE),
-    Fault(f"{SOLVE}/runs.py", "        yield\n        self.guidance = own", "        yield",
+    Fault(f"{SOLVE}/runs.py", "            self.guidance = own", "            pass",
           "guidance stays as it was for kept frames", TIMELINE),
     Fault(f"{SOLVE}/denoising.py", "self.prompts.texts[self.chunk.prompt]", "self.prompts.first",
           "the denoiser keeps the first prompt", TIMELINE),
