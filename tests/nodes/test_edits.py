@@ -10,6 +10,7 @@ import torch
 from benchmarks.judge import look, verdict
 from tests.core.models import relative_error
 
+from . import pack
 from .steps import SMALL, run
 
 
@@ -99,3 +100,23 @@ def test_one_clip_at_a_time(edit, source):
 def test_an_empty_latent_is_not_edited(demo, edit):
     with pytest.raises(Exception, match="this latent is empty; connect VAE Encode"):
         edit(latent=demo.empty(**SMALL))
+
+
+def test_cancel_stops_the_flow(edit, monkeypatch):
+    """Not the VAE alone: Cancel comes when the source has been decoded."""
+    import comfy.model_management as management
+
+    edits = pack.module("nodes.edits")
+    decoded = edits._decoded
+
+    def decode_and_cancel(*given):
+        pixels = decoded(*given)
+        management.interrupt_current_processing()
+        return pixels
+
+    asked = []
+    monkeypatch.setattr(edits, "_decoded", decode_and_cancel)
+    monkeypatch.setattr(edits.Reprompting, "_score", lambda *_: asked.append(1) or 0.0)
+    with pytest.raises(management.InterruptProcessingException):
+        edit()
+    assert not asked  # nothing was made
