@@ -141,3 +141,11 @@ def test_of_equal_scores_the_first_is_kept(demo, monkeypatch):
     found = reprompt(demo, torch.zeros(5, 3, 96, 96), Wish("a red circle", "a blue ring", candidates=3))
     assert found.kept == 0
     assert found.best.noise.clean
+
+
+def test_a_direction_that_is_followed_is_likelier_than_the_old_one(demo):
+    scene = flow_features.scenes(8, 3)[4]
+    wanted = replace(scene, direction={"left": "up", "right": "up", "up": "right", "down": "right"}[scene.direction])
+    source = flow_features.drawn([scene])[0][:17]
+    wish = Wish(*map(flow_features.prompt, (scene, wanted)), hold="first-frame", candidates=2)
+    assert max(reprompt(demo, source, wish).scores) > 0
