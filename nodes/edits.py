@@ -10,7 +10,7 @@ from comfy_api.latest import io
 from torch import Tensor
 
 from ..starflow_core.applications.reprompt import Reprompting, Wish, check_hold
-from ..starflow_core.control import Control, Progress
+from ..starflow_core.control import Control
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import HOLDS, memory
 from ..starflow_core.jobs.planner import MemoryPlan
@@ -18,6 +18,7 @@ from ..starflow_core.jobs.tasks import Job
 from ..starflow_core.model.placement import Placement
 from . import host
 from .conditioning import as_clip, at_rate_of, embeddings_for, job_of, prompt_of
+from .latent import decoded
 from .noise import LARGEST_SEED, filled
 from .options import Options, fitted, planned
 from .types import CATEGORY, SEARCH, ContextType, ModelType, OptionsType, SolverType
@@ -116,15 +117,10 @@ class STARFlowEditByInversion(io.ComfyNode):
             host.load(model, work, "this job")  # the VAE may have taken its place
             return pixels
 
-        def progress(now: Progress) -> None:
-            host.check_interrupted()
-            if now.phase == "deep":
-                bar.update(now.step, now.total)
-
         edit = Reprompting(
             flow, wish, job, decode(as_clip(samples)), as_clip(samples), torch.cat(texts).to(flow.compute_dtype),
             None if uncond is None else uncond.to(flow.compute_dtype), decode,
-            control=Control(progress, warn=host.log.warning), placement=Placement.on(model.load_device),
+            control=Control(bar.follow, warn=host.log.warning), placement=Placement.on(model.load_device),
             means=plan.means, fallbacks=plan.fallbacks,
         )  # fmt: skip
         best, pixels, scores = edit.best(
@@ -158,8 +154,8 @@ def _check(job: Job, wish: Wish) -> None:
 
 def _decoded(vae, latents: Tensor, video: bool) -> Tensor:
     """Pixels (F, 3, H, W) in [-1, 1] of one clip's latents (1, C, T, h, w), by the host's VAE."""
-    images = vae.decode((latents if video else latents.squeeze(2)).to(host.result_device()))
-    return images.reshape(-1, *images.shape[-3:]).movedim(-1, 1).float().cpu() * 2 - 1
+    images = decoded(vae, (latents if video else latents.squeeze(2)).to(host.result_device()))[0]
+    return images.movedim(-1, 1).float().cpu() * 2 - 1
 
 
 def _report(job: Job, wish: Wish, scores: list[float], made: tuple[str, ...], plan: MemoryPlan, seconds: float) -> str:

@@ -19,7 +19,7 @@ from ..starflow_core.applications.fill import (
     forecast_fill,
     told,
 )  # fmt: skip
-from ..starflow_core.control import Control, Progress
+from ..starflow_core.control import Control
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs.masks import checked_mask, joined, parted, stand_in
 from ..starflow_core.jobs.tasks import Job
@@ -126,7 +126,7 @@ class STARFlowFillIn(io.ComfyNode):
         flow = model.model
         made, effective = fill_latents(
             flow, job, latents, known, text.to(flow.compute_dtype),
-            None if uncond is None else uncond.to(flow.compute_dtype), particles, control=Control(_progress(bar)),
+            None if uncond is None else uncond.to(flow.compute_dtype), particles, control=Control(bar.follow),
             placement=Placement.on(model.load_device),
         )  # fmt: skip
         made = made.to(host.result_device())
@@ -183,15 +183,6 @@ def _plans(model, job: Job, options: Options | None, known: Tensor):
 def _encoded(vae, pixels: Tensor) -> Tensor:
     """Latents (1, C, T, h, w) of a clip."""
     return as_clip(vae.encode((pixels / 2 + 0.5).movedim(1, -1)).float().cpu())
-
-
-def _progress(bar: host.NodeProgress):
-    def progress(now: Progress) -> None:
-        host.check_interrupted()
-        if now.phase == "deep":
-            bar.update(now.step, now.total)
-
-    return progress
 
 
 def _report(job: Job, particles: int, fitted: str, seconds: float, memory: str, warning: str) -> str:

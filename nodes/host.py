@@ -178,6 +178,13 @@ class NodeProgress:
         preview = None if picture is None else ("JPEG", _pil(picture), min(max(picture.shape[:2]), PREVIEW_SIDE))
         self.bar.update_absolute(step, total, preview)
 
+    def follow(self, progress) -> None:
+        """Show how far the deep block is, of what the core reports. Raises the host's exception on Cancel, in every
+        phase."""
+        check_interrupted()
+        if progress.phase == "deep":
+            self.update(progress.step, progress.total)
+
     def say(self, text: str) -> None:
         show(text, self.node_id)
 
