@@ -121,3 +121,16 @@ def test_cancel_gives_everything_back(monkeypatch, demo):
     assert seen[0][0] > before[0]  # there was something to give back
     assert held() == before
     assert torch.equal(demo.sample(latent)[0]["samples"], expected)
+
+
+def test_following_the_core_asks_in_every_phase():
+    import comfy.model_management as management
+
+    from starflow_core.control import Progress
+
+    bar = pack.module("nodes.host").NodeProgress(None)
+    for phase in ("deep", "shallow", "denoise"):
+        bar.follow(Progress(phase, 1, 2))
+        management.interrupt_current_processing()
+        with pytest.raises(management.InterruptProcessingException):
+            bar.follow(Progress(phase, 1, 2))
