@@ -13,6 +13,7 @@ from ..errors import StarflowError, ran_out
 from .arguments import parser
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; the last two are a shell's for SIGINT and SIGTERM
+SOON = 0.01  # seconds, until a finaliser is over
 OUT_OF_MEMORY_ADVICE = (
     "out of memory; use fewer frames, a smaller size or batch, guidance 0, a 16-bit --dtype, or --tile for the VAE"
 )
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def exit_code_of(act: Callable[[], object]) -> int:
     """Do what a command does, tell what goes wrong in a line, and return the exit code."""
     try:
-        with _terminable():
+        with _stoppable():
             act()
     except StarflowError as error:
         return _fail(str(error))
@@ -56,8 +57,11 @@ def exit_code_of(act: Callable[[], object]) -> int:
 
 
 @contextmanager
-def _terminable() -> Iterator[None]:
-    """SIGTERM stops a command as Ctrl-C does, so that it cleans up."""
+def _stoppable() -> Iterator[None]:
+    """SIGTERM stops a command as Ctrl-C does, so that it cleans up.
+
+    Either may arrive in a finaliser or a callback, where Python drops exceptions: it is sent again then.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -66,11 +70,33 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one would cut the clearing up short
         raise Terminated
 
-    before = signal.signal(signal.SIGTERM, stop)
+    def dropped(unraisable) -> None:
+        if not issubclass(unraisable.exc_type, KeyboardInterrupt):
+            hook(unraisable)
+            return
+        kind = signal.SIGINT
+        if issubclass(unraisable.exc_type, Terminated):
+            kind = signal.SIGTERM
+            signal.signal(kind, stop)
+        again = threading.Timer(SOON, _interrupt, (kind,))
+        again.daemon = True
+        again.start()
+
+    before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
+    sys.unraisablehook = dropped
     try:
         yield
     finally:
+        sys.unraisablehook = hook
         signal.signal(signal.SIGTERM, before)
+
+
+def _interrupt(kind: signal.Signals) -> None:
+    """Send the main thread a signal that also ends its sleep, where the system can."""
+    if hasattr(signal, "pthread_kill"):
+        signal.pthread_kill(threading.main_thread().ident, kind)
+    else:
+        signal.raise_signal(kind)
 
 
 def _fail(message: str) -> int:

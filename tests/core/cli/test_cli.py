@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from pathlib import Path
 
@@ -1285,3 +1286,21 @@ def test_sigterm_is_as_ctrl_c(monkeypatch, capsys, tmp_path):
     assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == 143
     assert "no partial files were left" in capsys.readouterr().err
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize(("kind", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stop_that_a_finaliser_swallows_is_sent_again(monkeypatch, capsys, tmp_path, kind, code):
+    class Finalised:
+        def __del__(self):
+            signal.raise_signal(kind)
+            time.sleep(0)  # where the handler runs
+
+    def work(*_):
+        Finalised()
+        time.sleep(20)
+
+    monkeypatch.setattr("starflow_core.cli.files.convert", work)
+    assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    assert "no partial files were left" in said
