@@ -193,7 +193,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind or (kind is list and not all(isinstance(part, str) for part in value)):
         wanted = {
-            list: "a list of texts",
+            tuple: "a list of texts",
             bool: "true or false",
             int: "a whole number",
             float: "a number",
