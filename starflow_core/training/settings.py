@@ -137,6 +137,7 @@ class Settings:
         return dataclasses.asdict(self)
 
 
+WANTED = {tuple: "a list of texts", bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
 HINTS = get_type_hints(Settings)
 
 
@@ -191,15 +192,10 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return None
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind or (kind is list and not all(isinstance(part, str) for part in value)):
-        wanted = {
-            tuple: "a list of texts",
-            bool: "true or false",
-            int: "a whole number",
-            float: "a number",
-            str: "a text",
-        }
-        raise InputError(f"{name} is {value!r}: expected {wanted[kind]}")
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if type(value) is not kind or (kind is tuple and not all(isinstance(part, str) for part in value)):
+        raise InputError(f"{name} is {value!r}: expected {WANTED[kind]}")
     if told["choices"] and value not in told["choices"]:
         raise InputError(
             f"{name} is {value!r}{_nearest(value, told['choices'])}: expected {', '.join(told['choices'])}"
