@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -22,10 +22,11 @@ from .dataset import Dataset
 from .windows import read_windows
 
 MOST = 48  # samples on a sheet
-WIDTH, MARGIN, GAP = 1600, 32, 24  # of the sheet, in pixels
+WIDTH, MARGIN, GAP = 1420, 32, 24  # of the sheet, in pixels
 SIDE = 144  # of a square of the same area as a frame
 LINES = 3  # of a caption
-PAPER, INK, FAINT, RULE = (24, 24, 28), (236, 236, 236), (150, 150, 158), (70, 70, 78)
+PAPER, INK, FAINT = (24, 24, 28), (236, 236, 236), (150, 150, 158)
+ABOUT = "As cropped, then as the VAE gives them back. Clips: first, middle and last frame. Edits: their source first."
 TITLE, HEADING, TEXT, SMALL = (ImageFont.load_default(size) for size in (24, 18, 14, 12))
 
 
@@ -159,32 +160,35 @@ def _cut(text: str, font, width: int) -> str:
 
 
 def _sheet(dataset: Dataset, cards: dict[Bucket, list[Image.Image]]) -> Image.Image:
-    counts = dataset.buckets
-    placed: list[tuple[int, int, Image.Image | str, ImageFont.FreeTypeFont, tuple]] = []
-    y = MARGIN
-    shown = sum(map(len, cards.values()))
-    placed.append((MARGIN, y, f"{shown} of {len(dataset.samples)} samples", TITLE, INK))
-    about = "Clips: first, middle and last frame. As they are cropped, then as the VAE gives them back."
-    placed.append((MARGIN, y + 34, about, TEXT, FAINT))
-    y += 72
+    """All cards below the headings of their buckets."""
+    counts = Counter(sample.bucket for sample in dataset.samples)
+    strips = [_heading(f"{sum(map(len, cards.values()))} of {len(dataset.samples)} samples", TITLE, 34, INK)]
+    strips.append(_heading(ABOUT, TEXT, 38, FAINT))
     for bucket, group in cards.items():
-        placed.append((MARGIN, y, f"{bucket}: {counts.get(bucket, 0)}", HEADING, INK))
-        y += 34
-        for row in _rows(group):
-            x = MARGIN
-            for card in row:
-                placed.append((x, y, card, TEXT, INK))
-                x += card.width + GAP
-            y += max(card.height for card in row) + GAP
-        y += GAP // 2
-    sheet = Image.new("RGB", (WIDTH, y + MARGIN - GAP), PAPER)
-    draw = ImageDraw.Draw(sheet)
-    for x, top, what, font, colour in placed:
-        if isinstance(what, str):
-            draw.text((x, top), what, colour, font)
-        else:
-            sheet.paste(what, (x, top))
+        strips.append(_heading(f"{bucket}: {counts[bucket]}", HEADING, 34, INK))
+        strips += [_beside(row) for row in _rows(group)]
+    sheet = Image.new("RGB", (WIDTH, 2 * MARGIN + sum(strip.height for strip in strips)), PAPER)
+    y = MARGIN
+    for strip in strips:
+        sheet.paste(strip, (MARGIN, y))
+        y += strip.height
     return sheet
+
+
+def _heading(text: str, font: ImageFont.FreeTypeFont, height: int, colour: tuple[int, int, int]) -> Image.Image:
+    strip = Image.new("RGB", (WIDTH - 2 * MARGIN, height), PAPER)
+    ImageDraw.Draw(strip).text((0, 0), text, colour, font)
+    return strip
+
+
+def _beside(cards: Sequence[Image.Image]) -> Image.Image:
+    """A row of cards, with the gap below it."""
+    strip = Image.new("RGB", (WIDTH - 2 * MARGIN, max(card.height for card in cards) + GAP), PAPER)
+    x = 0
+    for card in cards:
+        strip.paste(card, (x, 0))
+        x += card.width + GAP
+    return strip
 
 
 def _rows(cards: Sequence[Image.Image]) -> Iterator[list[Image.Image]]:
