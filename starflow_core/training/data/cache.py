@@ -71,15 +71,14 @@ class Cache:
 
     def has(self, key: Key) -> bool:
         """Whether an entry is there, complete by its header."""
-        try:
-            self._open(key)
-        except CheckpointError:
-            return False
-        return True
+        return self.note(key) is not None
 
-    def note(self, key: Key) -> str:
-        """What was noted with an entry."""
-        return self._open(key).metadata.get("note", "")
+    def note(self, key: Key) -> str | None:
+        """What was noted with an entry; None if it isn't there."""
+        try:
+            return self._open(key).metadata.get("note", "")
+        except CheckpointError:
+            return None
 
     def put(self, key: Key, tensor: Tensor, note: str = "") -> None:
         """Write an entry, over an earlier one."""

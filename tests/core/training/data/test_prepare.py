@@ -25,7 +25,7 @@ from starflow_core.training.data.encoders import Encoders
 from starflow_core.training.data.folders import Item
 from starflow_core.training.settings import Settings
 from tests.core import tiny
-from tests.core.training.data.files import write
+from tests.core.training.data.files import numbers, write
 
 TASKS = ("text:2", "extend:1", "last_frame:1", "first_frame:1", "edit:1")
 CPU = torch.device("cpu")
@@ -241,6 +241,21 @@ def test_extra_prompts_are_encoded(run):
     dataset = more.prepare(extra=["as it is"])
     assert more.loaded == ["text"]
     assert dataset.embedding("as it is").any()
+
+
+def test_long_captions_are_told(run):
+    long = run()
+    (Path(long.settings.data[0]) / "x/still.txt").write_text("a red circle " * 40)
+    for _ in range(2):
+        assert "prompts longer than 48 tokens: 1, the first loses 'circle a red" in long.prepare().report()[-1]
+
+
+def test_pixels_are_those_of_the_window(cached):
+    _, dataset = cached
+    plan = next(plan for plan in (dataset.plan(i, 0, 2) for i in range(50)) if plan.bucket.frames == 9)
+    found = dataset.pixels(plan, slice(1, 2))
+    assert found.shape == (1, 3, 9, plan.bucket.height, plan.bucket.width)
+    assert numbers(found[0].transpose(0, 1)) == [dataset.samples[plan.picks[1]].start + i for i in range(9)]
 
 
 def test_a_file_that_changes_meanwhile_is_not_stored(model, pictures, tmp_path):
