@@ -10,7 +10,7 @@ from fractions import Fraction
 from pathlib import Path
 
 from ...errors import InputError
-from ...media import PICTURES, read_image, read_video, video_frames
+from ...media import PICTURES, STILLS, read_image, read_video, video_frames
 from ...model.config import FlowConfig
 from .folders import Item, told
 
@@ -103,6 +103,8 @@ def look(path: Path) -> Facts:
     try:
         if path.suffix.lower() in PICTURES:
             height, width = read_image(path).shape[-2:]
+            if path.suffix.lower() in STILLS:
+                return Facts(height, width)
             clip = read_video(path, size=(8, 8))
             return Facts(height, width, len(clip.pixels), clip.fps)
         first = read_video(path, 1)

@@ -178,7 +178,7 @@ def _read_record(file: Path) -> Mapping[str, Any]:
 def _write_record(file: Path, values: Mapping[str, Any]) -> None:
     try:
         with replacing(file) as part:
-            part.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
+            part.write_text(json.dumps(values), encoding="utf-8")  # as ASCII: a file's name may not be text
     except OSError as error:
         raise InputError(f"{file} could not be written ({error.strerror or error}); free some space") from None
 

@@ -121,7 +121,8 @@ def _captioned(picture: Image.Image, sample: Sample) -> Image.Image:
         draw.text((0, y), line, INK, TEXT)
         y += 18
     first = f", from frame {sample.start}" if sample.start else ""
-    draw.text((0, y + 2), _cut(sample.item.path.name + first, SMALL, picture.width), FAINT, SMALL)
+    name = sample.item.path.name.encode("utf-8", "replace").decode()  # it may not be text
+    draw.text((0, y + 2), _cut(name + first, SMALL, picture.width), FAINT, SMALL)
     return card
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from starflow_core.media import Clip, read_image, read_metadata, read_video, write_video
+from starflow_core.media import Clip, read_image, read_metadata, read_video, video_frames, write_video
 from tests.core.media.samples import CLIPS, COLOURS, METADATA, STILLS, flat, levels, noise, tolerance
 
 
@@ -30,6 +30,15 @@ def test_clip_comes_back(tmp_path, name, capfd):
     assert read_metadata(path) == METADATA
     assert not list(tmp_path.rglob("*.part"))
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("name", CLIPS)
+def test_frames_come_one_by_one(tmp_path, name):
+    path = f"{tmp_path}/{name}"
+    write_video(path, noise(5), 12)
+    frames = video_frames(path)
+    first = next(frames)
+    assert torch.equal(torch.stack([first, *frames]), read_video(path).pixels)
 
 
 @pytest.mark.parametrize("name", STILLS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import weakref
 from dataclasses import replace
@@ -411,6 +412,20 @@ def test_a_sheet_shows_every_bucket_evenly(cached, monkeypatch):
     assert [(bucket.frames, [sample.start for sample in samples]) for bucket, samples in found.items()] == [
         (5, [0]), (9, [0]), (1, [0]),
     ]  # fmt: skip
+
+
+def test_names_that_are_no_text(model, tmp_path):
+    name = os.fsdecode(b"caf\xe9")
+    try:
+        write(tmp_path / f"data/{name}.png", "a still")
+    except OSError:
+        pytest.skip("file names are text here")
+    dataset = Run(model, tmp_path / "data", tmp_path / "cache", tasks=("text",)).prepare()
+    vae = Averaging("video")
+    vae.decode = lambda latents: torch.zeros(1, 3, 1, 32, 32)
+    preview.write_sheet(tmp_path / "sheet.png", dataset, vae)
+    with Image.open(tmp_path / "sheet.png") as sheet:
+        assert sheet.height > 200
 
 
 def test_captions_are_wrapped_to_their_card():
