@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -37,13 +38,13 @@ class Sheets:
         """What the text encoder has to have read before."""
         return [*wrapped(self.config, [*self.captions, ""], self.job)] if self.captions else []
 
-    def draw(self, done: int, flow: Flow, sources, device: torch.device, processes: Processes) -> dict[str, float]:
+    def draw(self, flow: Flow, sources, device: torch.device, processes: Processes, done: int) -> dict[str, float]:
         """Write the sheet of a step. All processes sample, since the weights may be spread over them."""
         *texts, empty = [self.cache.embedding(text).to(device) for text in self.texts]
         placement = Placement.on(device)
         latents = []
         for seed, text in enumerate(texts):
-            job = default_job(self.config, **{**vars(self.job), "seed": seed})
+            job = replace(self.job, seed=seed)
             uncond = empty[None] if job.guidance else None
             latents.append(Generation(flow, job, text[None], uncond, placement=placement).run())
         if processes.leads:

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -124,9 +125,7 @@ def train(
         )  # fmt: skip
         checks = [Check(settings.evaluate_every, run.measure)]
         if settings.prompts:
-            checks.append(
-                Check(settings.sample_every, lambda done: sheets.draw(done, flow, sources, device, processes))
-            )
+            checks.append(Check(settings.sample_every, partial(sheets.draw, flow, sources, device, processes)))
         with _watched(work / "logs", processes, log) as note:
             loop.note = lambda step, figures: (note(step, figures), report(step, figures))
             loop.run(

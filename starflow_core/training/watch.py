@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
+
+from ..parts import replacing
 
 FIGURES = "figures.jsonl"
 
@@ -13,39 +15,42 @@ FIGURES = "figures.jsonl"
 class Watch:
     """Writes the figures of steps to a folder. A run that goes on from a state replaces what came after it."""
 
-    def __init__(self, folder: Path, log: Callable[[str], None], opened: ExitStack):
-        self.folder, self.log, self.opened = folder, log, opened
-        self.file = self.board = None
+    def __init__(self, folder: Path, log: Callable[[str], None]):
+        self.path, self.log = folder / FIGURES, log
+        self.begun, self.board = False, None
 
     def note(self, step: int, figures: dict[str, float]) -> None:
         """Figures of a step; steps come in order."""
-        if self.file is None:
-            self._open(step)
-        self.file.write(json.dumps({"step": step, **{name: float(f"{x:.7g}") for name, x in figures.items()}}) + "\n")
-        self.file.flush()
+        if not self.begun:
+            self._begin(step)
+        line = json.dumps({"step": step, **{name: float(f"{value:.7g}") for name, value in figures.items()}})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
         for name, value in figures.items() if self.board else ():
             self.board.add_scalar(name.replace(" ", "_"), value, step)
 
-    def _open(self, first: int) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / FIGURES
-        kept = _before(path, first)
-        self.file = self.opened.enter_context(open(path, "w", encoding="utf-8"))
-        self.file.writelines(kept)
+    def _begin(self, first: int) -> None:
+        self.begun = True
+        kept = "".join(_before(self.path, first))
+        with replacing(self.path) as part:
+            part.write_text(kept, encoding="utf-8")
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
             self.log("no TensorBoard files: the package tensorboard is missing")
             return
-        self.board = SummaryWriter(self.folder, purge_step=first)
-        self.opened.callback(self.board.close)
+        self.board = SummaryWriter(self.path.parent, purge_step=first)
 
 
 @contextmanager
 def watching(folder: Path, log: Callable[[str], None]) -> Iterator[Watch]:
     """A watch whose files are closed at the end. Without the package tensorboard it says so, and does without."""
-    with ExitStack() as opened:
-        yield Watch(folder, log, opened)
+    watch = Watch(folder, log)
+    try:
+        yield watch
+    finally:
+        if watch.board:
+            watch.board.close()
 
 
 def _before(path: Path, first: int) -> list[str]:
