@@ -69,6 +69,10 @@ class Processes:
                 torch.distributed.all_reduce(parameter.grad)
                 parameter.grad /= self.count
 
+    def group(self):
+        """Another group of all processes, for messages over gloo beside the others; None for one process."""
+        return torch.distributed.new_group(backend="gloo") if self.count > 1 else None
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:

@@ -43,6 +43,7 @@ class States:
     def __init__(self, folder: Path, name: str, processes: Processes):
         self.folder, self.name, self.processes = Path(folder), name, processes
         self.writing: tuple[Future, int] | None = None
+        self.group = processes.group()  # writing goes on beside training, and has to have its messages apart
 
     def begin(self, run: dict[str, Any]) -> int:
         """Clear what killed processes left; the step of the last state, or 0. Raises InputError for a state of another
@@ -80,7 +81,9 @@ class States:
         """Copy the tensors and write them while training goes on. Raises InputError if the last ones could not be
         written; the state before them stays."""
         self.finish()
-        writing = checkpoint.async_save(dict(tensors), storage_writer=FileSystemWriter(self._part(done)))
+        writing = checkpoint.async_save(
+            dict(tensors), storage_writer=FileSystemWriter(self._part(done)), process_group=self.group
+        )
         self.run, self.writing = run, (writing, done)
 
     def finish(self) -> None:

@@ -118,7 +118,7 @@ def train(
             block.recompute = settings.recompute
         if processes.count > 1:
             shard(flow, dtype)
-        run = _Run(settings, dataset, subject, processes, device)
+        run = Run(settings, dataset, subject, processes, device)
         loop = Loop(
             work / "states", device, dtype if learns else torch.float32, settings.seed, save_every=settings.save_every,
             log_every=settings.log_every, clip=settings.clip, log=log, processes=processes,
@@ -129,7 +129,7 @@ def train(
         with _watched(work / "logs", processes, log) as note:
             loop.note = lambda step, figures: (note(step, figures), report(step, figures))
             loop.run(
-                settings.train, flow, _optimizer(flow, settings), run.step, settings.steps, settings.warmup,
+                settings.train, flow, optimizer_of(flow, settings), run.step, settings.steps, settings.warmup,
                 settings.decay, settings.ema, checks, told=_told(settings, dataset),
             )  # fmt: skip
         subject.write(settings.result, _metadata(settings, sources), processes)
@@ -137,7 +137,7 @@ def train(
     return settings.result
 
 
-class _Run:
+class Run:
     """What a step sees and computes."""
 
     def __init__(self, settings: Settings, dataset: Dataset, subject, processes: Processes, device: torch.device):
@@ -224,7 +224,7 @@ def _fresh_config(settings: Settings) -> FlowConfig:
     return FlowConfig.from_dict(values)
 
 
-def _optimizer(flow: Flow, settings: Settings) -> torch.optim.Optimizer:
+def optimizer_of(flow: Flow, settings: Settings) -> torch.optim.Optimizer:
     learned = [weight for weight in flow.parameters() if weight.requires_grad]
     if settings.optimizer == "muon":
         starts = [block.sos_embed for block in flow.blocks]
