@@ -39,7 +39,7 @@ class Drawn:
 
 
 def run(folder: Path, steps: int, **options) -> None:
-    settings = Settings(steps=60, warmup=5, batch=4, learning_rate=0.01, **options)
+    settings = Settings(steps=60 if steps < 60 else steps, warmup=5, batch=4, learning_rate=0.01, **options)
     with joined("cpu") as (processes, device):
         torch.manual_seed(0)
         flow = models.flow()
