@@ -7,6 +7,7 @@ import re
 from fractions import Fraction
 
 from ..jobs import CACHES, HOLDS, OFFLOADS
+from ..training.options import NearestNameParser, add_settings
 from ..weights import WEIGHT_TYPES
 
 INT8_HELP = "int8: the large weights in 8 bit"
@@ -15,7 +16,7 @@ DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
 def parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    root = argparse.ArgumentParser(
+    root = NearestNameParser(
         prog="python -m starflow_core",
         description="STARFlow and STARFlow-V: text to image and video with normalising flows.",
     )
@@ -262,6 +263,15 @@ def _inspect(command: argparse.ArgumentParser) -> None:
     _add_json(command)
 
 
+def _prepare(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Finds pictures and clips with captions, brings them to trained sizes and lengths, and encodes them into "
+        "WORK/cache, once; training does the same before it starts. Tells what is cropped, trimmed and left out."
+    )
+    command.add_argument("--preview", metavar="FILE", help="write a contact sheet of what the model will see (.png)")
+    add_settings(command)
+
+
 COMMANDS = {
     "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
@@ -270,6 +280,7 @@ COMMANDS = {
     "reprompt": ("reprompt", _reprompt, "change a clip by another prompt for its noise"),
     "fill": ("fill", _fill, "fill parts of a picture or clip, what is around it, or missing frames"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
+    "prepare": ("prepare", _prepare, "encode pictures and clips with captions for training"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),
 }

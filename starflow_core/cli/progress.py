@@ -31,6 +31,11 @@ class Meter:
         """Given frames passing through the VAE."""
         self._show(progress.phase, progress.step, progress.total, unit="frame")
 
+    def preparing(self, progress: Progress) -> None:
+        """Files, windows and prompts that become data to learn from."""
+        unit = {"read": "file", "encode": "window", "text": "prompt"}.get(progress.phase, "sample")
+        self._show(progress.phase, progress.step, progress.total, unit=unit)
+
     def sampling(self, frames: int) -> SamplingBar:
         """For one job that makes this many frames."""
         return SamplingBar(self._show, frames)

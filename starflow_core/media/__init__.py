@@ -6,13 +6,14 @@ Pixels are float32 in [-1, 1], a picture (3, H, W), a clip (F, 3, H, W). A path 
 
 from .pictures import read_image
 from .pixels import FITS, Clip, fit
-from .reading import read_metadata, read_video
-from .targets import STILLS, Sound
+from .reading import read_metadata, read_video, video_frames
+from .targets import PICTURES, STILLS, Sound
 from .videos import has_encoder
 from .writing import VideoWriter, check_writable, write_video
 
 __all__ = [
     "FITS",
+    "PICTURES",
     "STILLS",
     "Clip",
     "Sound",
@@ -23,5 +24,6 @@ __all__ = [
     "read_image",
     "read_metadata",
     "read_video",
+    "video_frames",
     "write_video",
 ]

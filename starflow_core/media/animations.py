@@ -12,6 +12,7 @@ from fractions import Fraction
 from itertools import count, islice, pairwise
 
 import numpy as np
+from torch import Tensor
 
 from .metadata import encode_exif, encode_text
 from .pictures import encoded, frames_of, opened
@@ -28,6 +29,12 @@ def read_animation(path, frames: int | None, size: tuple[int, int] | None) -> Cl
         pixels = stacked(islice(frames_of(file, notes), frames), size)
     step = 10 if "version" in notes[0] else 1  # milliseconds; only a GIF has a version
     return Clip(pixels, _rate_of(len(notes), sum(note.get("duration", 0) for note in notes), step))
+
+
+def animation_frames(path) -> Iterator[Tensor]:
+    """As `video_frames`, of an animation or a picture."""
+    with opened(path, None) as file:
+        yield from frames_of(file, [])
 
 
 def _rate_of(frames: int, milliseconds: float, step: int) -> Fraction:

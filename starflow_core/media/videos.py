@@ -16,6 +16,7 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from ..errors import InputError
 from .completeness import check_complete
@@ -77,8 +78,24 @@ def has_encoder(codec: str) -> bool:
 
 def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Clip:
     """As `read_video`, of anything that ffmpeg reads."""
-    import imageio.v3 as iio
+    first, rate, declared = _beginning(path)
+    pixels = stacked(islice(_decoded(path, first), frames), size)
+    _check_length(path, len(pixels), min(declared, frames or declared))
+    return Clip(pixels, rate)
 
+
+def container_frames(path) -> Iterator[Tensor]:
+    """As `video_frames`, of anything that ffmpeg reads."""
+    first, _, declared = _beginning(path)
+    found = 0
+    for frame in _decoded(path, first):
+        found += 1
+        yield frame
+    _check_length(path, found, declared)
+
+
+def _beginning(path) -> tuple[Any, Fraction, int]:
+    """PyAV's first frame, the rate, and how many frames the header speaks of."""
     with _header(path) as container:
         if not container.streams.video:
             raise InputError(f"{path} has no video stream; give a clip with pictures")
@@ -86,13 +103,16 @@ def read_container(path, frames: int | None, size: tuple[int, int] | None) -> Cl
         first = next(container.decode(stream), None)
         if first is None:
             raise InputError(f"{path} has no frames; it may be damaged: export it again")
-        rate, declared = Fraction(stream.average_rate or stream.guessed_rate or 0), stream.frames
+        return first, Fraction(stream.average_rate or stream.guessed_rate or 0), stream.frames
+
+
+def _decoded(path, first) -> Iterator[Tensor]:
+    """Each frame (3, H, W), turned as the first one says."""
+    import imageio.v3 as iio
+
     with decoding_errors(path, "video"), iio.imopen(os.path.abspath(path), "r", plugin="pyav") as file:
-        arrays = file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME")
-        upright = (np.rot90(array, first.rotation // 90) for array in islice(arrays, frames))
-        pixels = stacked(map(from_bytes, upright), size)
-    _check_length(path, len(pixels), min(declared, frames or declared))
-    return Clip(pixels, rate)
+        for array in file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME"):
+            yield from_bytes(np.rot90(array, first.rotation // 90))
 
 
 def _check_length(path, found: int, declared: int) -> None:
