@@ -94,8 +94,9 @@ class AdaptedLinear(nn.Module):
 
     def forward(self, inputs: Tensor) -> Tensor:
         out = self.base(inputs)
-        for adapter in self.adapters:
-            out = out + adapter(inputs)
+        for adapter in self.adapters:  # in place it takes no more memory than what comes after the layer
+            more = adapter(inputs)
+            out = out + more if out.requires_grad or more.requires_grad else out.add_(more)
         return out
 
 
@@ -131,7 +132,7 @@ def adapt(
             name: Lora.fresh(layer.in_features, layer.out_features, rank, alpha, dropout, generator)
             for name, layer in layers.items()
         }
-        attach(flow, loras)
+    attach(flow, loras)
     return loras
 
 
@@ -147,7 +148,8 @@ def attach(flow: Flow, loras: dict[str, Lora]) -> None:
         if not isinstance(layer, AdaptedLinear):
             layer = AdaptedLinear(layer).train(layer.training)
             _put(flow, name, layer)
-        layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
+        with torch.inference_mode(False):
+            layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
 
 
 def detach(flow: Flow) -> None:
