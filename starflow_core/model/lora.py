@@ -93,11 +93,16 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        out = self.base(inputs)
-        for adapter in self.adapters:  # in place it takes no more memory than what comes after the layer
-            more = adapter(inputs)
-            out = out + more if out.requires_grad or more.requires_grad else out.add_(more)
-        return out
+        return added(self.base(inputs), inputs, self.adapters)
+
+
+def added(out: Tensor, inputs: Tensor, adapters: Iterable[Lora]) -> Tensor:
+    """What a layer gave for its inputs, with what its adapters give. `out` is used up."""
+    for adapter in adapters:
+        more = adapter(inputs)
+        # In place it takes no more memory than what comes after the layer.
+        out = out + more if out.requires_grad or more.requires_grad else out.add_(more)
+    return out
 
 
 def linear_names(flow: Flow, blocks: str | Iterable[int] = DEEP) -> list[str]:
