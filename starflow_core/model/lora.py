@@ -93,10 +93,16 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, inputs: Tensor) -> Tensor:
-        out = self.base(inputs)
-        for adapter in self.adapters:
-            out = out + adapter(inputs)
-        return out
+        return added(self.base(inputs), inputs, self.adapters)
+
+
+def added(out: Tensor, inputs: Tensor, adapters: Iterable[Lora]) -> Tensor:
+    """What a layer gave for its inputs, with what its adapters give. `out` is used up."""
+    for adapter in adapters:
+        more = adapter(inputs)
+        # In place it takes no more memory than what comes after the layer.
+        out = out + more if out.requires_grad or more.requires_grad else out.add_(more)
+    return out
 
 
 def linear_names(flow: Flow, blocks: str | Iterable[int] = DEEP) -> list[str]:
@@ -131,7 +137,7 @@ def adapt(
             name: Lora.fresh(layer.in_features, layer.out_features, rank, alpha, dropout, generator)
             for name, layer in layers.items()
         }
-        attach(flow, loras)
+    attach(flow, loras)
     return loras
 
 
@@ -147,7 +153,8 @@ def attach(flow: Flow, loras: dict[str, Lora]) -> None:
         if not isinstance(layer, AdaptedLinear):
             layer = AdaptedLinear(layer).train(layer.training)
             _put(flow, name, layer)
-        layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
+        with torch.inference_mode(False):
+            layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
 
 
 def detach(flow: Flow) -> None:

@@ -144,7 +144,7 @@ class LoraFile:
     @property
     def nbytes(self) -> int:
         """Memory that it takes beside a flow, in float32."""
-        return 4 * sum(math.prod(part.shape) for parts in self.parts.values() for part in parts.values())
+        return 4 * sum(math.prod(parts[part].shape) for parts in self.parts.values() for part in (DOWN, UP))
 
     @property
     def config(self) -> FlowConfig | None:

@@ -13,7 +13,9 @@ from starflow_core.errors import InputError
 from starflow_core.model.flow import Flow
 from starflow_core.model.int8 import expand, quantise
 from starflow_core.model.lora import ALL, AdaptedLinear, Lora, adapt, attach, detach, linear_names, merge
+from starflow_core.model.placement import Placement
 from starflow_core.weights.flow import has_int8, load_flow, save_flow
+from starflow_core.weights.streaming import stream_layers
 from tests.core import models
 from tests.core.models import randn, relative_error
 
@@ -121,6 +123,20 @@ def test_small_differences_survive_coarse_weights(coarse):
     assert relative_error(AdaptedLinear(base, [lora])(inputs) - base(inputs), exact) < 1e-5
     assert relative_error(lora(inputs.bfloat16()).float(), exact) < 1e-4
     assert relative_error(rounded(weight + lora.delta()) - rounded(weight), lora.delta()) > 1
+
+
+@pytest.mark.parametrize("first", ["attached", "streamed"])
+def test_streamed_layers(first):
+    """Weights that are brought in layer by layer, be the adapters there before or not."""
+    flow, latents = models.flow(), randn(1, 2, 4, 3, 3)
+    exact = copy.deepcopy(flow)
+    for each, streams in ((exact, False), (flow, True)):
+        if streams and first == "streamed":
+            stream_layers(each, Placement.on("cpu"))
+        filled(each)
+        if streams and first == "attached":
+            stream_layers(each, Placement.on("cpu"))
+    assert torch.equal(encoded(flow, latents), encoded(exact, latents))
 
 
 def test_names_of_the_weights_stay(tmp_path):

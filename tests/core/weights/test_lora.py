@@ -81,7 +81,7 @@ def test_what_is_saved_comes_back(tmp_path, seed):
     found = LoraFile.open(tmp_path / "a.safetensors")
     found.check(flow.config)
     assert found.config == flow.config
-    assert found.nbytes == 4 * sum(1 + lora.lora_A.numel() + lora.lora_B.numel() for lora in written.values())
+    assert found.nbytes == 4 * sum(lora.lora_A.numel() + lora.lora_B.numel() for lora in written.values())
     loaded = found.load(-0.5)
     assert loaded.keys() == written.keys()
     for name, lora in loaded.items():
