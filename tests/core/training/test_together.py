@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,20 +19,23 @@ from tests.core.training import together
 ROOT = Path(__file__).parents[3]
 
 
-def start(count: int, folder: Path, steps: int, **options) -> subprocess.Popen:
-    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(count), together.__file__]
-    folder.mkdir(exist_ok=True)
-    return subprocess.Popen(
-        [sys.executable, "-m", *command, str(folder), str(steps), json.dumps(options)],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
-
-
 def losses(count: int, folder: Path, steps: int, **options) -> dict[str, float]:
-    process = start(count, folder, steps, **options)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 0, said
+    """By step, of a run of several processes, that may go on from another one's state."""
+    folder.mkdir(exist_ok=True)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")  # they share what it has imported
+    context.set_forkserver_preload([together.__name__])
+    processes = [
+        context.Process(target=together.started, args=(rank, count, port, folder, steps, options))
+        for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(300)
+        assert process.exitcode == 0
     return json.loads((folder / "losses.json").read_text())
 
 
@@ -54,7 +59,13 @@ def test_what_is_trained_beside_frozen_weights(tmp_path, options):
 
 
 def test_a_process_that_dies_stops_the_others(tmp_path):
-    process, began = start(2, tmp_path / "run", 10**6, train="full"), time.monotonic()
+    command = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", together.__file__]
+    began = time.monotonic()
+    process = subprocess.Popen(
+        [sys.executable, "-m", *command, str(tmp_path / "run"), str(10**6), json.dumps({"train": "full"})],
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, text=True,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+    )  # fmt: skip
     states = tmp_path / "run" / "states"
     while not (states.exists() and any(path.suffix != ".part" for path in states.iterdir())):
         time.sleep(0.05)
@@ -69,4 +80,5 @@ def test_a_process_that_dies_stops_the_others(tmp_path):
     assert process.returncode != 0
     assert "SIGKILL" in said
     assert time.monotonic() - began < 30
-    assert losses(1, tmp_path / "run", 30, train="full")["30"]
+    done = int(max(path.name for path in states.iterdir()).removeprefix("fit-").removesuffix(".part"))
+    assert str(done + 1) in losses(1, tmp_path / "run", done + 1, train="full")

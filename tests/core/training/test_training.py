@@ -167,7 +167,9 @@ def test_progress_is_logged(tmp_path):
     lines = []
     module = nn.Linear(2, 1)
     loop = Loop(tmp_path, CPU, torch.float32, log=lines.append)
-    loop.run("fit", module, Descent(module.parameters()), lambda index, *_: iter([(module.bias.sum(), {"x": index / 8})]), 23)
+    loop.run(
+        "fit", module, Descent(module.parameters()), lambda index, *_: iter([(module.bias.sum(), {"x": index / 8})]), 23
+    )
     shown = [line.partition("  ")[0::2] for line in lines]
     assert [head for head, _ in shown] == ["fit 1/23", "fit 21/23", "fit 23/23"]
     assert [rest.split("  ")[0] for _, rest in shown] == ["x 0", "x 2.5", "x 2.75"]
@@ -241,8 +243,12 @@ def test_a_damaged_state_is_named(tmp_path):
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     module = nn.Linear(2, 2)
     loop = Loop(tmp_path, CPU, torch.float32)
-    with pytest.raises(NonFiniteError, match="step 0"):
-        loop.run("fit", module, Muon(module.parameters()), lambda *_: iter([(module.weight.sum() * float("nan"), {})]), 3)
+
+    def step(index, rng, generator):
+        yield module.weight.sum() * float("nan"), {}
+
+    with pytest.raises(NonFiniteError, match=r"step 0 \(first in weight\)"):
+        loop.run("fit", module, Muon(module.parameters()), step, 3)
 
 
 # Objectives

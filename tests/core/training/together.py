@@ -1,11 +1,12 @@
-"""A small training run for tests, to be started by `torchrun`: together.py FOLDER STEPS SHAPES.. Its losses go to
-FOLDER/losses.json, as figures of the steps that it made."""
+"""A small training run for tests, in one process of several: together.py FOLDER STEPS SETTINGS. The losses of its steps
+are added to FOLDER/losses.json."""
 
 from __future__ import annotations
 
 import json
+import os
 import sys
-from dataclasses import replace
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -39,7 +40,7 @@ class Drawn:
 
 
 def run(folder: Path, steps: int, **options) -> None:
-    settings = Settings(steps=60 if steps < 60 else steps, warmup=5, batch=4, learning_rate=0.01, **options)
+    settings = Settings(steps=10**6, warmup=5, batch=4, learning_rate=0.001, **options)
     with joined("cpu") as (processes, device):
         torch.manual_seed(0)
         flow = models.flow()
@@ -61,14 +62,20 @@ def run(folder: Path, steps: int, **options) -> None:
 
         loop.note = note
         work = Run(settings, Drawn(), subject, processes, device)
-        try:
+        with suppress(KeyboardInterrupt):
             loop.run("fit", flow, optimizer_of(flow, settings), work.step, settings.steps, settings.warmup)
-        except KeyboardInterrupt:
-            pass
         if processes.leads:
             path = folder / "losses.json"
             before = json.loads(path.read_text()) if path.exists() else {}
             path.write_text(json.dumps(before | losses))
+
+
+def started(rank: int, count: int, port: int, folder: Path, steps: int, options: dict) -> None:
+    """As `torchrun` starts it."""
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    run(folder, steps, **options)
 
 
 if __name__ == "__main__":
