@@ -286,6 +286,17 @@ def _prepare(command: argparse.ArgumentParser) -> None:
     add_settings(command)
 
 
+def _train(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Teaches a model something from a folder of pictures or clips with captions, and writes one file: a LoRA for "
+        "generate --lora, or a whole model. Run again, it goes on from the last state in WORK. Several devices and "
+        "machines: torchrun --nproc-per-node N -m starflow_core train .."
+    )
+    command.add_argument("--example", action="store_true", help="print a settings file with every field, and stop")
+    command.add_argument("--dry-run", action="store_true", help="tell the memory that each size needs, and stop")
+    add_settings(command)
+
+
 COMMANDS = {
     "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
@@ -295,6 +306,7 @@ COMMANDS = {
     "fill": ("fill", _fill, "fill parts of a picture or clip, what is around it, or missing frames"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "prepare": ("prepare", _prepare, "encode pictures and clips with captions for training"),
+    "train": ("train", _train, "teach a model something: a LoRA, or all of it"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
     "merge": ("files", _merge, "add LoRAs to a checkpoint's weights"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),

@@ -16,7 +16,7 @@ from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.placement import Placement
 from ..solve.solvers import PRESETS
-from .data.cache import Cache
+from .data.dataset import Dataset
 from .processes import Processes
 from .settings import Settings
 
@@ -26,8 +26,8 @@ SHOWN = 5  # frames of a clip
 class Sheets:
     """A row for each of the settings' prompts: a picture, or frames of a clip."""
 
-    def __init__(self, settings: Settings, config: FlowConfig, cache: Cache, folder: Path):
-        self.config, self.cache, self.folder = config, cache, folder
+    def __init__(self, settings: Settings, config: FlowConfig, folder: Path):
+        self.config, self.folder = config, folder
         self.captions = list(settings.prompts)
         frames = 1 if config.kind == "image" else settings.frames or config.defaults.frames
         chosen = {} if settings.guidance is None else {"guidance": settings.guidance}
@@ -38,9 +38,11 @@ class Sheets:
         """What the text encoder has to have read before."""
         return [*wrapped(self.config, [*self.captions, ""], self.job)] if self.captions else []
 
-    def draw(self, flow: Flow, sources, device: torch.device, processes: Processes, done: int) -> dict[str, float]:
+    def draw(
+        self, flow: Flow, dataset: Dataset, sources, device: torch.device, processes: Processes, done: int
+    ) -> dict[str, float]:
         """Write the sheet of a step. All processes sample, since the weights may be spread over them."""
-        *texts, empty = [self.cache.embedding(text).to(device) for text in self.texts]
+        *texts, empty = [dataset.embedding(text).to(device) for text in self.texts]
         placement = Placement.on(device)
         latents = []
         for seed, text in enumerate(texts):
@@ -48,7 +50,7 @@ class Sheets:
             uncond = empty[None] if job.guidance else None
             latents.append(Generation(flow, job, text[None], uncond, placement=placement).run())
         if processes.leads:
-            self._write(done, sources.vae(device), latents)
+            self._write(done, sources.load_vae(device), latents)
         return {}
 
     def _write(self, done: int, vae, latents: list[Tensor]) -> None:

@@ -13,20 +13,23 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..bundled import BUNDLED, FLOW_FILE
+from ..control import Progress
 from ..errors import InputError, NonFiniteError
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.placement import default_dtype
 from ..model.text import TextEncoder
 from ..model.vae.codec import VAE
-from ..pipeline import find_parts
 from ..weights.flow import APPLE_LICENSE, load_flow
 from ..weights.lora import base_metadata
-from ..weights.tensorfiles import DTYPES
+from ..weights.tensorfiles import DTYPES, TensorFile
 from .data.cache import Cache
 from .data.dataset import Dataset, Plan
+from .data.encoders import Encoders
 from .data.prepare import prepare
 from .files import make_folder
+from .forecast import forecast, require
 from .loop import Check, Loop
 from .optimiser import Muon
 from .processes import Processes, shard
@@ -38,36 +41,37 @@ from .watch import watching
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a run's models come from. Each is loaded when it is called for, onto the device given; `base` is what the
-    finished file says of the model."""
+    """Where a run's models come from: each is loaded when it is called for, onto a device. `base` is what the finished
+    file says of the model, and may take a while."""
 
     config: FlowConfig
-    flow: Callable[[torch.dtype, torch.device], Flow]
-    vae: Callable[[torch.device], VAE]
-    text: Callable[[torch.device], TextEncoder]
+    load_flow: Callable[[torch.dtype, torch.device], Flow]
+    load_vae: Callable[[torch.device], VAE]
+    load_text: Callable[[torch.device], TextEncoder]
     base: Callable[[], dict[str, str]]
 
 
 def find_sources(settings: Settings) -> Sources:
     """The files that the settings name, or the bundled demo's. Raises InputError for what doesn't go together, and
     CheckpointError for damaged files."""
-    parts = find_parts(settings.model, settings.text_encoder, settings.vae)
-    config = _fresh_config(settings) if settings.train == "scratch" else parts.config
-    if settings.noise is not None:
-        config = replace(config, noise_std=settings.noise)
+    encoders = Encoders.find(settings)
+    config = encoders.config if settings.noise is None else replace(encoders.config, noise_std=settings.noise)
+    if settings.train == "scratch":
 
-    def flow(dtype: torch.dtype, device: torch.device) -> Flow:
-        if settings.train == "scratch":
+        def load(dtype: torch.dtype, device: torch.device) -> Flow:
             return Flow(config).to(device)
-        return load_flow(parts.checkpoint, dtype, device, config=config, quantise=settings.int8)
 
-    return Sources(
-        config,
-        flow,
-        lambda device: parts.vae.load(torch.float32, device),
-        lambda device: parts.text.load(default_dtype(device), device),
-        lambda: base_metadata(parts.checkpoint),
-    )
+        return Sources(config, load, encoders.load_vae, encoders.load_text, dict)
+    checkpoint = TensorFile.open(settings.model or BUNDLED / FLOW_FILE)
+
+    def load(dtype: torch.dtype, device: torch.device) -> Flow:
+        return load_flow(checkpoint, dtype, device, config=config, quantise=settings.int8)
+
+    def base() -> dict[str, str]:
+        license = checkpoint.metadata.get("license", APPLE_LICENSE)
+        return base_metadata(checkpoint) | {"license": license}
+
+    return Sources(config, load, encoders.load_vae, encoders.load_text, base)
 
 
 def check(settings: Settings, config: FlowConfig) -> None:
@@ -91,27 +95,31 @@ def train(
     processes: Processes,
     log: Callable[[str], None] = lambda line: None,
     report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    progress: Callable[[Progress], None] | None = None,
 ) -> Path:
     """Train, or go on where a run with the same settings and folder has stopped; returns the finished file.
 
-    `report` is told the figures of each step, and may raise to stop. Raises InputError for data and settings that can't
-    be used, NonFiniteError where numbers go bad.
+    `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. Raises
+    InputError for data and settings that can't be used, OutOfMemoryForecast where a step can't fit, NonFiniteError
+    where numbers go bad.
     """
     config, work = sources.config, Path(settings.work)
     check(settings, config)
     make_folder(work)
-    dtype = DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
+    dtype = dtype_of(settings, device)
     cache = Cache(work / "cache")
-    sheets = Sheets(settings, config, cache, work / "samples")
+    sheets = Sheets(settings, config, work / "samples")
     dataset = prepare(
-        settings, config, lambda: sources.vae(device), lambda: sources.text(device), cache,
-        rank=processes.rank, world=processes.count, extra=sheets.texts, progress=None,
+        settings, config, partial(sources.load_vae, device), partial(sources.load_text, device), cache,
+        rank=processes.rank, world=processes.count, progress=progress, extra=sheets.texts,
     )  # fmt: skip
     processes.wait()
     for line in dataset.report():
         log(line)
+    for bucket in dataset.buckets:
+        require(forecast(config, settings, dtype, bucket, processes.count), device, bucket)
     learns = settings.train in ("full", "scratch")
-    flow = sources.flow(torch.float32 if learns else dtype, device)
+    flow = sources.load_flow(torch.float32 if learns else dtype, device)
     with torch.inference_mode(False), torch.enable_grad():
         subject = subject_of(flow, settings)
         for block in flow.blocks:
@@ -125,7 +133,7 @@ def train(
         )  # fmt: skip
         checks = [Check(settings.evaluate_every, run.measure)]
         if settings.prompts:
-            checks.append(Check(settings.sample_every, partial(sheets.draw, flow, sources, device, processes)))
+            checks.append(Check(settings.sample_every, partial(sheets.draw, flow, dataset, sources, device, processes)))
         with _watched(work / "logs", processes, log) as note:
             loop.note = lambda step, figures: (note(step, figures), report(step, figures))
             loop.run(
@@ -135,6 +143,11 @@ def train(
         subject.write(settings.result, _metadata(settings, sources), processes)
     processes.wait()
     return settings.result
+
+
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """The type of the matrix products."""
+    return DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
 
 
 class Run:
@@ -212,18 +225,6 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def _fresh_config(settings: Settings) -> FlowConfig:
-    """The configuration of a flow that begins from nothing."""
-    if settings.config is None:
-        raise InputError("scratch needs config, a JSON file with the new flow's configuration; `inspect` prints one")
-    try:
-        values = json.loads(Path(settings.config).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(f"{settings.config} can't be read as a configuration ({reason})") from None
-    return FlowConfig.from_dict(values)
-
-
 def optimizer_of(flow: Flow, settings: Settings) -> torch.optim.Optimizer:
     learned = [weight for weight in flow.parameters() if weight.requires_grad]
     if settings.optimizer == "muon":
@@ -247,13 +248,11 @@ def _told(settings: Settings, dataset: Dataset) -> dict:
 def _metadata(settings: Settings, sources: Sources) -> dict[str, str]:
     """What the finished file says of itself. A model's licence covers what is made of it."""
     base = sources.base()
-    licences = [APPLE_LICENSE] if not base.get("license") else [base.pop("license")]
-    if settings.license:
-        licences.append(settings.license)
+    licences = [base.pop("license", ""), settings.license]
     told = {name: value for name, value in settings.to_dict().items() if name not in FREE or name == "data"}
     told["data"] = [path.name for path, _ in settings.folders]
     words = {"trigger_words": settings.trigger_words} if settings.trigger_words else {}
-    return {**base, **words, "license": " ".join(licences), "settings": json.dumps(told)}
+    return {**base, **words, "license": " ".join(filter(None, licences)), "settings": json.dumps(told)}
 
 
 @contextmanager
