@@ -62,8 +62,8 @@ def require(need: Need, device: torch.device, bucket: Bucket) -> None:
     there = memory.free(device)
     if there is not None and not memory.fits(need.total, there):
         raise OutOfMemoryForecast(
-            f"training on {bucket} needs about {need}, but {memory.readable(there)} are free on {device}. Use micro_batch "
-            "1, recompute, int8, a smaller size, fewer frames, or more devices."
+            f"training on {bucket} needs about {need}, but {memory.readable(there)} are free on {device}. Use "
+            "micro_batch 1, recompute, int8, a smaller size, fewer frames, or more devices."
         )
 
 
