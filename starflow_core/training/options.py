@@ -13,6 +13,7 @@ from .settings import Settings, fields, kind_of, read_settings
 def add_settings(parser: argparse.ArgumentParser) -> None:
     """A settings file to start from, and an option for every setting, which overrides the file's. What isn't given
     isn't in the parsed arguments either."""
+    parser.usage = "%(prog)s [FILE.toml] [--OPTION VALUE ..]"  # all of them would fill a page
     parser.add_argument("settings", nargs="?", metavar="FILE.toml", help="settings; options below override them")
     groups = {}
     for field in fields():

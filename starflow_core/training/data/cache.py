@@ -71,19 +71,19 @@ class Cache:
 
     def has(self, key: Key) -> bool:
         """Whether an entry is there, complete by its header."""
-        try:
-            return "crc32" in self._open(key).metadata
-        except (CheckpointError, InputError):
-            return False
+        return self.note(key) is not None
 
-    def note(self, key: Key) -> str:
-        """What was noted with an entry."""
-        return self._open(key).metadata.get("note", "")
+    def note(self, key: Key) -> str | None:
+        """What was noted with an entry; None if it isn't there."""
+        try:
+            return self._open(key).metadata.get("note", "")
+        except CheckpointError:
+            return None
 
     def put(self, key: Key, tensor: Tensor, note: str = "") -> None:
         """Write an entry, over an earlier one."""
         tensor = tensor.detach().cpu().contiguous()
-        about = {"crc32": _sum_of(tensor), "of": json.dumps(asdict(key), ensure_ascii=False), "note": note}
+        about = {"crc32": _sum_of(tensor), "of": _said(key), "note": note}
         write_tensors(self.path(key), {key.kind: (tuple(tensor.shape), tensor.dtype)}, about, [tensor])
 
     def get(self, key: Key, name: str) -> Tensor:
@@ -102,7 +102,7 @@ class Cache:
 
     def _open(self, key: Key) -> TensorFile:
         file = TensorFile.open(self.path(key))
-        if list(file.tensors) != [key.kind]:
+        if list(file.tensors) != [key.kind] or file.metadata.get("of") != _said(key):
             raise CheckpointError(f"{file.path.name} holds something else")
         return file
 
@@ -181,6 +181,10 @@ def _write_record(file: Path, values: Mapping[str, Any]) -> None:
             part.write_text(json.dumps(values, ensure_ascii=False), encoding="utf-8")
     except OSError as error:
         raise InputError(f"{file} could not be written ({error.strerror or error}); free some space") from None
+
+
+def _said(key: Key) -> str:
+    return json.dumps(asdict(key), ensure_ascii=False)
 
 
 def _sum_of(tensor: Tensor) -> str:

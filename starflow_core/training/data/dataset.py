@@ -8,6 +8,7 @@ import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import cached_property
 
 import torch
@@ -20,6 +21,7 @@ from ...model.config import FlowConfig
 from ...model.latent import to_flow_space
 from .buckets import Bucket, Notes, Sample
 from .cache import Cache, Text, Window
+from .windows import read_windows
 
 PREFIX_DROP = 0.25  # share of continuations without `(extend)`, as in the later windows of a long video
 
@@ -104,7 +106,7 @@ class Dataset:
     identities: Identities
     cache: Cache
     notes: Notes = field(default_factory=Notes)
-    lines: Sequence[str] = ()
+    lines: list[str] = field(default_factory=list)
     _dealt: tuple = field(default=(None, None), init=False, repr=False)  # the last epoch, and its batches
 
     def __len__(self) -> int:
@@ -170,6 +172,18 @@ class Dataset:
         factors = later_factors(config, plan.task, plan.given, latents.shape[2])
         text = torch.stack([self.embedding(prompt) for prompt in (plan.prompts[row] for row in rows)])
         return to_flow_space(config.latent, latents, factors), text
+
+    def pixels(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
+        """The clips (b, 3, F, H, W) in [-1, 1], read from their files. Raises InputError for one that can't be read."""
+        return torch.stack([self.frames(self.samples[pick]).transpose(0, 1) for pick in plan.picks[rows]])
+
+    def frames(self, sample: Sample, part: str = "clip") -> Tensor:
+        """Pixels (F, 3, H, W) of a sample's clip, or of its `source`."""
+        path = sample.item.source if part == "source" else sample.item.path
+        bucket, span = sample.bucket, (sample.start, sample.bucket.frames)
+        facts, fps = self.cache.facts(path), Fraction(self.practice.fps)
+        [(_, pixels)] = read_windows(path, facts, bucket.height, bucket.width, fps, [span])
+        return pixels
 
     def embedding(self, prompt: str) -> Tensor:
         """The embedding (L, D) of a wrapped prompt, zero after its end. Raises InputError if it isn't in the cache."""

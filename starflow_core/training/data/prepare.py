@@ -21,7 +21,7 @@ from ...weights.text import find_text_encoder
 from ...weights.vae import find_vae
 from ..settings import Settings
 from .buckets import Notes, Sample, assign
-from .cache import Cache, Window, identity
+from .cache import Cache, Text, Window, identity
 from .dataset import Dataset, Identities, Practice
 from .folders import Item, find_items, shortened
 from .windows import read_windows
@@ -211,19 +211,27 @@ def _encode_prompts(
 ) -> None:
     """Encode this process's share of the prompts that are missing: one by one, so that an embedding depends on its
     prompt alone."""
-    missing = [key for key in map(dataset.text, dataset.prompts(extra)) if not dataset.cache.has(key)][rank::world]
-    if not missing:
-        return
-    encoder = load()
+    notes = {key: dataset.cache.note(key) for key in map(dataset.text, dataset.prompts(extra))}
+    missing = [key for key, note in notes.items() if note is None][rank::world]
+    if missing:
+        notes |= _encoded_prompts(dataset, load(), missing, progress)
+        _give_back()
+    if cut := [note for note in notes.values() if note]:
+        length = dataset.practice.config.prompt.tokens
+        dataset.lines.append(f"prompts longer than {length} tokens: {len(cut)}, the first loses {cut[0][:60]!r}")
+
+
+def _encoded_prompts(dataset: Dataset, encoder: TextEncoder, keys: Sequence[Text], progress: Report) -> dict[Text, str]:
+    """Encode prompts; gives what was cut off each."""
     dataset.practice.config.check_text_encoder(encoder.dim)
-    for done, key in enumerate(missing, 1):
+    cut = {}
+    for done, key in enumerate(keys, 1):
         encoded = encoder.encode([key.prompt], key.tokens)
-        rows = encoded.embeddings[0]
+        rows, cut[key] = encoded.embeddings[0], encoded.cut[0]
         length = int(rows.ne(0).any(-1).nonzero().max()) + 1
-        dataset.cache.put(key, rows[:length], encoded.cut[0])
-        progress(Progress("text", done, len(missing)))
-    del encoder
-    _give_back()
+        dataset.cache.put(key, rows[:length], cut[key])
+        progress(Progress("text", done, len(keys)))
+    return cut
 
 
 def _give_back() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -19,7 +18,6 @@ from ...model.vae.codec import VAE
 from ...parts import replacing
 from .buckets import Bucket, Sample
 from .dataset import Dataset
-from .windows import read_windows
 
 MOST = 48  # samples on a sheet
 WIDTH, MARGIN, GAP = 1420, 32, 24  # of the sheet, in pixels
@@ -72,32 +70,24 @@ def _spread(samples: Sequence[Sample], count: int) -> list[Sample]:
 
 
 def _card(dataset: Dataset, sample: Sample, vae: VAE) -> Image.Image:
-    """Frames as they are cropped above those that come out of the VAE, beside each other for stills; then the source of
-    an edit, the caption and the name."""
-    rows = [_frames(dataset, sample, "clip"), _decoded(dataset, sample, vae)]
-    if dataset.practice.tasks(sample.bucket, True) and sample.item.source:
-        rows.insert(0, _frames(dataset, sample, "source"))
+    """The source of an edit, frames as they are cropped, and as they come out of the VAE, one below the other, or for
+    stills beside each other; then the caption and the name."""
+    shown = _shown(sample.bucket)
+    rows = [dataset.frames(sample)[shown], _decoded(dataset, sample, vae)[shown]]
+    if sample.item.source:
+        rows.insert(0, dataset.frames(sample, "source")[shown])
     if sample.bucket.frames == 1:
         rows = [torch.cat(rows)]
     picture = _tiled([[_thumbnail(frame) for frame in row] for row in rows])
     return _captioned(picture, sample)
 
 
-def _frames(dataset: Dataset, sample: Sample, part: str) -> Tensor:
-    """Pixels (n, 3, H, W) of a sample's clip or source."""
-    path = sample.item.source if part == "source" else sample.item.path
-    bucket, span = sample.bucket, (sample.start, sample.bucket.frames)
-    facts, fps = dataset.cache.facts(path), Fraction(dataset.practice.fps)
-    [(_, pixels)] = read_windows(path, facts, bucket.height, bucket.width, fps, [span])
-    return pixels[_shown(bucket)]
-
-
 @torch.no_grad()
 def _decoded(dataset: Dataset, sample: Sample, vae: VAE) -> Tensor:
-    """Pixels (n, 3, H, W) of a sample's latents in the cache."""
+    """Pixels (F, 3, H, W) of a sample's latents in the cache."""
     latents = dataset.cache.get(dataset.window(sample), str(sample.item.path)).unsqueeze(0)
     pixels = vae.decode(latents.squeeze(2)).unsqueeze(2) if vae.kind == "image" else vae.decode(latents)
-    return pixels[0].transpose(0, 1).cpu()[_shown(sample.bucket)]
+    return pixels[0].transpose(0, 1).cpu()
 
 
 def _shown(bucket: Bucket) -> list[int]:

@@ -33,6 +33,13 @@ from starflow_core.weights.vae import load_vae
 from tests.core import models, tiny
 
 PROMPT = "a red circle moving left"
+# The settings of a training run.
+SETTINGS = (
+    "alpha batch blocks caption-drop clip config data decay device dropout dtype ema evaluate-every fps frames "
+    "guidance held-out int8 learning-rate license log-every micro-batch model no-int8 no-recompute noise optimizer "
+    "output prompts rank recompute sample-every save-every seed size steps tasks text-encoder train trigger-words vae "
+    "warmup weight-decay work"
+)
 FLAGS = {
     "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
     "image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
@@ -54,6 +61,8 @@ FLAGS = {
     "window",
     "convert": "dtype overwrite",
     "merge": "dtype output overwrite",
+    "prepare": f"{SETTINGS} preview",
+    "train": f"{SETTINGS} dry-run example",
     "inspect": "aspect batch cache device dtype frames guidance height json memory offload size width",
 }
 
@@ -152,7 +161,7 @@ def test_flags_are_stable():
         name: sorted(o[2:] for a in command._actions for o in a.option_strings if o.startswith("--") and o != "--help")
         for name, command in commands.items()
     }
-    assert found == {name: flags.split() for name, flags in FLAGS.items()}
+    assert found == {name: sorted(flags.split()) for name, flags in FLAGS.items()}
 
 
 def test_choices_are_the_cores():
