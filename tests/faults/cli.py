@@ -169,7 +169,7 @@ FAULTS: list[Fault] = [
         "inspect's memory ignores --batch", TESTS + "test_inspect_forecasts",
     ),
     Fault(
-        FILES, "overwrite=args.overwrite, ", "overwrite=True, ",
+        FILES, "args.dtype, overwrite=args.overwrite, progress=meter.bytes)\n", "args.dtype, overwrite=True)\n",
         "convert replaces files unasked", TESTS + "test_convert",
     ),
     Fault(

@@ -74,7 +74,7 @@ FAULTS = [
           "a LoRA drops out while it isn't trained", LORA),
     Fault(f"{MODEL}/lora.py", "        if not lora.strength:\n            continue\n", "",
           "a LoRA of strength 0 is put on its layer", LORA),
-    Fault(f"{MODEL}/lora.py", "    flow.requires_grad_(False)\n", "", "what a LoRA is trained beside learns, too", LORA),
+    Fault(f"{MODEL}/lora.py", "    flow.requires_grad_(False)\n", "", "what is beside a LoRA learns, too", LORA),
     Fault(f"{MODEL}/lora.py", "merged(layer.weight, layer.adapters)", "merged(layer.weight, layer.adapters[:1])",
           "of several LoRAs the first alone is merged", "tests/core/weights/test_lora.py"),
     Fault(f"{MODEL}/lora.py", "{DEEP: [count - 1]", "{DEEP: [0]", "a LoRA of the first block by default", LORA),
