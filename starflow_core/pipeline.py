@@ -32,7 +32,7 @@ from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
 from .weights.flow import find_config, has_int8, in_int8, load_flow
-from .weights.lora import Chosen
+from .weights.lora import Chosen, LoraPath
 from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
@@ -54,7 +54,6 @@ class Output:
     cut: list[str]
 
 
-LoraPath = str | Path | tuple[str | Path, float]  # of a file, with or without its strength
 OPTIONS = ("negative", "control", "keep_text_encoder", "noise")  # of `Pipeline.start`, for the one-call tasks, too
 
 
@@ -358,7 +357,7 @@ def find_parts(
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
     text = find_text_encoder(text_encoder, quantise=quantise)
-    config, chosen = find_config(checkpoint), tuple(map(_chosen, loras))
+    config, chosen = find_config(checkpoint), tuple(map(Chosen.open, loras))
     for each in chosen:
         each.file.check(config)
     parts = Parts(checkpoint, config, text, find_vae(vae), quantise, chosen)
@@ -366,10 +365,6 @@ def find_parts(
     outline = parts.vae.outline
     parts.config.check_vae(outline.channels, outline.spatial, outline.temporal)
     return parts
-
-
-def _chosen(lora: LoraPath) -> Chosen:
-    return Chosen.open(*lora) if isinstance(lora, tuple) else Chosen.open(lora)
 
 
 def _find_paths(

@@ -26,7 +26,7 @@ from ..model.placement import default_dtype, pick_device
 from ..weights import INT8, WEIGHT_TYPES
 from ..weights import flow as checkpoints
 from ..weights import lora as lorafiles
-from ..weights.lora import Chosen, LoraFile
+from ..weights.lora import LoraFile
 from ..weights.tensorfiles import PICKLES, parse_dtype
 from .progress import Meter
 from .settings import chosen, size_options
@@ -44,11 +44,11 @@ def convert(args: Namespace) -> None:
 
 def merge(args: Namespace) -> None:
     """Write a checkpoint with LoRAs added to its weights."""
-    chosen = [Chosen.open(*lora) for lora in args.loras]
     with Meter() as meter:
-        for doubt in lorafiles.merge(
-            args.source, chosen, args.output, args.dtype, overwrite=args.overwrite, progress=meter.bytes
-        ):
+        doubts = lorafiles.merge_loras(
+            args.source, args.loras, args.output, args.dtype, overwrite=args.overwrite, progress=meter.bytes
+        )
+        for doubt in doubts:
             meter.warn(doubt)
     print(args.output)
 

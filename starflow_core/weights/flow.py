@@ -200,8 +200,8 @@ def convert(
     target = Path(target)
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
     check_target(target, checkpoint, overwrite)
-    checkpoint, config, expected = resolve(checkpoint, config)
-    check_space(target, _layout(expected, dtype))
+    checkpoint, config, _ = resolve(checkpoint, config)
+    check_space(target, file_layout(config, dtype))
     before = checkpoint.metadata.get(ORIGIN_HASH, checkpoint.metadata.get(SOURCE_HASH))
     metadata = {
         **checkpoint.metadata,
@@ -216,15 +216,20 @@ def write(
     checkpoint: TensorFile, config: FlowConfig, target: str | Path, dtype: str, metadata: dict[str, str], phase: str,
     progress: Report | None = None,
 ) -> None:  # fmt: skip
-    """Write an opened and checked checkpoint as `convert` does; `phase` is the progress's name for it."""
-    layout = _layout(expected_shapes(config), dtype)
-    check_space(Path(target), layout)
+    """Write an opened and checked checkpoint, for which there is room, as `convert` does; `phase` is the progress's
+    name for it."""
+    layout = file_layout(config, dtype)
     metadata = {**metadata, **_own_metadata(config)}
     if CONFIG_KEY not in checkpoint.metadata:  # else the file itself states its licence
         metadata.setdefault("license", APPLE_LICENSE)
     names = _counted(checkpoint, [name for name in layout if name in checkpoint.tensors], phase, progress)
     # safetensors gives a file's metadata in an order of its own, another one each time.
     write_tensors(Path(target), layout, dict(sorted(metadata.items())), _written(checkpoint, names, dtype))
+
+
+def file_layout(config: FlowConfig, dtype: str) -> Layout:
+    """The tensors of a file that `convert` writes."""
+    return _layout(expected_shapes(config), dtype)
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:

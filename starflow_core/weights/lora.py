@@ -12,7 +12,7 @@ import math
 import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -46,6 +46,8 @@ LAYER = re.compile(r"blocks\.\d{1,4}\.attn_blocks\.\d{1,4}\..+")  # of a flow
 OF_ADAPTERS = re.compile(r"lora_|\.lora\.|hada_w|lokr_w")  # in names of LoRAs and their kin, of whatever model
 BASE_HASH, BASE_NAME = "base_sha256", "base_name"
 EXAMPLE = "diffusion_model.blocks.5.attn_blocks.0.attention.qkv.lora_A.weight"
+
+LoraPath = str | Path | tuple[str | Path, float]  # of a file, with or without its strength
 
 _hashes: dict[tuple, str] = {}  # of files as they were
 
@@ -216,8 +218,9 @@ class Chosen:
     strength: float = 1.0
 
     @classmethod
-    def open(cls, path: str | Path, strength: float = 1.0) -> Chosen:
+    def open(cls, lora: LoraPath) -> Chosen:
         """Errors as `LoraFile.open`; InputError for a strength that isn't finite."""
+        path, strength = lora if isinstance(lora, tuple) else (lora, 1.0)
         check_strength(strength)
         return cls(LoraFile.open(path), strength)
 
@@ -243,16 +246,16 @@ def linear_shapes(config: FlowConfig) -> dict[str, tuple[int, int]]:
     }
 
 
-def merge(
-    source: str | Path | TensorFile, loras: Sequence[Chosen], target: str | Path, dtype: str = "bf16",
+def merge_loras(
+    source: str | Path | TensorFile, loras: Iterable[LoraPath], target: str | Path, dtype: str = "bf16",
     config: FlowConfig | None = None, overwrite: bool = False, progress: Report | None = None,
 ) -> list[str]:  # fmt: skip
     """Write a checkpoint with LoRAs added to its weights, as `weights.flow.convert` does; returns warnings of LoRAs
     that may be of other weights.
 
-    Weights are added up in float32 and rounded once, one tensor at a time. In the metadata `loras` (JSON) names what
-    was merged, `base_name` and `base_sha256` the model. `progress` counts bytes as "hash" and "merge". Raises
-    InputError for a source in 8 bit, otherwise as `convert`, `LoraFile.check` and `load`.
+    Files, or pairs of a file and its strength, are added up in float32 and rounded once, one tensor at a time. In the
+    metadata `loras` (JSON) names what was merged, `base_name` and `base_sha256` the model. `progress` counts bytes as
+    "hash" and "merge". Raises InputError for a source in 8 bit, otherwise as `convert`, `LoraFile.check` and `load`.
     """
     parse_dtype(dtype, WEIGHT_TYPES)
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
@@ -263,12 +266,15 @@ def merge(
             f"{checkpoint.path.name} is in 8 bit, where a small difference is rounded away; merge into the model's "
             "original or its bf16 conversion"
         )
-    for chosen in loras:
+    used = [Chosen.open(lora) for lora in loras]
+    for chosen in used:
         chosen.file.check(config)
-    doubts = [chosen.file.doubt(checkpoint, progress) for chosen in loras]
+    check_space(Path(target), flow.file_layout(config, dtype))
+    changed = _with(checkpoint, used)
+    doubts = [chosen.file.doubt(checkpoint, progress) for chosen in used]
     kept = {k: v for k, v in checkpoint.metadata.items() if k not in (*flow.SOURCE_KEYS, flow.ORIGIN_HASH)}
-    metadata = {**kept, **base_metadata(checkpoint, progress), "loras": json.dumps(list(map(_credit, loras)))}
-    flow.write(_with(checkpoint, loras), config, target, dtype, metadata, "merge", progress)
+    metadata = {**kept, **base_metadata(checkpoint, progress), "loras": json.dumps(list(map(_credit, used)))}
+    flow.write(changed, config, target, dtype, metadata, "merge", progress)
     return [doubt for doubt in doubts if doubt]
 
 

@@ -34,10 +34,10 @@ from tests.core import models, tiny
 ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled Candidate CheckpointError Context Control Edited Encoding Filled Flow FlowConfig Generation
-InputError Inversion Job Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress
-Sampler SolverSettings StarflowError Surprise Timeline VideoWriter Wish best_of choose_caption convert decode_from_noise
-denoise encode_to_noise fill fit fresh_noise load_flow load_pipeline load_text_encoder load_vae outpainted read_image
-read_metadata read_video reprompt sample score_denoise write_video
+InputError Inversion Job LoraFile Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement
+Progress Sampler SolverSettings StarflowError Surprise Timeline VideoWriter Wish best_of choose_caption convert
+decode_from_noise denoise encode_to_noise fill fit fresh_noise load_flow load_pipeline load_text_encoder load_vae
+merge_loras outpainted read_image read_metadata read_video reprompt sample score_denoise write_video
 """
 
 

@@ -1216,7 +1216,7 @@ def test_what_cannot_be_inspected(refused, given, demo, words, message):
 
 
 def test_model_is_found_before_it_is_loaded(demo):
-    args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None)
+    args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None, lora=[])
     model = settings.Setup.find(args)
     assert (model.config.name, model.dtype) == ("tiny video", torch.bfloat16)
     assert model.parts.checkpoint.path == demo / pipeline.FLOW_FILE

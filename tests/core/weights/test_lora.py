@@ -13,8 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from starflow_core.errors import CheckpointError, InputError, NonFiniteError
 from starflow_core.model.config import KNOWN_MODELS
-from starflow_core.model.lora import ALL, Lora, adapt, attach, linear_names
-from starflow_core.model.lora import merge as merge_in_place
+from starflow_core.model.lora import ALL, Lora, adapt, attach, linear_names, merge
 from starflow_core.weights import lora as lorafiles
 from starflow_core.weights.flow import convert, load_flow, save_flow
 from starflow_core.weights.lora import (
@@ -23,7 +22,7 @@ from starflow_core.weights.lora import (
     base_hash,
     base_metadata,
     linear_shapes,
-    merge,
+    merge_loras,
     quick_look,
     save_lora,
 )
@@ -228,14 +227,14 @@ def test_merging_a_file(base, saved, tmp_path, dtype):
     """As merging in memory in float32: rounded once. What becomes of it is a model of its own."""
     second = tmp_path / "second.safetensors"
     save_lora(adapters(rank=1, blocks=ALL, seed=9), second, CONFIG, {"license": "mine"})
-    chosen = [Chosen.open(saved, 0.5), Chosen.open(second), Chosen.open(saved, 0.0)]
+    chosen = [(saved, 0.5), second, (saved, 0.0)]
     target, phases = tmp_path / "merged.safetensors", set()
-    doubts = merge(base[0], chosen, target, dtype, progress=lambda progress: phases.add(progress.phase))
+    doubts = merge_loras(base[0], chosen, target, dtype, progress=lambda progress: phases.add(progress.phase))
     assert (len(doubts), phases) == (3, {"hash", "merge"})
     exact = load_flow(base[0])
     for each in chosen:
-        attach(exact, each.load())
-    merge_in_place(exact)
+        attach(exact, Chosen.open(each).load())
+    merge(exact)
     found, wanted = load_flow(target).state_dict(), exact.state_dict()
     assert all(torch.equal(found[name], wanted[name].to(found[name].dtype)) for name in wanted)
     assert not torch.equal(found[f"{LAYER}.weight"].float(), models.flow().state_dict()[f"{LAYER}.weight"])
@@ -249,7 +248,7 @@ def test_merging_a_file(base, saved, tmp_path, dtype):
 
 
 def test_a_conversion_merges_to_a_model_of_its_own(base, saved, tmp_path):
-    merge(base[1], [Chosen.open(saved)], tmp_path / "merged.safetensors")
+    merge_loras(base[1], [saved], tmp_path / "merged.safetensors")
     file = TensorFile.open(tmp_path / "merged.safetensors")
     assert file.metadata["base_name"] == "base.safetensors"
     assert base_hash(file) != base_hash(TensorFile.open(base[0]))
@@ -258,13 +257,13 @@ def test_a_conversion_merges_to_a_model_of_its_own(base, saved, tmp_path):
 def test_merging_that_cannot_work(base, saved, tmp_path):
     target = tmp_path / "merged.safetensors"
     with pytest.raises(InputError, match=r"int8\.safetensors is in 8 bit.*original or its bf16"):
-        merge(base[2], [Chosen.open(saved)], target)
+        merge_loras(base[2], [saved], target)
     with pytest.raises(InputError, match="is the source itself"):
-        merge(base[0], [Chosen.open(saved)], base[0], overwrite=True)
+        merge_loras(base[0], [saved], base[0], overwrite=True)
     small = tmp_path / "small.safetensors"
     save_flow(models.flow(layers=(1, 1, 1)), small)
     with pytest.raises(CheckpointError, match="4 aren't there"):
-        merge(small, [Chosen.open(saved)], target)
+        merge_loras(small, [saved], target)
     assert not target.exists()
 
 
@@ -273,7 +272,7 @@ def test_strengths_that_are_no_numbers(saved, strength):
     with pytest.raises(InputError, match=r"strength of a LoRA is (nan|inf); give a finite number"):
         LoraFile.open(saved).load(strength)
     with pytest.raises(InputError, match="finite"):
-        Chosen.open(saved, strength)
+        Chosen.open((saved, strength))
 
 
 def test_loaded_ones_compute_as_those_saved(saved):
