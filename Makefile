@@ -18,8 +18,9 @@ $(READY): requirements.txt requirements-dev.txt
 demo: install
 	$(BIN)/python -m starflow_core generate "a red circle moving right on a black background" --output outputs/demo.mp4
 
+# A process for each core, with one thread each: most tests are too small to share their work.
 test: install lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal
 
 lint: install
 	$(BIN)/ruff check

@@ -12,7 +12,7 @@ from . import host
 INPUTS = Path(__file__).parents[1] / "example_workflows" / "inputs"
 TOPICS = (
     "loaders", "latent", "conditioning", "noise", "sampling", "options", "contexts", "likelihood", "edits", "fill",
-    "video",
+    "video", "lora",
 )  # fmt: skip
 NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
     "STARFlowLoadTextEncoder": ("transformers",),

@@ -71,7 +71,7 @@ class STARFlowTextEncode(io.ComfyNode):
     def execute(
         cls, model, text_encoder, latent, prompt: str, negative_prompt: str, frame_rate: float, context=None
     ) -> io.NodeOutput:
-        config = model.model.config
+        config = host.flow_of(model).config
         config.check_text_encoder(text_encoder.encoder.dim)
         _check_rate(frame_rate)
         timeline = Timeline.parse(prompt)

@@ -10,6 +10,7 @@ from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import context as contexts
 from ..starflow_core.media import FITS, fit
 from ..starflow_core.model.latent import LatentFormat
+from . import host
 from .types import CATEGORY, SEARCH, ContextType, ModelType
 
 LATENT_TIP = "Sets the size that pictures are brought to."
@@ -116,7 +117,7 @@ class STARFlowExtend(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, images, vae, latent, keep: int, fit: str = FITS[0]) -> io.NodeOutput:
-        config = model.model.config
+        config = host.flow_of(model).config
         kept = keep or config.sliding_window(1)[1]
         made = _format(vae)
         config.check_vae(made.channels, made.spatial, made.temporal)

@@ -99,7 +99,7 @@ class STARFlowEditByInversion(io.ComfyNode):
         cls, model, vae, latent, shows, positive, negative, strength: float, guidance: float, candidates: int,
         seed: int, settings=None, context=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        flow, samples = model.model, filled(latent["samples"])
+        flow, samples = host.flow_of(model), filled(latent["samples"])
         wish = _wish(shows, positive, negative, context, guidance, strength=strength, candidates=candidates, seed=seed)
         given = {"seed": seed, "guidance": wish.guidance, "context": context}
         job = at_rate_of(positive, job_of(flow.config, samples, **given, **({"solver": settings} if settings else {})))

@@ -110,7 +110,7 @@ class STARFlowFillIn(io.ComfyNode):
         settings=None, options=None, fit: str = FITS[0],
     ) -> io.NodeOutput:  # fmt: skip
         check_guidance(guidance)
-        config, samples = model.model.config, latent["samples"]
+        config, samples = host.flow_of(model).config, latent["samples"]
         wanted = job_of(config, samples)
         pixels, marked = _fitted(images, mask, wanted, fit)
         given = {"seed": seed, "solver": settings, "guidance": guidance if guidance >= 0 else None}
@@ -123,7 +123,7 @@ class STARFlowFillIn(io.ComfyNode):
         bar.say(str(plan))
         latents = _encoded(vae, stand_in(pixels, marked))
         host.load(model, work, "filling this")
-        flow = model.model
+        flow = host.flow_of(model)
         made, effective = fill_latents(
             flow, job, latents, known, text.to(flow.compute_dtype),
             None if uncond is None else uncond.to(flow.compute_dtype), particles, control=Control(bar.follow),

@@ -12,28 +12,37 @@ import re
 import shutil
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import comfy.cli_args
+import comfy.lora
 import comfy.model_management as management
 import comfy.model_patcher
 import comfy.ops
+import comfy.patcher_extension
 import comfy.utils
 import folder_paths
 import torch
 from torch import Tensor, nn
 
 from ..starflow_core.bundled import DEMO
+from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.planner import Room
+from ..starflow_core.model.flow import Flow
+from ..starflow_core.model.lora import Lora, added
 from ..starflow_core.parts import replacing
 from ..starflow_core.weights.flow import has_int8
+from ..starflow_core.weights.lora import ALPHA, DOWN, PREFIX, UP
 
 log = logging.getLogger("starflow")
 
 OPERATIONS = comfy.ops.manual_cast  # layers whose weights the host may keep elsewhere
 OUT_OF_MEMORY = management.OOM_EXCEPTION
+BESIDE = "starflow_lora"  # the host's name for what is injected
 PREVIEW_SIDE = 1024  # at most; the page labels a preview with the size that it gets
 
 
@@ -96,8 +105,102 @@ def patcher(module: nn.Module, device: torch.device, offload: torch.device):
     return kind(module, load_device=device, offload_device=offload)
 
 
-def flow_patcher(flow: nn.Module):
-    return patcher(flow, flow_device(), management.unet_offload_device())
+class _Found(nn.Module):
+    """A flow where the host's LoRA code looks for it: as `diffusion_model`, with a configuration beside it.
+
+    `source` is its checkpoint.
+    """
+
+    def __init__(self, flow: Flow, source: Path):
+        super().__init__()
+        self.diffusion_model, self.source = flow, source
+        self.model_config = SimpleNamespace(unet_config={})
+
+
+def flow_patcher(flow: Flow, source: Path):
+    handle = patcher(_Found(flow, source), flow_device(), management.unet_offload_device())
+    _put_beside(handle, {})
+    return handle
+
+
+def flow_of(handle) -> Flow:
+    return handle.model.diffusion_model
+
+
+def source_of(handle) -> Path:
+    """The checkpoint of a flow."""
+    return handle.model.source
+
+
+def with_lora(handle, loras: dict[str, Lora]):
+    """Another handle on a flow, with adapters of one strength by their layers' names, on top of those that it has.
+
+    The host adds them to the weights. Beside weights in 8 bit, where its rounding would drown them, they compute for
+    themselves. Raises InputError if the host leaves one out.
+    """
+    clone = handle.clone()
+    if has_int8(flow_of(handle)):
+        before = _beside(handle)
+        names = dict.fromkeys([*before, *loras])
+        _put_beside(clone, {n: [*before.get(n, []), *([loras[n]] if n in loras else [])] for n in names})
+        return clone
+    tensors = {
+        f"{PREFIX}{name}.{part}": value
+        for name, lora in loras.items()
+        for part, value in ((DOWN, lora.lora_A.data), (UP, lora.lora_B.data), (ALPHA, torch.tensor(lora.alpha)))
+    }
+    patches = comfy.lora.load_lora(tensors, comfy.lora.model_lora_keys_unet(handle.model, {}))
+    taken = set(clone.add_patches(patches, next(iter(loras.values())).strength))
+    lost = [name for name in loras if f"{PREFIX}{name}.weight" not in taken]
+    if lost:
+        raise InputError(f"ComfyUI left out {len(lost)} of the LoRA's {len(loras)} layers ({lost[0]}, ..); update it")
+    return clone
+
+
+class _Beside:
+    """Adapters that compute beside the host's layers while it has the flow at work.
+
+    All of a handle are one, and each handle has one, be it empty: the host may forget a handle without taking off what
+    it put on, so each begins with bare layers.
+    """
+
+    def __init__(self, loras: dict[str, list[Lora]]):
+        self.loras = loras
+
+    def inject(self, handle) -> None:
+        self.eject(handle)
+        for name, loras in self.loras.items():
+            layer = flow_of(handle).get_submodule(name)
+            layer.forward = partial(_with_adapters, layer, [lora.to(handle.load_device) for lora in loras])
+
+    def eject(self, handle) -> None:
+        for layer in flow_of(handle).modules():
+            if getattr(vars(layer).get("forward"), "func", None) is _with_adapters:
+                del layer.forward
+        for loras in self.loras.values():
+            for lora in loras:
+                lora.to(handle.offload_device)
+
+
+def _with_adapters(layer: nn.Module, loras: list[Lora], inputs: Tensor) -> Tensor:
+    return added(type(layer).forward(layer, inputs), inputs, loras)
+
+
+def _put_beside(handle, loras: dict[str, list[Lora]]) -> None:
+    there = _Beside(loras)
+    injection = comfy.patcher_extension.PatcherInjection(inject=there.inject, eject=there.eject)
+    handle.set_injections(BESIDE, [injection])
+    handle.is_injected = False  # a clone of one at work isn't so itself
+
+
+def _beside(handle) -> dict[str, list[Lora]]:
+    """The adapters beside a flow's layers."""
+    found = handle.get_injections(BESIDE)
+    return found[0].inject.__self__.loras if found else {}
+
+
+def _beside_bytes(handle) -> int:
+    return sum(weight.nbytes for loras in _beside(handle).values() for lora in loras for weight in lora.parameters())
 
 
 class _Kept(nn.Module):
@@ -118,8 +221,8 @@ def vae_patcher(module: nn.Module):
 
 def room(handle) -> Room:
     """What the host can give a flow's job: on a card also what other models take, since they make room."""
-    device, weights, int8 = handle.load_device, handle.model_size(), has_int8(handle.model)
-    free = management.get_free_memory(device)
+    device, weights, int8 = handle.load_device, handle.model_size(), has_int8(flow_of(handle))
+    free = management.get_free_memory(device) - _beside_bytes(handle)
     if management.is_device_cpu(device):
         return Room(device, free + weights, weights, int8)
     loaded = [other for other in management.loaded_models() if other is not None and other.load_device == device]
@@ -185,6 +288,11 @@ class NodeProgress:
         if progress.phase == "deep":
             self.update(progress.step, progress.total)
 
+    def bytes(self, progress) -> None:
+        """Show how far a file is read. Raises the host's exception on Cancel."""
+        check_interrupted()
+        self.update(progress.step, progress.total)
+
     def say(self, text: str) -> None:
         show(text, self.node_id)
 
@@ -216,11 +324,16 @@ def rgb_factors(channels: int) -> tuple[list, list]:
 
 def files(folder: str, usable: Callable[[Path], bool]) -> list[str]:
     """The bundled demo, then the usable files of one of the host's model folders."""
+    return [DEMO, *own_files(folder, usable)]
+
+
+def own_files(folder: str, usable: Callable[[Path], bool]) -> list[str]:
+    """The usable files of one of the host's model folders."""
     try:
         names = folder_paths.get_filename_list(folder)
     except KeyError:  # not registered: an exception here would drop the whole pack
         names = []
-    return [DEMO, *(name for name in names if (path := find(folder, name)) and usable(path))]
+    return [name for name in names if (path := find(folder, name)) and usable(path)]
 
 
 def folders(folder: str, usable: Callable[[Path], bool]) -> list[str]:
@@ -238,12 +351,13 @@ def folders(folder: str, usable: Callable[[Path], bool]) -> list[str]:
 
 def find(folder: str, name: str) -> Path | None:
     """Where a file or folder of that name is."""
-    path = folder_paths.get_full_path(folder, name)
-    if path is not None:
-        return Path(path)
-    for root in folder_paths.get_folder_paths(folder):
-        if name and (Path(root) / name).is_dir():
-            return Path(root) / name
+    with contextlib.suppress(KeyError):  # of a folder that isn't registered
+        path = folder_paths.get_full_path(folder, name)
+        if path is not None:
+            return Path(path)
+        for root in folder_paths.get_folder_paths(folder):
+            if name and (Path(root) / name).is_dir():
+                return Path(root) / name
     return None
 
 

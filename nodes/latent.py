@@ -81,7 +81,7 @@ class STARFlowEmptyLatent(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, aspect_ratio: str, width: int, height: int, frames: int, batch_size: int) -> io.NodeOutput:
-        config = model.model.config
+        config = host.flow_of(model).config
         aspect = config.defaults.aspect if aspect_ratio == MODEL_ASPECT else aspect_ratio
         size = _size(config, aspect, width, height)
         job = default_job(config, batch=batch_size, **size, **({"frames": frames} if frames else {}))

@@ -64,7 +64,7 @@ class STARFlowLikelihood(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, positive, latent, threshold: float, images=None, context=None) -> io.NodeOutput:
-        config, samples = model.model.config, latent["samples"]
+        config, samples = host.flow_of(model).config, latent["samples"]
         job = at_rate_of(positive, job_of(config, samples, context=context, guidance=0.0))
         text = embeddings_for(config, job, positive, "positive")
         pixels = _pixels(images, job)
@@ -85,7 +85,7 @@ NODES = [STARFlowLikelihood]
 
 def _inverted(model, job: Job, samples: Tensor, text: Tensor, node_id: str | None) -> Inverted:
     """As the core's, of the host's latents, fitted to what the host has free."""
-    flow, bar = model.model, host.NodeProgress(node_id)
+    flow, bar = host.flow_of(model), host.NodeProgress(node_id)
 
     def progress(done) -> None:
         host.check_interrupted()

@@ -99,7 +99,7 @@ class STARFlowLoadModel(io.ComfyNode):
             quantise=quantise,
             int8_linear=int8_linear,
         )
-        return io.NodeOutput(host.flow_patcher(flow))
+        return io.NodeOutput(host.flow_patcher(flow, checkpoint.path))
 
 
 class STARFlowLoadTextEncoder(io.ComfyNode):
@@ -236,5 +236,4 @@ def _dtype(name: str, device):
 
 
 def _progress():
-    bar = host.NodeProgress(None)
-    return lambda progress: (host.check_interrupted(), bar.update(progress.step, progress.total))
+    return host.NodeProgress(None).bytes

@@ -101,7 +101,7 @@ class STARFlowInvert(io.ComfyNode):
         cls, model, positive, negative, latent, guidance: float, add_noise: bool, seed: int, window: int = 0,
         keep: int = 0, context=None, options=None,
     ) -> io.NodeOutput:  # fmt: skip
-        config, samples = model.model.config, filled(latent["samples"])
+        config, samples = host.flow_of(model).config, filled(latent["samples"])
         given = {"seed": seed, "guidance": guidance, "window": window or None, "keep": keep or None, "context": context}
         job = inversion_job(config, at_rate_of(positive, job_of(config, samples, **given)), not add_noise)
         text = embeddings_for(config, job, positive, "positive")
@@ -148,7 +148,7 @@ class STARFlowNoise(io.ComfyNode):
 
     @classmethod
     def execute(cls, model, latent, seed: int, context=None) -> io.NodeOutput:
-        config = model.model.config
+        config = host.flow_of(model).config
         return io.NodeOutput(fresh_noise(config, job_of(config, latent["samples"], seed=seed, context=context)))
 
 
@@ -257,7 +257,7 @@ def _inverted(
     bar: host.NodeProgress,
 ) -> list[Inverted]:  # fmt: skip
     """What the same latents are as each of the jobs, one after the other."""
-    flow = model.model
+    flow = host.flow_of(model)
     latents = as_clip(samples)
 
     def progress(done: int, now: Progress) -> None:

@@ -102,7 +102,7 @@ def planned(
 ) -> tuple[MemoryPlan, int]:  # fmt: skip
     """The means with which a job fits the host, and the bytes that the host has to leave free of weights. `forecast` is
     one of memory's. Raises OutOfMemoryForecast, which names `what`, if nothing fits."""
-    flow, room = model.model, host.room(model)
+    flow, room = host.flow_of(model), host.room(model)
 
     def need(job: Job, means: Means) -> memory.Forecast:
         return forecast(flow.config, job, flow.compute_dtype, means)
@@ -113,4 +113,4 @@ def planned(
 
 def pace(model, job: Job, plan: MemoryPlan) -> Pace:
     """How long such jobs take here."""
-    return Pace(model.model.config, job, model.load_device, model.model.compute_dtype, plan.means)
+    return Pace(host.flow_of(model).config, job, model.load_device, host.flow_of(model).compute_dtype, plan.means)

@@ -218,7 +218,7 @@ class STARFlowSampler(io.ComfyNode):
         change_kept: bool = True,
     ) -> io.NodeOutput:  # fmt: skip
         check_guidance(guidance)
-        flow = model.model
+        flow = host.flow_of(model)
         given = {"seed": seed, "denoise": denoise, "context": context, "window": window or None, "keep": keep or None}
         given |= {"solver": settings} if settings else {}
         given |= {"guidance": guidance} if guidance >= 0 else {}
@@ -257,7 +257,7 @@ def _sample(
     model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id, noise: Noise | None
 ) -> tuple[torch.Tensor, Statistics]:  # fmt: skip
     """The host's latents, streamed so that finished frames can be shown; `work` bytes stay free of weights."""
-    flow, device = model.model, model.load_device
+    flow, device = host.flow_of(model), model.load_device
     watch = Watch(node_id, Preview(flow.config))
     watch.bar.say(str(plan))
     host.load(model, work, "this job")

@@ -36,6 +36,8 @@ _WHERE = {
     "score_denoise": "solve.denoising",
     "load_flow": "weights.flow",
     "convert": "weights.flow",
+    "LoraFile": "weights.lora",
+    "merge_loras": "weights.lora",
     "load_text_encoder": "weights.text",
     "load_vae": "weights.vae",
     "read_image": "media",

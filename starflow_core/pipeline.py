@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -25,11 +26,13 @@ from .jobs.timeline import Caption, timed
 from .jobs.unfinished import Unfinished, identity
 from .model.config import FlowConfig
 from .model.flow import Flow
+from .model.lora import attach
 from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
 from .weights.flow import find_config, has_int8, in_int8, load_flow
+from .weights.lora import Chosen, LoraPath
 from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
@@ -254,28 +257,34 @@ def load_pipeline(
     dtype: torch.dtype | None = None,
     progress: Callable[[Progress], None] | None = None,
     quantise: bool = False,
+    loras: Iterable[LoraPath] = (),
 ) -> Pipeline:
     """Load a model with its text encoder and VAE, or the bundled demo if no arguments are given.
 
     `device` None takes the best there is; a `Placement` names one for each part. `dtype` None takes bfloat16 on an
     accelerator and float32 on the CPU. `quantise` brings the large weights of flow and text encoder to
-    8 bit. `progress` counts the flow's bytes. Raises InputError for a device that isn't there and for missing parts.
+    8 bit. `progress` counts the flow's bytes. `loras` are files, or pairs of a file and its strength; one that is of
+    other weights is warned of, which may take hashing the model. Raises InputError for a device that isn't there and
+    for missing parts, CheckpointError for a part or LoRA that doesn't fit.
     """
     placement = device if isinstance(device, Placement) else Placement.on(pick_device(device))
-    parts = find_parts(model, text_encoder, vae, quantise)
+    parts = find_parts(model, text_encoder, vae, quantise, loras)
+    for doubt in parts.doubts(progress):
+        warnings.warn(doubt, stacklevel=2)
     return parts.load(placement, dtype or default_dtype(placement.deep[0]), progress)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """A flow with its text encoder and VAE, inspected, not loaded. `quantise` brings the flow's large weights to 8 bit
-    when they are loaded."""
+    """A flow with its text encoder, VAE and LoRAs, inspected, not loaded. `quantise` brings the flow's large weights to
+    8 bit when they are loaded."""
 
     checkpoint: TensorFile
     config: FlowConfig
     text: TextEncoderFiles
     vae: VAEFile
     quantise: bool = False
+    loras: tuple[Chosen, ...] = ()
 
     @property
     def in_int8(self) -> bool:
@@ -308,10 +317,16 @@ class Parts:
     def with_others(
         self, need: memory.Forecast, job: Job, dtype: torch.dtype, tile: int | None = None, keep_text: bool = False
     ) -> memory.Forecast:
-        """A flow's need, with text encoder and VAE on the same device."""
+        """A flow's need, with text encoder, VAE and LoRAs on the same device."""
         cells = (side // self.config.latent.spatial for side in (job.height, job.width))
         vae = self.vae.step_bytes(*cells, job.batch, dtype, tile) + self.vae.weight_bytes(dtype)
-        return replace(need, vae=vae).with_text(self.text.weight_bytes(dtype), keep_text)
+        weights = need.weights + sum(chosen.file.nbytes for chosen in self.loras)
+        return replace(need, vae=vae, weights=weights).with_text(self.text.weight_bytes(dtype), keep_text)
+
+    def doubts(self, progress: Callable[[Progress], None] | None = None) -> list[str]:
+        """Warnings of LoRAs that may be of other weights than these, which may take hashing the model's file."""
+        used = (chosen.file for chosen in self.loras if chosen.strength)
+        return [doubt for file in used if (doubt := file.doubt(self.checkpoint, progress))]
 
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None,
@@ -319,26 +334,33 @@ class Parts:
     ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
         wanted, cpu = plan.means if plan else Means(self.in_int8), Placement.on("cpu")
+        adapters = [chosen.load() for chosen in self.loras]
         vae = self.vae.load(dtype, cpu.vae if wanted.in_turn else placement.vae)
         home = cpu if wanted.streamed else placement
         flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=wanted.int8)
+        for loras in adapters:
+            attach(flow, loras)
         if wanted.streamed:
             stream_layers(flow, placement)
         return Pipeline(flow, vae, self.text, placement, dtype, plan)
 
 
 def find_parts(
-    model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None, quantise: bool = False
-) -> Parts:
+    model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None, quantise: bool = False,
+    loras: Iterable[LoraPath] = (),
+) -> Parts:  # fmt: skip
     """Find a flow, its text encoder and its VAE, and check that they fit; without arguments the bundled demo's.
 
-    `quantise` brings the large weights of flow and text encoder to 8 bit when they are loaded. Raises InputError for a
-    missing part, CheckpointError for one that is something else.
+    `quantise` brings the large weights of flow and text encoder to 8 bit when they are loaded; `loras` as of
+    `load_pipeline`. Raises InputError for a missing part, CheckpointError for one that is something else.
     """
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
     text = find_text_encoder(text_encoder, quantise=quantise)
-    parts = Parts(checkpoint, find_config(checkpoint), text, find_vae(vae), quantise)
+    config, chosen = find_config(checkpoint), tuple(map(Chosen.open, loras))
+    for each in chosen:
+        each.file.check(config)
+    parts = Parts(checkpoint, config, text, find_vae(vae), quantise, chosen)
     parts.config.check_text_encoder(parts.text.dim)
     outline = parts.vae.outline
     parts.config.check_vae(outline.channels, outline.spatial, outline.temporal)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import re
 from fractions import Fraction
 
@@ -247,10 +249,22 @@ def _convert(command: argparse.ArgumentParser) -> None:
     command.add_argument("--overwrite", action="store_true", help="replace TARGET if it exists")
 
 
+def _merge(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Adds LoRAs to a checkpoint's weights, in float32, and writes it as one .safetensors file. Small differences "
+        "are lost in part when the sum is rounded to bf16, and more so to int8; generate --lora keeps them apart."
+    )
+    command.add_argument("source", metavar="MODEL", help=".pth, .safetensors, an index of shards, or a folder")
+    command.add_argument("loras", nargs="+", type=_lora, metavar="LORA[:STRENGTH]", help="(default strength: 1)")
+    command.add_argument("-o", "--output", required=True, metavar="FILE", help="the .safetensors file to write")
+    command.add_argument("--dtype", choices=WEIGHT_TYPES, default="bf16", help=f"{INT8_HELP} (default: bf16)")
+    command.add_argument("--overwrite", action="store_true", help="replace FILE if it exists")
+
+
 def _inspect(command: argparse.ArgumentParser) -> None:
     command.description += " Reads no weights. For a picture or clip made with this program, shows how it was made."
     command.add_argument(
-        "model", nargs="?", metavar="FILE", help="checkpoint, picture or clip (default: the bundled demo)"
+        "model", nargs="?", metavar="FILE", help="checkpoint, LoRA, picture or clip (default: the bundled demo)"
     )
     job = command.add_argument_group("memory of a job")
     job.add_argument("--frames", type=whole, metavar="N")
@@ -272,6 +286,17 @@ def _prepare(command: argparse.ArgumentParser) -> None:
     add_settings(command)
 
 
+def _train(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Teaches a model something from a folder of pictures or clips with captions, and writes one file: a LoRA for "
+        "generate --lora, or a whole model. Run again, it goes on from the last state in WORK. Several devices and "
+        "machines: torchrun --nproc-per-node N -m starflow_core train .."
+    )
+    command.add_argument("--example", action="store_true", help="print a settings file with every field, and stop")
+    command.add_argument("--dry-run", action="store_true", help="tell the memory that each size needs, and stop")
+    add_settings(command)
+
+
 COMMANDS = {
     "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
@@ -281,7 +306,9 @@ COMMANDS = {
     "fill": ("fill", _fill, "fill parts of a picture or clip, what is around it, or missing frames"),
     "score": ("invert", _score, "print how likely a picture or clip is, in nats and bits per dimension"),
     "prepare": ("prepare", _prepare, "encode pictures and clips with captions for training"),
+    "train": ("train", _train, "teach a model something: a LoRA, or all of it"),
     "convert": ("files", _convert, "write a checkpoint as one .safetensors file"),
+    "merge": ("files", _merge, "add LoRAs to a checkpoint's weights"),
     "inspect": ("files", _inspect, "show what a checkpoint contains, and how much memory a job needs"),
 }
 
@@ -333,6 +360,10 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         help=f"type of the networks (auto: fp32 on a CPU, otherwise bf16); {INT8_HELP}, in flow and text encoder, "
         "computing as auto does",
     )
+    group.add_argument(
+        "--lora", action="append", type=_lora, default=[], metavar="FILE[:STRENGTH]",
+        help="add a LoRA, by default with strength 1; several are given one by one",
+    )  # fmt: skip
 
 
 def _add_video_output(command: argparse.ArgumentParser) -> None:
@@ -396,6 +427,22 @@ def _bytes(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a size such as 12GB or 11.5GiB")
     base, power = 1024 if match[3] else 1000, "MGT".index(match[2].upper()) + 2
     return int(float(match[1]) * base**power)
+
+
+def _lora(text: str) -> tuple[str, float]:
+    """A file and its strength. The colon of a Windows drive belongs to the file."""
+    path, colon, number = text.rpartition(":")
+    if not colon or os.path.exists(text):
+        return text, 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        if os.path.isfile(path):
+            raise argparse.ArgumentTypeError(f"{number[:40]!r} is not a strength such as 0.8") from None
+        return text, 1.0
+    if not math.isfinite(strength):
+        raise argparse.ArgumentTypeError(f"{number[:40]!r} is not a strength; give a finite number, such as 0.8")
+    return path, strength
 
 
 def _rate(text: str) -> Fraction:

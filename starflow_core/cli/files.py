@@ -1,4 +1,4 @@
-"""`convert` and `inspect`: checkpoints, and the metadata of finished files."""
+"""`convert`, `merge` and `inspect`: checkpoints and LoRAs, and the metadata of finished files."""
 
 from __future__ import annotations
 
@@ -25,6 +25,8 @@ from ..model.config import FlowConfig
 from ..model.placement import default_dtype, pick_device
 from ..weights import INT8, WEIGHT_TYPES
 from ..weights import flow as checkpoints
+from ..weights import lora as lorafiles
+from ..weights.lora import LoraFile
 from ..weights.tensorfiles import PICKLES, parse_dtype
 from .progress import Meter
 from .settings import chosen, size_options
@@ -40,13 +42,29 @@ def convert(args: Namespace) -> None:
     print(args.target)
 
 
+def merge(args: Namespace) -> None:
+    """Write a checkpoint with LoRAs added to its weights."""
+    with Meter() as meter:
+        doubts = lorafiles.merge_loras(
+            args.source, args.loras, args.output, args.dtype, overwrite=args.overwrite, progress=meter.bytes
+        )
+        for doubt in doubts:
+            meter.warn(doubt)
+    print(args.output)
+
+
 def inspect(args: Namespace) -> None:
-    """Show what a checkpoint contains and needs, or how a picture or clip was made."""
+    """Show what a checkpoint contains and needs, what a LoRA is for, or how a picture or clip was made."""
     path = Path(args.model) if args.model else pipeline.BUNDLED / pipeline.FLOW_FILE
     if _is_media(path):
         values = read_metadata(args.model)
         text = "\n".join(f"{key:14} {_readable(value)}" for key, value in values.items() if value not in ("", None))
         text = text or f"no metadata in {path}"
+    elif lorafiles.quick_look(path):
+        values = _describe_lora(LoraFile.open(path))
+        text = "\n".join(
+            [path.name, *(f"  {key:18} {_readable(value)}" for key, value in _lora_lines(values) if value)]
+        )
     else:
         values = _describe(args, path)
         text = _text(values)
@@ -92,6 +110,33 @@ def _describe(args: Namespace, path: Path) -> dict[str, Any]:
         "device": str(device),
         "free": memory.free(device),
     }
+
+
+def _describe_lora(found: LoraFile) -> dict[str, Any]:
+    told = {key: value for key, value in found.metadata.items() if key not in (checkpoints.CONFIG_KEY, "format")}
+    return {
+        "kind": "lora",
+        "file": str(found.file.path),
+        "base": found.config and found.config.name,
+        "ranks": sorted(set(found.ranks.values())),
+        "layers": len(found.parts),
+        "blocks": sorted({int(layer.split(".")[1]) for layer in found.parts}),
+        "parameters": found.nbytes // 4,
+        "metadata": told,
+    }
+
+
+def _lora_lines(found: dict[str, Any]) -> list[tuple[str, Any]]:
+    """The same for people."""
+    lines = {
+        "file": found["file"],
+        "kind": "LoRA",
+        "base": found["base"] or "unknown",
+        "rank": ", ".join(map(str, found["ranks"])),
+        "layers": f"{found['layers']} in block {', '.join(map(str, found['blocks']))}",
+        "parameters": f"{found['parameters'] / 1e6:,.1f} million",
+    }
+    return [*lines.items(), *((key.replace("_", " "), value) for key, value in found["metadata"].items())]
 
 
 def _usual_types(in_int8: bool) -> tuple[str, ...]:

@@ -147,6 +147,6 @@ def _metadata(args: Namespace, source: Source, found: Filled, mask: Tensor) -> d
         **{name: getattr(job, name) for name in ("guidance", "height", "width", "frames", "fps", "window", "keep")},
         "effective": [round(n, 2) for n in found.effective],
         "solver": asdict(job.solver),
-        "model": source.setup.config.name,
+        **source.setup.named,
         "version": __version__,
     }

@@ -6,7 +6,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def score(args: Namespace) -> None:
         values = {"prompt": prompt, **{name: getattr(surprise, name) for name in LIKELIHOOD}}
         with _map_writer(args, given, values) as writer:
             writer.add(overlaid(given.pixels, surprise.map, UNIT))
-    _print_score(args, surprise, prompt, choice)
+    _print_score(args, given, surprise, prompt, choice)
 
 
 def _surprise(args: Namespace, pipeline: Pipeline, given: Source, control: Control, windows: dict) -> Surprise:
@@ -97,15 +97,15 @@ def _surprise(args: Namespace, pipeline: Pipeline, given: Source, control: Contr
 def _map_writer(args: Namespace, given: Source, values: dict[str, Any] | None = None) -> VideoWriter:
     """Raises InputError for what can't be written."""
     check_writable(args.map, len(given.pixels))
-    made = {"task": "score", "source": Path(args.input).name, "unit": UNIT, "model": given.setup.config.name}
+    made = {"task": "score", "source": Path(args.input).name, "unit": UNIT, **given.setup.named}
     rate = given.fps if len(given.pixels) > 1 else 0
     return VideoWriter(args.map, rate, {**(values or {}), **made, "version": __version__})
 
 
-def _print_score(args: Namespace, surprise: Surprise, prompt: str, choice: Choice | None) -> None:
+def _print_score(args: Namespace, given: Source, surprise: Surprise, prompt: str, choice: Choice | None) -> None:
     if args.json:
         values = {name: getattr(surprise, name) for name in LIKELIHOOD}
-        values |= {"model": surprise.config.name, "prompt": prompt, "dimensions": surprise.dimensions}
+        values |= {**given.setup.named, "prompt": prompt, "dimensions": surprise.dimensions}
         if choice:
             captions = dict(zip(choice.captions, choice.log_likelihoods, strict=True))
             values |= {"captions": captions, "winner": prompt, "distance": choice.distance}
@@ -140,7 +140,7 @@ def decode(args: Namespace) -> None:
         **{name: getattr(job, name) for name in ("fps", "guidance", "denoise")},
         "noise": [*noise.made, f"prompt {noise.prompt!r}"],
         "solver": asdict(job.solver),
-        "model": config.name,
+        **setup.named,
         "version": __version__,
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
@@ -163,7 +163,8 @@ def _encoded(args: Namespace, **settings) -> Noise:
         pipeline, control = source.load(meter)
         noise, cut = encode_to_noise(pipeline, source.pixels, args.prompt, source.fps, control, **settings)
     warn_of_cut(args.prompt, cut, pipeline.config)
-    return noise
+    loras = source.setup.named.get("loras")
+    return replace(noise, made=(*noise.made, f"with {loras}")) if loras else noise
 
 
 @dataclass(frozen=True)

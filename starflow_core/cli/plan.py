@@ -198,7 +198,7 @@ def metadata(
         "solver": asdict(job.solver),
         **given.files,
         **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
-        "model": setup.config.name,
+        **setup.named,
         "dtype": str(setup.dtype).removeprefix("torch."),
         **({"weights": INT8} if plan.means.int8 else {}),
         **({"cache": INT8} if plan.means.cache.quantised else {}),

@@ -55,7 +55,7 @@ def _metadata(args: Namespace, source: Source, wish: Wish, edited: Edited) -> di
         "scores": edited.scores,
         "noise": list(edited.best.noise.made),
         "solver": asdict(job.solver),
-        "model": source.setup.config.name,
+        **source.setup.named,
         "version": __version__,
     }
 

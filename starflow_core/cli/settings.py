@@ -42,12 +42,18 @@ class Setup:
     @classmethod
     def find(cls, args: Namespace) -> Setup:
         device = pick_device(args.device)
-        parts = find_parts(args.model, args.text_encoder, args.vae, quantise=args.dtype == INT8)
+        parts = find_parts(args.model, args.text_encoder, args.vae, quantise=args.dtype == INT8, loras=args.lora)
         return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
 
     @property
     def config(self) -> FlowConfig:
         return self.parts.config
+
+    @property
+    def named(self) -> dict[str, str]:
+        """What metadata say of the weights."""
+        loras = ", ".join(map(str, self.parts.loras))
+        return {"model": self.config.name, **({"loras": loras} if loras else {})}
 
     def plan(self, args: Namespace, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
         """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
@@ -68,6 +74,8 @@ class Setup:
         placement = Placement.on(self.device)
         if plan and plan.text_away:
             placement = replace(placement, text=torch.device("cpu"))
+        for doubt in self.parts.doubts(meter.bytes):
+            meter.warn(doubt)
         pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan)
         meter.close()
         return pipeline

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..errors import CheckpointError, InputError
 from ..model.flow import Flow
+from ..model.lora import Lora
 from ..solve import noise
 from ..solve.sampling import Settled
 from ..weights.tensorfiles import TensorFile, check_target, save_tensors
@@ -90,8 +91,10 @@ def identity(flow: Flow, job: Job, means: Means, captions: list[Timeline], negat
 
 
 def _known(flow: Flow) -> str:
-    """A digest of a few values of every weight."""
-    return _digest(p.detach().flatten()[:: max(1, p.numel() // SAMPLE)] for p in flow.state_dict().values())
+    """A digest of a few values of every weight, and of what LoRAs are multiplied by."""
+    weights = [p.detach().flatten()[:: max(1, p.numel() // SAMPLE)] for p in flow.state_dict().values()]
+    scales = torch.tensor([layer.scale for layer in flow.modules() if isinstance(layer, Lora)])
+    return _digest([*weights, scales])
 
 
 def _digest(tensors: Iterable[Tensor]) -> str:

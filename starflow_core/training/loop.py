@@ -1,35 +1,47 @@
-"""What all training stages share: schedule, mixed precision, averaging, resuming, logging."""
+"""What all training stages share: schedule, mixed precision, accumulation, averaging, resuming, watching."""
 
 from __future__ import annotations
 
-import copy
+import json
 import random
+import signal
+import threading
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import InputError, NonFiniteError
-from ..parts import replacing
-from .files import load_state
+from .optimiser import set_rates
+from .processes import Processes, is_sharded
+from .states import States
 
-LOG_EVERY = 20  # steps
-CLIP_NORM = 1.0  # of the gradient
 LEAST_RATE = 0.02  # share of the learning rate that is left at the end
 
-# (index, rng, generator) -> loss, figures for the log
-Step = Callable[[int, random.Random, torch.Generator], tuple[Tensor, dict[str, float]]]
+# (index, rng, generator) -> this process's parts of the loss, whose sum is its share of the step's, and figures that
+# add up in the same way. Draws are the whole batch's, so that they don't depend on the number of processes.
+Step = Callable[[int, random.Random, torch.Generator], Iterator[tuple[Tensor, dict[str, float]]]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """What is done every so many steps, and after the last, with the average of the weights: figures come back."""
+
+    every: int
+    act: Callable[[int], dict[str, float]]
 
 
 @dataclass
 class Loop:
     """Where and how a stage is trained.
 
-    `folder` holds one state a stage, to resume from. `scale` shortens every schedule, to try things out. `log` takes
-    one line of text.
+    `folder` holds the states to resume from. `scale` shortens every schedule, to try things out. `log` takes one line
+    of text, `note` the figures of a step.
     """
 
     folder: Path
@@ -38,7 +50,11 @@ class Loop:
     seed: int = 0
     scale: float = 1.0
     save_every: int = 100
+    log_every: int = 20
+    clip: float = 1.0  # largest norm of the gradient
     log: Callable[[str], None] = lambda line: None
+    note: Callable[[int, dict[str, float]], None] = lambda step, figures: None
+    processes: Processes = field(default_factory=Processes)
 
     def scaled(self, steps: int) -> int:
         return max(1, round(steps * self.scale))
@@ -47,74 +63,206 @@ class Loop:
         """Matrix products in `dtype`."""
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
 
-    def run(self, name: str, module, optimizer, step: Step, total: int, warmup: int = 50, decay: float = 0.999):
-        """Train `module` for the steps that are still to do; returns the exponential average of its weights.
+    def run(
+        self, name: str, module: nn.Module, optimizer, step: Step, total: int, warmup: int = 50, fall: float = 0.5,
+        ema: float = 0.999, checks: Sequence[Check] = (), told: dict[str, Any] | None = None,
+    ):  # fmt: skip
+        """Train what of `module` needs a gradient, for the steps that are still to do; returns the module with the
+        exponential average of its weights.
 
-        What `step` draws may depend on (seed, index) alone, so that a resumed run sees what an unbroken one sees.
+        What `step` draws may depend on (seed, index) alone, so that a resumed run sees what an unbroken one sees. A
+        state says what was `told`; one of a run that was told otherwise is refused. SIGTERM and Ctrl-C save and stop;
+        a second one stops at once.
         """
         module.to(self.device).train()
-        average = copy.deepcopy(module).eval().requires_grad_(False)
-        path = Path(self.folder) / f"{name}.state.pt"
-        run = {"steps": total, "seed": self.seed, "dtype": str(self.dtype)}
-        parts = {"module": module, "average": average, "optimizer": optimizer}
-        first = self._resume(path, run, parts)
-        began = time.monotonic()
-        for index in range(first, total):
-            optimizer.set_scale(schedule(index, total, warmup))
-            figures = self._advance(name, index, module, optimizer, step)
-            _update_average(average, module, min(decay, (index + 1) / (index + 10)))
-            done = index + 1
-            if index % LOG_EVERY == 0 or done == total:
-                pace = (time.monotonic() - began) / (done - first)
-                shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-                self.log(f"{name} {done}/{total}  {shown}  {pace:.2f} s/step")
-            if done % self.save_every == 0 or done == total:
-                _save(path, run, parts, done)
-        return average
+        weights = {key: value for key, value in module.named_parameters() if value.requires_grad}
+        average = {key: value.detach().clone() for key, value in weights.items()}
+        run = json.loads(json.dumps({"steps": total, "seed": self.seed, "dtype": str(self.dtype), **(told or {})}))
+        states = States(self.folder, name, self.processes)
+        first = states.begin(run)
+        if first:
+            states.load(first, _tensors(weights, average, optimizer, states.names(first)))
+        pace = _Pace(total - first)
+        with states.written(), Stop() as stop:
+            for index in range(first, total):
+                set_rates(optimizer, schedule(index, total, warmup, fall))
+                figures = self._advance(name, index, weights, optimizer, step)
+                update_average(average, weights, min(ema, (index + 1) / (index + 10)))
+                done, pace.done = index + 1, index + 1 - first
+                stopping = self._asked(stop)
+                for check in checks:
+                    if done % check.every == 0 or done == total:
+                        with averaged(module, weights, average):
+                            figures |= check.act(done)
+                self._tell(f"{name} {done}/{total}", index, figures, pace, done == total)
+                states.finish_if_written()
+                if done % self.save_every == 0 or done == total or stopping:
+                    states.save(_tensors(weights, average, optimizer), run, done)
+                if stopping:
+                    states.finish()
+                    self.log(f"{name}: stopped after step {done}, which is saved; the same command goes on from there")
+                    stop.go()
+        _swap(weights, average)
+        return module.eval().requires_grad_(False)
 
-    def _advance(self, name: str, index: int, module, optimizer, step: Step) -> dict[str, float]:
+    def _asked(self, stop: Stop) -> bool:
+        """Whether any process was asked to stop."""
+        return self.processes.mean({"stop": float(stop.kind is not None)})["stop"] > 0
+
+    def _advance(self, name: str, index: int, weights: dict[str, nn.Parameter], optimizer, step: Step):
         """One step of the optimizer; gives the figures for the log."""
         rng = random.Random(f"{name}:{self.seed}:{index}")
         generator = torch.Generator().manual_seed(rng.getrandbits(62))
-        with self.autocast():
-            loss, figures = step(index, rng, generator)
-        if not torch.isfinite(loss):
-            raise NonFiniteError(f"{name}: the loss is not finite at step {index}; try --dtype fp32 or another --seed")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)
+        figures: dict[str, float] = {}
+        for loss, part in self._parts(step(index, rng, generator)):
+            finite = torch.isfinite(loss)
+            loss.backward()
+            for key, value in part.items():
+                figures[key] = figures.get(key, 0.0) + (value if finite else float("nan"))
+        figures = self.processes.mean(figures)
+        self.processes.average_gradients(weights.values())
+        norm = _number(nn.utils.clip_grad_norm_(weights.values(), self.clip))
+        if not (norm < float("inf") and all(value == value for value in figures.values())):
+            raise NonFiniteError(
+                f"{name}: the loss or its gradient is not finite at step {index} ({_culprit(weights)}); the last state "
+                "is from before. Try dtype fp32, a smaller learning rate, or another seed"
+            )
         optimizer.step()
-        return figures
+        return figures | {"gradient": norm}
 
-    def _resume(self, path: Path, run: dict, parts: dict) -> int:
-        """Steps that are done. Raises InputError for the state of a run with other numbers."""
-        if not path.exists():
-            return 0
-        state = load_state(path, self.device)
-        if state.get("run") != run:
-            raise InputError(f"{path} belongs to a run with {state.get('run')}, this one has {run}; use another folder")
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        return state["done"]
+    def _parts(self, parts: Iterator) -> Iterator[tuple[Tensor, dict[str, float]]]:
+        """Each computed under autocast, and given out of it."""
+        while True:
+            with self.autocast():
+                part = next(parts, None)
+            if part is None:
+                return
+            yield part
+
+    def _tell(self, what: str, index: int, figures: dict[str, float], pace: _Pace, last: bool) -> None:
+        self.note(index + 1, figures | {"seconds a step": pace.seconds})
+        if index % self.log_every == 0 or last:
+            shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            self.log(f"{what}  {shown}  {pace}")
 
 
-def _save(path: Path, run: dict, parts: dict, done: int) -> None:
-    with replacing(path) as part:
-        torch.save({"run": run, "done": done, **{name: p.state_dict() for name, p in parts.items()}}, part)
+class _Pace:
+    """How long steps take, and all that are left."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.began = total, 0, time.monotonic()
+
+    @property
+    def seconds(self) -> float:
+        return (time.monotonic() - self.began) / max(self.done, 1)
+
+    def __str__(self) -> str:
+        minutes = (self.total - self.done) * self.seconds / 60
+        return f"{self.seconds:.2f} s/step" + (f", {minutes:.1f} min left" if minutes else "")
 
 
-def schedule(index: int, total: int, warmup: int) -> float:
-    """The share of the learning rate at a step: a linear rise over `warmup` steps, level until half of the steps are
-    done, then a linear fall."""
-    rise = min(1.0, (index + 1) / warmup)
-    fall = min(1.0, 2 * (1 - index / total))
-    return rise * max(fall, LEAST_RATE)
+class Stop:
+    """While it is open, SIGTERM and Ctrl-C are taken note of; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self.kind: int | None = None
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Stop:
+        if threading.current_thread() is threading.main_thread():
+            for kind in (signal.SIGINT, signal.SIGTERM):
+                self.before[kind] = signal.signal(kind, self._take_note)
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._give_back()
+
+    def go(self) -> None:
+        """Stop as the signal would have done. Raises KeyboardInterrupt."""
+        self._give_back()
+        if self.kind is not None:
+            signal.raise_signal(self.kind)
+        raise KeyboardInterrupt
+
+    def _take_note(self, kind: int, _) -> None:
+        self.kind = kind
+        self._give_back()
+
+    def _give_back(self) -> None:
+        for kind, handler in self.before.items():
+            signal.signal(kind, handler)
+        self.before = {}
+
+
+def schedule(index: int, total: int, warmup: int, fall: float = 0.5) -> float:
+    """The share of the learning rate at a step: a linear rise over `warmup` steps, then level, then a linear fall over
+    the last steps, of which `fall` is the share."""
+    rise = min(1.0, (index + 1) / max(warmup, 1))
+    left = min(1.0, (1 - index / total) / fall) if fall else 1.0
+    return rise * max(left, LEAST_RATE)
 
 
 @torch.no_grad()
-def _update_average(average, module, decay: float) -> None:
-    for kept, new in zip(average.state_dict().values(), module.state_dict().values(), strict=True):
-        if kept.is_floating_point():
-            kept.lerp_(new, 1 - decay)
-        else:
-            kept.copy_(new)
+def update_average(average: dict[str, Tensor], weights: dict[str, nn.Parameter], decay: float) -> None:
+    for key, kept in average.items():
+        kept.lerp_(weights[key], 1 - decay)
+
+
+@contextmanager
+def averaged(module: nn.Module, weights: dict[str, nn.Parameter], average: dict[str, Tensor]) -> Iterator[None]:
+    """The module with the average in place of its weights, in no second copy; it doesn't train meanwhile."""
+    _swap(weights, average)
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train()
+        _swap(weights, average)
+
+
+@torch.no_grad()
+def _swap(weights: dict[str, nn.Parameter], average: dict[str, Tensor]) -> None:
+    for key, weight in weights.items():
+        kept = average[key].clone()
+        average[key].copy_(weight)
+        weight.copy_(kept)
+
+
+def _tensors(
+    weights: dict[str, nn.Parameter], average: dict[str, Tensor], optimizer, saved: dict[str, torch.Size] | None = None
+) -> dict[str, Tensor]:
+    """All tensors of a state. Where it is `saved`, the optimizer's are made first, for it to be read into."""
+    for name in saved or ():
+        kind, _, rest = name.partition("/")
+        if kind == "optimizer":
+            key, _, part = rest.rpartition("/")
+            _make_state(optimizer, weights, key, part, saved[name])
+    tensors = {f"weights/{key}": value.detach() for key, value in weights.items()}
+    tensors |= {f"average/{key}": value for key, value in average.items()}
+    for key, weight in weights.items():
+        parts = optimizer.state.get(weight, {})
+        tensors |= {f"optimizer/{key}/{part}": value for part, value in parts.items()}
+    return tensors
+
+
+def _make_state(optimizer, weights: dict[str, nn.Parameter], key: str, part: str, size: torch.Size) -> None:
+    """An empty tensor of an optimizer's state: like its weight, or one number."""
+    if key not in weights:
+        raise InputError(f"the state has {key}, which isn't trained now; use another folder")
+    weight = weights[key].detach()
+    optimizer.state[weights[key]][part] = torch.zeros_like(weight) if size == weight.shape else torch.zeros(size)
+
+
+def _number(norm: Tensor) -> float:
+    return (norm.full_tensor() if is_sharded(norm) else norm).item()
+
+
+def _culprit(weights: dict[str, nn.Parameter]) -> str:
+    """The first weight whose gradient is not finite."""
+    for key, weight in weights.items():
+        grad = weight.grad
+        if grad is not None and not torch.isfinite(grad.to_local() if is_sharded(grad) else grad).all():
+            return f"first in {key}"
+    return "in the loss alone"

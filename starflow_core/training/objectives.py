@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 
 from ..model.denoiser import DenoiserNet
-from ..model.flow import Flow
+from ..model.flow import Encoding, Flow
 from ..solve.denoising import STEP
 
 
@@ -30,20 +32,41 @@ def with_noise(latents: Tensor, sigma: float, generator: torch.Generator, device
     return (latents + sigma * noise).to(device)
 
 
+def shares(encoding: Encoding, given: int = 0) -> dict[str, Tensor]:
+    """The parts of a flow's loss, which add up to it: nats per element of the noise and of each block, (B,) each. The
+    first `given` frames don't count."""
+    noise = encoding.noise[:, given:].flatten(1)
+    blocks = {f"block {i}": -d[:, given:].flatten(1).mean(1) for i, d in enumerate(encoding.logdets)}
+    return {"noise": 0.5 * noise.square().mean(1)} | blocks
+
+
+def bits_per_dim(losses: Tensor) -> Tensor:
+    """Of losses in nats per element, which lack the constant of the Gaussian."""
+    return (losses + 0.5 * math.log(2 * math.pi)) / math.log(2)
+
+
 def denoiser_loss(
     flow: Flow, denoiser: DenoiserNet, clean: Tensor, noisy: Tensor, text: Tensor
 ) -> tuple[Tensor, dict[str, float]]:
-    """Squared error of the denoiser against sigma^2 times the score of the flow, in units of sigma^2.
+    """The mean of each of `denoiser_errors`, in units of sigma^2, and the one that is minimised."""
+    errors, variance = denoiser_errors(flow, denoiser, clean, noisy, text), flow.config.noise_std**2
+    means = {name: value.mean() / variance for name, value in errors.items()}
+    return means["error"], {name: value.item() for name, value in means.items()}
 
-    The figures are this error, and how much noise is left after the denoiser and after the score itself.
-    """
+
+def denoiser_errors(
+    flow: Flow, denoiser: DenoiserNet, clean: Tensor, noisy: Tensor, text: Tensor
+) -> dict[str, Tensor]:  # fmt: skip
+    """Squared error of the denoiser against sigma^2 times the score of the flow, and how much noise is left, squared,
+    after the denoiser and after the score itself; each (B, T, C, h, w)."""
     variance = flow.config.noise_std**2
     pull = variance * _score(flow, noisy, text)
     taken = STEP * _denoiser_output(flow, denoiser, noisy, text)
-    error = (taken + pull).square().mean() / variance
-    left = (noisy - taken - clean).square().mean() / variance
-    best = (noisy + pull - clean).square().mean() / variance
-    return error, {"error": error.item(), "noise left": left.item(), "by score": best.item()}
+    return {
+        "error": (taken + pull).square(),
+        "noise left": (noisy - taken - clean).square(),
+        "by score": (noisy + pull - clean).square(),
+    }
 
 
 def _score(flow: Flow, latents: Tensor, text: Tensor) -> Tensor:

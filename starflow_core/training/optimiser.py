@@ -38,15 +38,10 @@ class Muon(torch.optim.Optimizer):
         known = {id(p) for p in matrices}
         rest = [p for p in parameters if id(p) not in known]
         groups = [
-            {"params": matrices, "lr": lr, "base_lr": lr, "muon": True},
-            {"params": rest, "lr": adam_lr, "base_lr": adam_lr, "muon": False},
+            {"params": matrices, "lr": lr, "muon": True},
+            {"params": rest, "lr": adam_lr, "muon": False},
         ]
         super().__init__([g for g in groups if g["params"]], {"momentum": momentum})
-
-    def set_scale(self, scale: float) -> None:
-        """Scale both learning rates by a schedule's factor."""
-        for group in self.param_groups:
-            group["lr"] = group["base_lr"] * scale
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -77,14 +72,21 @@ class Muon(torch.optim.Optimizer):
     def _adam(self, parameter: Tensor, group: dict) -> None:
         state = self.state[parameter]
         if not state:
-            state["step"] = 0
+            state["step"] = torch.zeros(())  # a tensor, as all that is saved
             state["mean"], state["square"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
         state["step"] += 1
         state["mean"].lerp_(parameter.grad, 0.1)
         state["square"].lerp_(parameter.grad.square(), 0.01)
-        mean = state["mean"] / (1 - 0.9 ** state["step"])
-        root = (state["square"] / (1 - 0.99 ** state["step"])).sqrt()
+        step = int(state["step"])
+        mean = state["mean"] / (1 - 0.9**step)
+        root = (state["square"] / (1 - 0.99**step)).sqrt()
         parameter.addcdiv_(mean, root + 1e-8, value=-group["lr"])
+
+
+def set_rates(optimizer: torch.optim.Optimizer, scale: float) -> None:
+    """Scale the learning rates that an optimizer began with by a schedule's factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = group.setdefault("initial_lr", group["lr"]) * scale
 
 
 def _by_shape(parameters: list[Tensor]) -> list[list[Tensor]]:

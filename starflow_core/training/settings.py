@@ -78,10 +78,10 @@ class Settings:
     decay: float = setting(0.5, "Optimisation", "share of the steps, the last ones, in which it falls", 0, 1)
     clip: float = setting(1.0, "Optimisation", "largest norm of a gradient", 1e-9)
     ema: float = setting(0.99, "Optimisation", "decay of the average of the weights, which is the result", 0, 0.999999)
-    dtype: str = setting(
-        "bf16",
+    dtype: str | None = setting(
+        None,
         "Optimisation",
-        "type of the matrix products; what is trained is kept in float32",
+        "type of the matrix products (default: bf16, on a CPU fp32); what is trained is kept in float32",
         choices=("bf16", "fp32"),
     )
     recompute: bool = setting(

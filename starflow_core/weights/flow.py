@@ -47,6 +47,8 @@ from .tensorfiles import (
 
 CONVERTER_VERSION = "1"  # raised when the files that `convert` writes change their meaning
 CONFIG_KEY = "starflow_config"
+SOURCE_KEYS = SOURCE_NAME, SOURCE_HASH = "source_name", "source_sha256"
+ORIGIN_HASH = "origin_sha256"  # of what a source was converted from itself
 APPLE_LICENSE = (
     "Apple Machine Learning Research Model is licensed under the "
     "Apple Machine Learning Research Model License Agreement."
@@ -190,28 +192,44 @@ def convert(
     "int8" is for the large weights, all others are in bf16 then. Weights that are in 8 bit already are kept for it, and
     expanded for the other types. One tensor is in memory at a time. The source's metadata is kept; added are the
     configuration (`starflow_config`), `source_name`, `source_sha256` (for shards a JSON object of names and hashes),
-    `license` and `converter_version`. `progress` counts bytes in two phases, "hash" and "convert"; it
-    may raise to stop. Nothing is left behind on an error. Raises CheckpointError, NonFiniteError, and
-    InputError for a target that exists or cannot be written.
+    `origin_sha256` where the source was converted itself, `license` and `converter_version`. `progress` counts bytes
+    in two phases, "hash" and "convert"; it may raise to stop. Nothing is left behind on an error. Raises
+    CheckpointError, NonFiniteError, and InputError for a target that exists or cannot be written.
     """
     parse_dtype(dtype, WEIGHT_TYPES)
     target = Path(target)
     checkpoint = source if isinstance(source, TensorFile) else TensorFile.open(source)
     check_target(target, checkpoint, overwrite)
-    checkpoint, config, expected = resolve(checkpoint, config)
-    layout = _layout(expected, dtype)
-    check_space(target, layout)
+    checkpoint, config, _ = resolve(checkpoint, config)
+    check_space(target, file_layout(config, dtype))
+    before = checkpoint.metadata.get(ORIGIN_HASH, checkpoint.metadata.get(SOURCE_HASH))
     metadata = {
         **checkpoint.metadata,
-        **_own_metadata(config),
-        "source_name": checkpoint.path.name,
-        "source_sha256": hash_files(checkpoint.files, progress),
+        SOURCE_NAME: checkpoint.path.name,
+        SOURCE_HASH: hash_files(checkpoint.files, progress),
+        **({ORIGIN_HASH: before} if before else {}),
     }
+    write(checkpoint, config, target, dtype, metadata, "convert", progress)
+
+
+def write(
+    checkpoint: TensorFile, config: FlowConfig, target: str | Path, dtype: str, metadata: dict[str, str], phase: str,
+    progress: Report | None = None,
+) -> None:  # fmt: skip
+    """Write an opened and checked checkpoint, for which there is room, as `convert` does; `phase` is the progress's
+    name for it."""
+    layout = file_layout(config, dtype)
+    metadata = {**metadata, **_own_metadata(config)}
     if CONFIG_KEY not in checkpoint.metadata:  # else the file itself states its licence
         metadata.setdefault("license", APPLE_LICENSE)
-    names = _counted(checkpoint, [name for name in layout if name in expected], "convert", progress)
+    names = _counted(checkpoint, [name for name in layout if name in checkpoint.tensors], phase, progress)
     # safetensors gives a file's metadata in an order of its own, another one each time.
-    write_tensors(target, layout, dict(sorted(metadata.items())), _written(checkpoint, names, dtype))
+    write_tensors(Path(target), layout, dict(sorted(metadata.items())), _written(checkpoint, names, dtype))
+
+
+def file_layout(config: FlowConfig, dtype: str) -> Layout:
+    """The tensors of a file that `convert` writes."""
+    return _layout(expected_shapes(config), dtype)
 
 
 def save_flow(flow: Flow, path: str | Path, dtype: str = "bf16", metadata: dict[str, str] | None = None) -> None:

@@ -10,16 +10,23 @@ import tempfile
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image, ImageDraw, ImageFont
 
+from starflow_core.bundled import BUNDLED, FLOW_FILE
 from starflow_core.media import read_video
 from starflow_core.media.pixels import to_bytes
+from starflow_core.model.lora import adapt
+from starflow_core.weights.flow import load_flow
+from starflow_core.weights.lora import base_metadata, save_lora
+from starflow_core.weights.tensorfiles import TensorFile
 from tests.nodes.workflows import EXAMPLES, FOLDER, REAL_WEIGHTS, ROOT, Graph, Node, text_to_image
 from tests.server.host import Server, example
 
 from .page import visit
 
 SIDE = 512
+LORA = "my_pet.safetensors"
 SHOWN = {  # which example a help page's picture is from
     "text_to_video": ("LoadModel", "LoadTextEncoder", "LoadVAE", "EmptyLatent", "TextEncode", "Sampler", "VAEDecode",
                       "VideoCombine"),
@@ -34,6 +41,7 @@ SHOWN = {  # which example a help page's picture is from
     "surprise": ("Likelihood",),
     "edit_by_inversion": ("EditByInversion",),
     "fill_in": ("FillIn",),
+    "lora": ("LoadLoRA",),
 }  # fmt: skip
 
 
@@ -84,6 +92,28 @@ def noise() -> Graph:
     return graph
 
 
+def lora() -> Graph:
+    """The same with a LoRA on the model."""
+    graph = text_to_image()
+    model = _only(graph, "LoadModel")
+    users = [node for node in graph.nodes if node.links.get("model", (None,))[0] is model]
+    added = graph.add("STARFlowLoadLoRA", model=(model, "model"), lora_name=LORA, strength=0.8)
+    for node in users:
+        node.links["model"] = (added, "model")
+    return graph
+
+
+def write_lora(folder: Path) -> None:
+    """A LoRA of the demo that was trained on nothing."""
+    checkpoint = TensorFile.open(BUNDLED / FLOW_FILE)
+    flow = load_flow(checkpoint)
+    generator = torch.Generator().manual_seed(0)
+    loras = adapt(flow, 4, 4.0, generator=generator)
+    for each in loras.values():
+        torch.nn.init.normal_(each.lora_B, std=1e-2, generator=generator)
+    save_lora(loras, folder / LORA, flow.config, base_metadata(checkpoint))
+
+
 def _only(graph: Graph, kind: str) -> Node:
     (node,) = (node for node in graph.nodes if node.type == f"STARFlow{kind}")
     return node
@@ -95,6 +125,7 @@ def main() -> None:
         words.save(FOLDER / f"{name}.jpg", quality=88)
     server = Server()
     try:
+        write_lora(server.base / "models" / "loras")
         for name in EXAMPLES:
             entry = server.run(example(name))
             kind = "temp" if name == "convergence_study" else "output"
@@ -103,8 +134,8 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise)}
-            for make in (memory, noise):
+            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise, lora)}
+            for make in (memory, noise, lora):
                 others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}

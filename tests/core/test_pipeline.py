@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import subprocess
 import sys
 from dataclasses import replace
@@ -16,21 +18,26 @@ from starflow_core.control import Control
 from starflow_core.errors import Cancelled, CheckpointError, InputError, OutOfMemoryForecast
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast
+from starflow_core.jobs.planner import MemoryPlan
 from starflow_core.jobs.tasks import Means
+from starflow_core.jobs.unfinished import identity
 from starflow_core.model.int8 import Int8Linear
+from starflow_core.model.lora import Lora, adapt, attach, detach, linear_names
 from starflow_core.model.placement import Placement
 from starflow_core.model.text import EncodedText
 from starflow_core.pipeline import Pipeline, find_parts, load_pipeline
-from starflow_core.weights.flow import convert
+from starflow_core.weights.flow import convert, load_flow
+from starflow_core.weights.lora import base_metadata, save_lora
+from starflow_core.weights.tensorfiles import TensorFile
 from tests.core import models, tiny
 
 ROOT = Path(__file__).parents[2]
 NAMES = """
 AUTOREGRESSIVE Cancelled Candidate CheckpointError Context Control Edited Encoding Filled Flow FlowConfig Generation
-InputError Inversion Job Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement Progress
-Sampler SolverSettings StarflowError Surprise Timeline VideoWriter Wish best_of choose_caption convert decode_from_noise
-denoise encode_to_noise fill fit fresh_noise load_flow load_pipeline load_text_encoder load_vae outpainted read_image
-read_metadata read_video reprompt sample score_denoise write_video
+InputError Inversion Job LoraFile Noise NonFiniteError OutOfMemoryForecast Output PRESETS Piece Pipeline Placement
+Progress Sampler SolverSettings StarflowError Surprise Timeline VideoWriter Wish best_of choose_caption convert
+decode_from_noise denoise encode_to_noise fill fit fresh_noise load_flow load_pipeline load_text_encoder load_vae
+merge_loras outpainted read_image read_metadata read_video reprompt sample score_denoise write_video
 """
 
 
@@ -122,6 +129,47 @@ def test_weights_in_8_bit(folder, tmp_path):
         assert need.text == sum(weight.nbytes for weight in encoder.model.parameters())
     output = load_pipeline(model, text, vae, quantise=True).text_to_image("a ring", height=32, width=32)
     assert output.pixels.isfinite().all()
+
+
+def test_loras(folder, tmp_path):
+    """Of a file or a pair; they are counted, attached before weights stream, and doubted if of an unknown base."""
+    model, *others = files(folder)
+    checkpoint = TensorFile.open(model)
+    flow = load_flow(checkpoint)
+    loras = adapt(flow, 2, 4.0, generator=torch.Generator().manual_seed(0))
+    for lora in loras.values():
+        torch.nn.init.normal_(lora.lora_B, generator=torch.Generator().manual_seed(1))
+    save_lora(loras, tmp_path / "a.safetensors", flow.config, base_metadata(checkpoint))
+    save_lora(loras, tmp_path / "b.safetensors", flow.config, {})
+    bare = find_parts(model, *others)
+    parts = find_parts(model, *others, loras=[tmp_path / "a.safetensors", (str(tmp_path / "b.safetensors"), 0.5)])
+    assert list(map(str, parts.loras)) == ["a.safetensors:1", "b.safetensors:0.5"]
+    job, kind = default_job(parts.config, height=32, width=32, frames=1), torch.float32
+    plan = MemoryPlan(Means(streamed=True), parts.forecast(job, dtype=kind), None)
+    pipeline = parts.load(Placement.on("cpu"), kind, plan=plan)
+    more = sum(weight.nbytes for weight in pipeline.flow.parameters()) - bare.forecast(job, dtype=kind).weights
+    assert parts.forecast(job, dtype=kind).weights - bare.forecast(job, dtype=kind).weights == more > 0
+    scales = [layer.scale for layer in pipeline.flow.modules() if isinstance(layer, Lora)]
+    assert (len(scales), set(scales)) == (2 * len(loras), {2.0, 1.0})
+    with pytest.warns(UserWarning, match=r"b\.safetensors doesn't say of which weights"):
+        plain = load_pipeline(
+            model, *others, device="cpu", loras=[tmp_path / "a.safetensors", (tmp_path / "b.safetensors", 0.5)]
+        )
+    assert torch.equal(*(each.generate("a ring", job).latents for each in (plain, pipeline)))
+    with pytest.raises(InputError, match="finite"):
+        find_parts(model, *others, loras=[(tmp_path / "a.safetensors", float("nan"))])
+
+
+def test_a_file_of_another_strength_is_not_gone_on_from(folder, pipeline):
+    flow, seen = copy.deepcopy(pipeline.flow), set()
+    job = default_job(flow.config, height=32, width=32)
+    for strength in (0.0, 1.0, 0.5):
+        detach(flow)
+        attach(flow, {name: Lora(torch.ones(1, 72), torch.ones(216, 1), 1.0, strength=strength) for name in
+                      linear_names(flow)[:1]})  # fmt: skip
+        seen.add(json.dumps(identity(flow, job, Means(), [], ""), sort_keys=True))
+    assert len(seen) == 3
+    assert json.dumps(identity(pipeline.flow, job, Means(), [], ""), sort_keys=True) in seen
 
 
 def test_a_vae_of_another_compression_in_time_is_refused(pipeline):

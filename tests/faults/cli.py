@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from . import Fault
 
-TESTS = "tests/core/cli/test_cli.py::"
+TESTS, LORA = "tests/core/cli/test_cli.py::", "tests/core/cli/test_lora.py::"
 COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
     f"starflow_core/cli/{name}.py"
     for name in ("__init__", "arguments", "files", "generate", "invert", "plan", "progress", "settings")
@@ -169,7 +169,7 @@ FAULTS: list[Fault] = [
         "inspect's memory ignores --batch", TESTS + "test_inspect_forecasts",
     ),
     Fault(
-        FILES, "overwrite=args.overwrite, ", "overwrite=True, ",
+        FILES, "args.dtype, overwrite=args.overwrite, progress=meter.bytes)\n", "args.dtype, overwrite=True)\n",
         "convert replaces files unasked", TESTS + "test_convert",
     ),
     Fault(
@@ -224,5 +224,26 @@ FAULTS: list[Fault] = [
         INVERT, "surprise, prompt = choice.surprise, choice.captions[choice.winner]",
         "surprise, prompt = choice.surprise, choice.captions[0]",
         "the first caption is named the winner", TESTS + "test_which_caption_fits",
+    ),
+    Fault(
+        "starflow_core/cli/arguments.py", "    if not colon or os.path.exists(text):\n", "    if not colon:\n",
+        "a LoRA's file with a colon in its name is cut", LORA + "test_files_with_strengths",
+    ),
+    Fault(
+        "starflow_core/cli/arguments.py", "    if not math.isfinite(strength):\n        raise argparse",
+        "    if False:\n        raise argparse", "a LoRA's strength may be NaN", LORA + "test_strengths_that_are_none",
+    ),
+    Fault(
+        "starflow_core/cli/settings.py", ", loras=args.lora)", ")", "--lora is ignored",
+        LORA + "test_results_differ_and_say_by_what",
+    ),
+    Fault(
+        "starflow_core/pipeline.py", "need.weights + sum(chosen.file.nbytes for chosen in self.loras)", "need.weights",
+        "a LoRA's memory isn't counted", "tests/core/test_pipeline.py::test_loras",
+    ),
+    Fault(
+        "starflow_core/jobs/unfinished.py", "_digest([*weights, scales])", "_digest(weights)",
+        "an unfinished clip is gone on with at a LoRA's other strength",
+        "tests/core/test_pipeline.py::test_a_file_of_another_strength_is_not_gone_on_from",
     ),
 ]  # fmt: skip

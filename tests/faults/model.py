@@ -6,7 +6,7 @@ from . import Fault
 
 MODEL = "starflow_core/model"
 FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.py", "tests/core/model/test_forward.py"
-INT8 = "tests/core/model/test_int8.py"
+INT8, LORA = "tests/core/model/test_int8.py", "tests/core/model/test_lora.py"
 ATTENTION, CACHES = "tests/core/model/test_attention.py", "tests/core/solve/test_caches.py"
 DENOISING = "tests/core/solve/test_denoising.py"
 
@@ -66,5 +66,17 @@ FAULTS = [
           "what settled after a group is lost", CACHES),
     Fault(f"{MODEL}/cache.py", "x.abs().amax(-1, keepdim=True)", "x.abs().amax()", "one scale for all rows", CACHES),
     Fault(f"{MODEL}/cache.py", "range(0, stop, PIECE)", "range(0, PIECE, PIECE)", "the first piece alone", CACHES),
+    Fault(f"{MODEL}/lora.py", "return self.strength * self.alpha / self.rank", "return self.alpha / self.rank",
+          "a LoRA's strength is ignored", LORA),
+    Fault(f"{MODEL}/lora.py", "self.strength * self.alpha / self.rank", "self.strength * self.alpha",
+          "a LoRA's alpha isn't divided by its rank", LORA),
+    Fault(f"{MODEL}/lora.py", "F.dropout(inputs, self.dropout, self.training)", "F.dropout(inputs, self.dropout)",
+          "a LoRA drops out while it isn't trained", LORA),
+    Fault(f"{MODEL}/lora.py", "        if not lora.strength:\n            continue\n", "",
+          "a LoRA of strength 0 is put on its layer", LORA),
+    Fault(f"{MODEL}/lora.py", "    flow.requires_grad_(False)\n", "", "what is beside a LoRA learns, too", LORA),
+    Fault(f"{MODEL}/lora.py", "merged(layer.weight, layer.adapters)", "merged(layer.weight, layer.adapters[:1])",
+          "of several LoRAs the first alone is merged", "tests/core/weights/test_lora.py"),
+    Fault(f"{MODEL}/lora.py", "{DEEP: [count - 1]", "{DEEP: [0]", "a LoRA of the first block by default", LORA),
     Fault(f"{MODEL}/cache.py", "(here + settled, 0)", "(here, 0)", "settled slots aren't counted", CACHES),
 ]  # fmt: skip

@@ -5,13 +5,17 @@ from __future__ import annotations
 from . import Fault
 
 WEIGHTS, PARTS = "starflow_core/weights", "starflow_core/parts.py"
-FILES, FLOW, TEXT, VAE, INT8 = (
-    f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae", "int8")
+FILES, FLOW, TEXT, VAE, INT8, LORA = (
+    f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae", "int8", "lora")
 )
 
 
 def in_files(old: str, new: str, what: str, tests: str = FILES) -> Fault:
     return Fault(f"{WEIGHTS}/tensorfiles.py", old, new, what, tests)
+
+
+def in_lora(old: str, new: str, what: str) -> Fault:
+    return Fault(f"{WEIGHTS}/lora.py", old, new, what, LORA)
 
 
 def in_flow(old: str, new: str, what: str) -> Fault:
@@ -112,6 +116,18 @@ FAULTS = [
           "files in 8 bit aren't known", INT8),
     Fault(f"{WEIGHTS}/flow.py", "(attention\\.(qkv|proj)|mlp\\.main\\.[02])", "(attention\\.qkv|mlp\\.main\\.[02])",
           "a layer stays in 16 bit", INT8),
+    in_lora("for key in (flow.ORIGIN_HASH, flow.SOURCE_HASH):", "for key in (flow.SOURCE_HASH,):",
+            "a LoRA doesn't know its base converted twice"),
+    in_lora("k not in (*flow.SOURCE_KEYS, flow.ORIGIN_HASH)", "k != flow.CONFIG_KEY",
+            "a merged model is taken for the LoRA's base"),
+    in_lora("    if version not in _hashes:\n        _hashes[version]", "    if True:\n        _hashes[version]",
+            "a LoRA's base is hashed again and again"),
+    in_lora("values[ALPHA].item() if ALPHA in values else len(values[DOWN])",
+            "values[ALPHA].item() if ALPHA in values else 1.0", "a LoRA without alpha counts too little"),
+    in_lora("found != shapes[layer]", "found[0] != shapes[layer][0]", "a LoRA's inputs aren't compared"),
+    in_lora("    if flow.in_int8(checkpoint):\n", "    if False:\n", "a LoRA is merged into 8 bit"),
+    in_lora("not name.startswith(flow.DENOISER)", "True", "a LoRA may have layers of the denoiser"),
+    in_lora("        if known is None:\n", "        if False:\n", "a model is hashed for a LoRA that names none"),
     in_text("and not _overflows(name, dtype)\n", "\n", "T5's wo in 8 bit under fp16"),
     in_text("return others + int8.weight_bytes(", "return others + 0 * int8.weight_bytes(",
             "a text encoder's 8-bit weights aren't counted"),

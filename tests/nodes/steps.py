@@ -34,6 +34,11 @@ class Loaded:
             *run("STARFlowLoadVAE", vae_name=vae),
         )
 
+    @property
+    def flow(self):
+        """The core's, behind the host's handle."""
+        return pack.module("nodes.host").flow_of(self.model)
+
     def empty(self, **inputs) -> dict:
         return run("STARFlowEmptyLatent", model=self.model, **{"frames": 9, **inputs})[0]
 

@@ -45,7 +45,7 @@ def encoded(flow) -> torch.Tensor:
 
 
 def test_the_flow_is_the_cores(loaded, expected):
-    assert torch.equal(encoded(loaded.model), encoded(expected))
+    assert torch.equal(encoded(host.flow_of(loaded)), encoded(expected))
 
 
 def test_a_file_in_8_bit(model_folders, expected):
@@ -53,7 +53,7 @@ def test_a_file_in_8_bit(model_folders, expected):
     convert(BUNDLED / FLOW_FILE, path, "int8")
     (found,) = run("STARFlowLoadModel", model_name="int8.safetensors")
     kept = load_flow(path, torch.float32)
-    assert torch.equal(encoded(found.model), encoded(kept))
+    assert torch.equal(encoded(host.flow_of(found)), encoded(kept))
     assert {weight.dtype for weight in found.model.parameters()} == {torch.float32}
 
 
@@ -65,10 +65,10 @@ def test_what_cannot_stay_in_8_bit_is_expanded_and_said(model_folders, caplog):
         caplog.clear()
         with caplog.at_level(logging.WARNING, "starflow"):
             (found,) = run("STARFlowLoadModel", **inputs)
-        name, dtype = inputs.get("model_name", DEMO), found.model.compute_dtype
+        name, dtype = inputs.get("model_name", DEMO), host.flow_of(found).compute_dtype
         message = f"STARFlow: this ComfyUI can't keep weights in 8 bit; {name} is loaded in {dtype}"
         assert [record.getMessage() for record in caplog.records] == [message]
-        assert isinstance(found.model.get_submodule(LAYER), host.OPERATIONS.Linear)
+        assert isinstance(host.flow_of(found).get_submodule(LAYER), host.OPERATIONS.Linear)
     with caplog.at_level(logging.WARNING, "starflow"):
         caplog.clear()
         run("STARFlowLoadModel")
@@ -88,7 +88,7 @@ def test_text_encoders_stay_in_8_bit_everywhere(demo):
 @keeps
 def test_the_host_knows_what_the_weights_take(loaded, demo):
     assert loaded.model_size() < 0.3 * demo.model.model_size()
-    assert hasattr(loaded.model.get_submodule(LAYER), "comfy_cast_weights")
+    assert hasattr(host.flow_of(loaded).get_submodule(LAYER), "comfy_cast_weights")
 
 
 @keeps
@@ -112,7 +112,7 @@ def test_activations_are_never_rounded(full, dtype):
 
 @keeps
 def test_a_token_sees_nothing_later(loaded):
-    flow = loaded.model
+    flow = host.flow_of(loaded)
     tokens = flow.tokens(models.randn(1, 3, flow.config.latent.channels, 3, 3)).flatten(1, 2)
     text, grid = models.text(flow), flow.grid(models.randn(1, 3, flow.config.latent.channels, 3, 3))
     changed = tokens.clone()
@@ -126,7 +126,7 @@ def test_a_token_sees_nothing_later(loaded):
 
 @keeps
 def test_partial_loads_change_nothing(loaded):
-    whole, flow = encoded(loaded.model), loaded.model
+    whole, flow = encoded(host.flow_of(loaded)), host.flow_of(loaded)
     for load in (
         lambda: loaded.load(CPU, lowvram_model_memory=500_000),
         lambda: loaded.partially_load(CPU, 1_000_000),
@@ -141,7 +141,7 @@ def test_partial_loads_change_nothing(loaded):
 @keeps
 def test_patches_are_applied_to_expanded_weights(loaded, tmp_path):
     """As a LoRA's are: while a layer computes if its weight is elsewhere, else once, when the result is rounded."""
-    flow, before = loaded.model, encoded(loaded.model)
+    flow, before = host.flow_of(loaded), encoded(host.flow_of(loaded))
     convert(BUNDLED / FLOW_FILE, tmp_path / "int8.safetensors", "int8")
     patched = load_flow(tmp_path / "int8.safetensors", torch.float32, int8_linear=None)
     weight = patched.get_parameter(f"{LAYER}.weight")
@@ -151,7 +151,7 @@ def test_patches_are_applied_to_expanded_weights(loaded, tmp_path):
     assert models.relative_error(before, wanted) > 1e-4
     for memory, error in ((1, 1e-9), (10**9, 2e-4)):
         handle = loaded.clone()
-        handle.add_patches({f"{LAYER}.weight": ("diff", (patch,))}, 1.0)
+        handle.add_patches({f"diffusion_model.{LAYER}.weight": ("diff", (patch,))}, 1.0)
         handle.load(CPU, lowvram_model_memory=memory)
         assert models.relative_error(encoded(flow), wanted) < error
         handle.detach()

@@ -130,7 +130,7 @@ def test_a_real_host_blames_only_the_wrong_widget(name):
 
 def test_files_and_folders_of_those_names_are_loaded(image_model, tiny_image):
     flow = load_file(tiny_image / "flow.safetensors")
-    loaded = image_model.model.model.state_dict()
+    loaded = image_model.flow.state_dict()
     assert loaded.keys() == flow.keys()
     assert all(torch.equal(loaded[name], flow[name].float()) for name in flow)
     assert image_model.text_encoder.encoder.dim == 12
@@ -142,7 +142,7 @@ def test_sharded_models_are_loaded_from_their_folder(model_folders):
     folder.mkdir()
     weightfiles.write_shards(folder)
     (model,) = run("STARFlowLoadModel", model_name="sharded", weight_type="bf16")
-    assert model.model.config.to_dict() == weightfiles.CONFIG.to_dict()
+    assert host.flow_of(model).config.to_dict() == weightfiles.CONFIG.to_dict()
     assert {weight.dtype for weight in model.model.parameters()} == {torch.bfloat16}
 
 
@@ -219,7 +219,7 @@ def test_weights_are_the_hosts_to_move(demo):
     """Layers of the flow come from the host, and what it loads whole it can set a device on."""
     import comfy.model_management as management
 
-    flow = demo.model.model
+    flow = demo.flow
     layers = [layer for layer in flow.modules() if type(layer).__name__ == "Linear"]
     assert layers
     assert all(isinstance(layer, host.OPERATIONS.Linear) for layer in layers)

@@ -155,6 +155,9 @@ class Card:
     def loaded_size(self) -> int:
         return self.loaded
 
+    def get_injections(self, key):
+        return None
+
 
 @pytest.fixture
 def on_a_card(monkeypatch):

@@ -108,7 +108,7 @@ def test_report_counts_what_the_solver_did(monkeypatch, demo, conditioned, laten
         f"deep block: {done.deep_sweeps} sweeps, {done.deep_evaluations} token evaluations, {per_token:.1f} per token"
     )
     assert shallow == f"shallow blocks: {done.shallow_sweeps} sweeps, {done.shallow_evaluations} token evaluations"
-    assert torch.equal(picture, sampling.convergence(done, runs[0].job, demo.model.model.config))
+    assert torch.equal(picture, sampling.convergence(done, runs[0].job, demo.flow.config))
 
 
 def test_report_of_token_by_token(demo, latent):
@@ -125,7 +125,7 @@ def test_the_run_is_shown(monkeypatch, demo, latent, plain, told):
     raw = demo.sample(latent, denoise=False)[0]["samples"]
     told.steps.clear(), told.previews.clear(), told.texts.clear()
     report = demo.sample(latent)[1]
-    picture = pack.module("nodes.preview").Preview(demo.model.model.config).picture
+    picture = pack.module("nodes.preview").Preview(demo.flow.config).picture
     values = [value for value, _ in told.steps]
     assert values == sorted(values)
     assert told.steps[-1] == (24, 24)
@@ -218,7 +218,7 @@ def test_an_image_is_seen_as_it_settles(monkeypatch, demo, told):
     Clock(monkeypatch, 1.0)  # nothing takes time
     latent = demo.empty(frames=1, batch_size=2)
     result = demo.sample(latent, denoise=False, seed=1)[0]["samples"]
-    last = pack.module("nodes.preview").Preview(demo.model.model.config).picture(result[:, :, 0])
+    last = pack.module("nodes.preview").Preview(demo.flow.config).picture(result[:, :, 0])
     wanted = (last * 255).clamp(0, 255).numpy()
     distances = [np.abs(np.asarray(image, np.float32) - wanted).mean() for _, image, _ in told.previews]
     assert len(distances) > 5
@@ -252,7 +252,7 @@ def test_conditioning_of_another_job_is_refused(demo, conditioned, latent, clip)
 
 def test_conditioning_of_another_model_is_refused(demo, conditioned, latent):
     """Of the same shapes: only the name tells them apart."""
-    flow = demo.model.model
+    flow = demo.flow
     config, flow.config = flow.config, replace(flow.config, name="another")
     try:
         with pytest.raises(Exception, match=r"was made for STARFlow demo: .*but this is another: .*the same model"):
@@ -287,7 +287,7 @@ def test_a_task_without_training_is_warned_of(monkeypatch, caplog, demo, latent,
     (context,) = run("STARFlowFirstFrame", image=clip[:1], vae=demo.vae, latent=latent)
     demo.sample(latent, context=context)
     assert not caplog.records
-    flow = demo.model.model
+    flow = demo.flow
     monkeypatch.setattr(flow, "config", replace(flow.config, tasks=("text",)))
     demo.sample(latent, context=context)
     assert "wasn't trained for first_frame" in caplog.text
@@ -313,6 +313,6 @@ def test_score_denoising_works_where_the_host_moves_weights(monkeypatch, demo, l
             weight.data = weight.data.clone()
 
     monkeypatch.setattr(management, "load_models_gpu", move)
-    flow = demo.model.model
+    flow = demo.flow
     monkeypatch.setattr(flow, "config", replace(flow.config, denoiser=None))
     assert demo.sample(latent)[0]["samples"].isfinite().all()

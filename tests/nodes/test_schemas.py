@@ -38,6 +38,8 @@ def described(node: type) -> dict:
         for name, (_, options) in info["input"].get(group, {}).items():
             if name in ("model_name", "encoder_name", "vae_name"):
                 options["options"] = options["options"][:1]
+            if name == "lora_name":
+                options["options"] = []
             options.pop("tooltip", None)
     return info
 

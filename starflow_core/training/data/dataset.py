@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -159,15 +161,16 @@ class Dataset:
                 plans.append(Plan(bucket, task, full, prompts, self.practice.given(bucket, task), len(picks)))
         return plans
 
-    def load(self, plan: Plan, rows: slice = slice(None)) -> tuple[Tensor, Tensor]:
+    def load(self, plan: Plan, rows: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Clean latents (b, T, C, h, w) in flow space and text embeddings (b, L, D), float32, of some rows of a batch.
 
         Raises InputError for an entry of the cache that is missing or damaged.
         """
-        latents = torch.stack([self._latents(self.samples[pick], plan.task) for pick in plan.picks[rows]])
+        rows = range(len(plan.picks)) if rows is None else rows
+        latents = torch.stack([self._latents(self.samples[plan.picks[row]], plan.task) for row in rows])
         config = self.practice.config
         factors = later_factors(config, plan.task, plan.given, latents.shape[2])
-        text = torch.stack([self.embedding(prompt) for prompt in plan.prompts[rows]])
+        text = torch.stack([self.embedding(prompt) for prompt in (plan.prompts[row] for row in rows)])
         return to_flow_space(config.latent, latents, factors), text
 
     def pixels(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
@@ -219,6 +222,16 @@ class Dataset:
             tasks += ["edit" if paired else "text"] if number >= len(self) else []
             found |= dict.fromkeys(sorted(self.practice.prompts(sample.item.caption, sample.bucket, tasks)))
         return list(found)
+
+    @cached_property
+    def identity(self) -> str:
+        """Of all that steps can see; another one follows other losses."""
+        seen = [[repr(self.window(sample)), sample.item.caption, sample.item.repeats] for sample in self.samples]
+        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+
+    def names(self, plan: Plan) -> list[str]:
+        """The files of a batch."""
+        return [self.samples[pick].item.path.name for pick in plan.picks]
 
     def report(self) -> list[str]:
         """What is learned from, line by line."""

@@ -85,7 +85,7 @@ def train_flow(loop: Loop, config: FlowConfig, banks: list[Bank], tokenizer) -> 
         batch = draw_batch(config, banks, rng, index / total)
         noisy = with_noise(batch.latents, config.noise_std, generator, loop.device)
         loss = model.flow.loss(noisy, model.embed(batch.prompts), batch.given).mean()
-        return loss, {"loss": loss.item(), "frames": noisy.shape[1]}
+        yield loss, {"loss": loss.item(), "frames": noisy.shape[1]}
 
     return loop.run("flow", model, optimizer, step, total)
 
@@ -102,7 +102,7 @@ def train_denoiser(loop: Loop, model: FlowWithText, banks: list[Bank]) -> FlowWi
     def step(index: int, rng: random.Random, generator: torch.Generator):
         batch = draw_batch(config, banks, rng, progress=1.0)
         noisy = with_noise(batch.latents, config.noise_std, generator, loop.device)
-        return denoiser_loss(flow, denoiser, batch.latents.to(noisy), noisy, model.embed(batch.prompts).detach())
+        yield denoiser_loss(flow, denoiser, batch.latents.to(noisy), noisy, model.embed(batch.prompts).detach())
 
     flow.learnable_self_denoiser = loop.run("denoiser", denoiser, optimizer, step, total)
     return model

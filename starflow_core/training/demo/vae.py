@@ -91,9 +91,9 @@ def train_vae(loop: Loop):
 
     def step(index: int, rng: random.Random, generator: torch.Generator):
         stage = stages[index]
-        return reconstruction_loss(vae, draw_clips(rng, stage.frames, stage.batch).to(loop.device), generator)
+        yield reconstruction_loss(vae, draw_clips(rng, stage.frames, stage.batch).to(loop.device), generator)
 
-    return with_statistics(loop.run("vae", vae, optimizer, step, len(stages), decay=0.995))
+    return with_statistics(loop.run("vae", vae, optimizer, step, len(stages), ema=0.995))
 
 
 @torch.no_grad()

@@ -42,25 +42,27 @@ SETTINGS = (
 )
 FLAGS = {
     "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
-    "image image-span join keep keep-at-change last-image max-sweeps memory model negative no-change-kept no-denoise "
-    "offload output preset "
+    "image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
+    "no-denoise offload output preset "
     "prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
-    "encode": "aspect device dtype fps frames guidance height keep model negative output prompt seed size text-encoder "
-    "vae width window",
+    "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
+    "text-encoder vae width window",
     "mix": "amount keep-frames output seed",
-    "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span max-sweeps model "
-    "negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance vae "
-    "was width",
-    "fill": "aspect device dtype first-span fps frames guidance height image-span keep mask max-sweeps missing model "
-    "negative outpaint output particles preset quality seed shallow-tolerance size solver span text-encoder tile "
+    "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span lora max-sweeps "
+    "model negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance "
+    "vae was width",
+    "fill": "aspect device dtype first-span fps frames guidance height image-span keep lora mask max-sweeps missing "
+    "model negative outpaint output particles preset quality seed shallow-tolerance size solver span text-encoder tile "
     "tolerance vae width window",
-    "decode": "cache device dtype first-span guidance image-span max-sweeps memory model offload output preset prompt "
-    "quality shallow-tolerance solver span text-encoder tile tolerance vae",
-    "score": "aspect choose device dtype fps frames height json keep map model prompt size text-encoder vae width "
+    "decode": "cache device dtype first-span guidance image-span lora max-sweeps memory model offload output preset "
+    "prompt quality shallow-tolerance solver span text-encoder tile tolerance vae",
+    "score": "aspect choose device dtype fps frames height json keep lora map model prompt size text-encoder vae width "
     "window",
     "convert": "dtype overwrite",
+    "merge": "dtype output overwrite",
     "prepare": f"{SETTINGS} preview",
+    "train": f"{SETTINGS} dry-run example",
     "inspect": "aspect batch cache device dtype frames guidance height json memory offload size width",
 }
 
@@ -1214,7 +1216,7 @@ def test_what_cannot_be_inspected(refused, given, demo, words, message):
 
 
 def test_model_is_found_before_it_is_loaded(demo):
-    args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None)
+    args = Namespace(device="cpu", dtype="bf16", model=None, text_encoder=None, vae=None, lora=[])
     model = settings.Setup.find(args)
     assert (model.config.name, model.dtype) == ("tiny video", torch.bfloat16)
     assert model.parts.checkpoint.path == demo / pipeline.FLOW_FILE

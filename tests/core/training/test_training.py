@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import shutil
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from starflow_core.model.transformer import causal
 from starflow_core.solve.denoising import denoise, score_denoise
 from starflow_core.training.loop import Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
-from starflow_core.training.optimiser import Muon, orthogonalised
+from starflow_core.training.optimiser import Muon, orthogonalised, set_rates
 from tests.core import models
 
 CPU = torch.device("cpu")
@@ -76,7 +78,7 @@ def test_vectors_and_embeddings_are_updated_by_adam():
 def test_both_learning_rates_are_scaled():
     optimizer = Muon([nn.Parameter(torch.ones(2, 2)), nn.Parameter(torch.ones(2))], lr=0.4, adam_lr=0.2)
     for scale in (0.5, 0.25):
-        optimizer.set_scale(scale)
+        set_rates(optimizer, scale)
         assert [group["lr"] for group in optimizer.param_groups] == [0.4 * scale, 0.2 * scale]
 
 
@@ -93,36 +95,35 @@ def test_schedule_rises_stays_and_falls():
 class Descent(torch.optim.SGD):
     """Along the gradient, at the rate of the schedule."""
 
-    def set_scale(self, scale):
-        self.param_groups[0]["lr"] = scale
+    def __init__(self, parameters, lr=1.0):
+        super().__init__(parameters, lr)
 
 
 def descend(folder, gradients, **options):
-    """Weights that begin at 0 after a step along each of the gradients, and their average."""
+    """The average of weights that begin at 0, after a step along each of the gradients."""
     module = nn.Linear(2, 1, bias=False)
     nn.init.zeros_(module.weight)
 
     def step(index, rng, generator):
-        return (module.weight * torch.tensor(gradients[index])).sum(), {}
+        yield (module.weight * torch.tensor(gradients[index])).sum(), {}
 
     loop = Loop(folder, CPU, torch.float32)
-    average = loop.run("fit", module, Descent(module.parameters(), lr=1.0), step, len(gradients), **options)
-    return module.weight[0].tolist(), average.weight[0].tolist()
+    return loop.run("fit", module, Descent(module.parameters()), step, len(gradients), **options).weight[0].tolist()
 
 
 def test_each_step_takes_its_own_gradient_clipped(tmp_path):
-    weights, _ = descend(tmp_path, [(30.0, 40.0), (0.0, 0.1)], warmup=1)
+    weights = descend(tmp_path, [(30.0, 40.0), (0.0, 0.1)], warmup=1, ema=0.0)
     assert weights == pytest.approx([-0.6, -0.9], abs=1e-6)
 
 
 def test_rates_follow_the_schedule(tmp_path):
-    weights, _ = descend(tmp_path, [(0.1, 0.0)] * 8, warmup=4)
+    weights = descend(tmp_path, [(0.1, 0.0)] * 8, warmup=4, ema=0.0)
     assert weights[0] == pytest.approx(-0.1 * sum(schedule(i, 8, 4) for i in range(8)))
 
 
 def test_the_average_forgets_its_beginning_sooner(tmp_path):
     """By min(decay, (n + 1) / (n + 10)), in step n."""
-    _, average = descend(tmp_path, [(-0.4, -0.8), (-0.2, 0.0)], warmup=1, decay=0.15)
+    average = descend(tmp_path, [(-0.4, -0.8), (-0.2, 0.0)], warmup=1, ema=0.15)
     first = [0.9 * 0.4, 0.9 * 0.8]
     assert average == pytest.approx([0.15 * first[0] + 0.85 * 0.6, 0.15 * first[1] + 0.85 * 0.8])
 
@@ -133,7 +134,7 @@ def test_draws_depend_on_stage_seed_and_step(tmp_path):
 
         def step(index, rng, generator):
             drawn.extend((rng.random(), torch.rand((), generator=generator).item()))
-            return module.weight.sum(), {}
+            yield module.weight.sum(), {}
 
         Loop(tmp_path / folder, CPU, torch.float32, seed).run(name, module, Descent(module.parameters()), step, 3)
         return drawn
@@ -150,7 +151,7 @@ def test_matrix_products_are_in_the_loops_type(tmp_path, dtype):
     def step(index, rng, generator):
         output = module(torch.ones(1, 2))
         seen.append(output.dtype)
-        return output.float().sum(), {}
+        yield output.float().sum(), {}
 
     Loop(tmp_path, CPU, dtype).run("fit", module, Descent(module.parameters()), step, 1)
     assert seen == [dtype]
@@ -166,7 +167,9 @@ def test_progress_is_logged(tmp_path):
     lines = []
     module = nn.Linear(2, 1)
     loop = Loop(tmp_path, CPU, torch.float32, log=lines.append)
-    loop.run("fit", module, Descent(module.parameters()), lambda index, *_: (module.bias.sum(), {"x": index / 8}), 23)
+    loop.run(
+        "fit", module, Descent(module.parameters()), lambda index, *_: iter([(module.bias.sum(), {"x": index / 8})]), 23
+    )
     shown = [line.partition("  ")[0::2] for line in lines]
     assert [head for head, _ in shown] == ["fit 1/23", "fit 21/23", "fit 23/23"]
     assert [rest.split("  ")[0] for _, rest in shown] == ["x 0", "x 2.5", "x 2.75"]
@@ -181,7 +184,7 @@ def regression(folder, stop_at=None):
         if index == stop_at:
             raise KeyboardInterrupt
         x = torch.randn(16, 6, generator=generator)
-        return (module(x) - x[:, :4]).square().mean(), {"draw": rng.random()}
+        yield (module(x) - x[:, :4]).square().mean(), {"draw": rng.random()}
 
     loop = Loop(folder, CPU, torch.float32, save_every=3)
     return loop.run("fit", module, Muon(module.parameters()), step, total=10)
@@ -205,7 +208,7 @@ def test_what_is_done_is_not_done_again(tmp_path):
         else:
             with pytest.raises(KeyboardInterrupt):
                 regression(tmp_path, stop_at)
-        assert torch.load(tmp_path / "fit.state.pt")["done"] == done
+        assert sorted(path.name for path in tmp_path.iterdir())[-1] == f"fit-{done:07d}"
     regression(tmp_path, stop_at=9)  # nothing is left to interrupt
 
 
@@ -213,29 +216,39 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     regression(tmp_path)
     loop = Loop(tmp_path, CPU, torch.float32, seed=1)
     module = nn.Linear(4, 2)
-    with pytest.raises(InputError, match=r"fit\.state\.pt belongs to a run with .*'seed': 0"):
+    with pytest.raises(InputError, match=r"fit-0000010 belongs to a run with seed 0 \(this one: 1\)"):
         loop.run("fit", module, Muon(module.parameters()), None, total=10)
 
 
 def test_a_damaged_state_is_named(tmp_path):
-    for damage in (
-        lambda data: data[:1000],
-        lambda data: b"",
-        lambda data: data.replace(b"collections", b"subprocesss"),
+    evil = b"cposix\nsystem\n(S'touch executed'\ntR."
+    for name, damage in (
+        (".metadata", lambda data: data[:300]),
+        (".metadata", lambda data: b""),
+        (".metadata", lambda data: evil),
+        ("__0_0.distcp", lambda data: data[:500]),
+        ("run.json", lambda data: data[:-1]),
     ):
-        regression(tmp_path)
-        path = tmp_path / "fit.state.pt"
+        with pytest.raises(KeyboardInterrupt):
+            regression(tmp_path, stop_at=4)
+        state = tmp_path / "fit-0000003"
+        path = state / name
         path.write_bytes(damage(path.read_bytes()))
-        with pytest.raises(InputError, match=r"fit\.state\.pt is damaged \(.+\); remove it"):
+        with pytest.raises(InputError, match=r"fit-0000003 is damaged \(.+\); remove it"):
             regression(tmp_path)
-        path.unlink()
+        shutil.rmtree(state)
+    assert not os.path.exists("executed")
 
 
 def test_a_loss_that_is_not_finite_stops(tmp_path):
     module = nn.Linear(2, 2)
     loop = Loop(tmp_path, CPU, torch.float32)
-    with pytest.raises(NonFiniteError, match="step 0"):
-        loop.run("fit", module, Muon(module.parameters()), lambda *_: (module.weight.sum() * float("nan"), {}), 3)
+
+    def step(index, rng, generator):
+        yield module.weight.sum() * float("nan"), {}
+
+    with pytest.raises(NonFiniteError, match=r"step 0 \(first in weight\)"):
+        loop.run("fit", module, Muon(module.parameters()), step, 3)
 
 
 # Objectives

@@ -1,0 +1,265 @@
+"""A training run from settings: data, what is trained, the loop, and the finished file."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..bundled import BUNDLED, FLOW_FILE
+from ..control import Progress
+from ..errors import InputError, NonFiniteError
+from ..model.config import FlowConfig
+from ..model.flow import Flow
+from ..model.placement import default_dtype
+from ..model.text import TextEncoder
+from ..model.vae.codec import VAE
+from ..weights.flow import APPLE_LICENSE, load_flow
+from ..weights.lora import base_metadata
+from ..weights.tensorfiles import DTYPES, TensorFile
+from .data.cache import Cache
+from .data.dataset import Dataset, Plan
+from .data.encoders import Encoders
+from .data.prepare import prepare
+from .files import make_folder
+from .forecast import forecast, require
+from .loop import Check, Loop
+from .optimiser import Muon
+from .processes import Processes, shard
+from .settings import Settings
+from .sheets import Sheets
+from .subjects import blocks_of, subject_of
+from .watch import watching
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a run's models come from: each is loaded when it is called for, onto a device. `base` is what the finished
+    file says of the model, and may take a while."""
+
+    config: FlowConfig
+    load_flow: Callable[[torch.dtype, torch.device], Flow]
+    load_vae: Callable[[torch.device], VAE]
+    load_text: Callable[[torch.device], TextEncoder]
+    base: Callable[[], dict[str, str]]
+
+
+def find_sources(settings: Settings) -> Sources:
+    """The files that the settings name, or the bundled demo's. Raises InputError for what doesn't go together, and
+    CheckpointError for damaged files."""
+    encoders = Encoders.find(settings)
+    config = encoders.config if settings.noise is None else replace(encoders.config, noise_std=settings.noise)
+    if settings.train == "scratch":
+
+        def load(dtype: torch.dtype, device: torch.device) -> Flow:
+            return Flow(config).to(device)
+
+        return Sources(config, load, encoders.load_vae, encoders.load_text, dict)
+    checkpoint = TensorFile.open(settings.model or BUNDLED / FLOW_FILE)
+
+    def load(dtype: torch.dtype, device: torch.device) -> Flow:
+        return load_flow(checkpoint, dtype, device, config=config, quantise=settings.int8)
+
+    def base() -> dict[str, str]:
+        license = checkpoint.metadata.get("license", APPLE_LICENSE)
+        return base_metadata(checkpoint) | {"license": license}
+
+    return Sources(config, load, encoders.load_vae, encoders.load_text, base)
+
+
+def check(settings: Settings, config: FlowConfig) -> None:
+    """Raise InputError for settings that this model can't be trained with."""
+    if settings.train == "denoiser" and config.denoiser is None:
+        raise InputError(f"{config.name} has no learned denoiser to train; train lora or full")
+    if settings.int8 and settings.train != "lora":
+        raise InputError(f"int8 is for a LoRA's frozen weights; {settings.train} trains the weights themselves")
+    for task in settings.shares:
+        if task not in config.tasks and config.kind == "image" and task != "text":
+            raise InputError(f"tasks: {config.name} makes pictures, which have no {task}; use text:1")
+    blocks = blocks_of(settings)
+    if settings.train == "lora" and not isinstance(blocks, str) and not set(blocks) <= set(range(len(config.layers))):
+        raise InputError(f"blocks is {settings.blocks}: {config.name} has the blocks 0 to {len(config.layers) - 1}")
+
+
+def train(
+    settings: Settings,
+    sources: Sources,
+    device: torch.device,
+    processes: Processes,
+    log: Callable[[str], None] = lambda line: None,
+    report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
+    progress: Callable[[Progress], None] | None = None,
+) -> Path:
+    """Train, or go on where a run with the same settings and folder has stopped; returns the finished file.
+
+    `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. Raises
+    InputError for data and settings that can't be used, OutOfMemoryForecast where a step can't fit, NonFiniteError
+    where numbers go bad.
+    """
+    config, work = sources.config, Path(settings.work)
+    check(settings, config)
+    make_folder(work)
+    dtype = dtype_of(settings, device)
+    cache = Cache(work / "cache")
+    sheets = Sheets(settings, config, work / "samples")
+    dataset = prepare(
+        settings, config, partial(sources.load_vae, device), partial(sources.load_text, device), cache,
+        rank=processes.rank, world=processes.count, progress=progress, extra=sheets.texts,
+    )  # fmt: skip
+    processes.wait()
+    for line in dataset.report():
+        log(line)
+    for bucket in dataset.buckets:
+        require(forecast(config, settings, dtype, bucket, processes.count), device, bucket)
+    learns = settings.train in ("full", "scratch")
+    flow = sources.load_flow(torch.float32 if learns else dtype, device)
+    with torch.inference_mode(False), torch.enable_grad():
+        subject = subject_of(flow, settings)
+        for block in flow.blocks:
+            block.recompute = settings.recompute
+        if processes.count > 1:
+            shard(flow, dtype)
+        run = Run(settings, dataset, subject, processes, device)
+        loop = Loop(
+            work / "states", device, dtype if learns else torch.float32, settings.seed, save_every=settings.save_every,
+            log_every=settings.log_every, clip=settings.clip, log=log, processes=processes,
+        )  # fmt: skip
+        checks = [Check(settings.evaluate_every, run.measure)]
+        if settings.prompts:
+            checks.append(Check(settings.sample_every, partial(sheets.draw, flow, dataset, sources, device, processes)))
+        with _watched(work / "logs", processes, log) as note:
+            loop.note = lambda step, figures: (note(step, figures), report(step, figures))
+            loop.run(
+                settings.train, flow, optimizer_of(flow, settings), run.step, settings.steps, settings.warmup,
+                settings.decay, settings.ema, checks, told=_told(settings, dataset),
+            )  # fmt: skip
+        subject.write(settings.result, _metadata(settings, sources), processes)
+    processes.wait()
+    return settings.result
+
+
+def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+    """The type of the matrix products."""
+    return DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
+
+
+class Run:
+    """What a step sees and computes."""
+
+    def __init__(self, settings: Settings, dataset: Dataset, subject, processes: Processes, device: torch.device):
+        self.settings, self.dataset, self.subject = settings, dataset, subject
+        self.processes, self.device = processes, device
+
+    def step(self, index: int, rng: random.Random, generator: torch.Generator) -> Iterator[tuple[Tensor, dict]]:
+        """The loss of this process's rows, in pieces."""
+        plan = self.dataset.plan(index, self.settings.seed, self.settings.batch)
+        seed = rng.getrandbits(62) + self.processes.rank
+        for piece in self._pieces(plan, generator):
+            with self._naming(index, plan), self._dropping(seed + piece.rows[0]):
+                losses, figures = self.subject.losses(*piece.given)
+                loss = (losses * piece.weights).sum()
+            told = {name: (value * piece.weights).sum().item() for name, value in figures.items()}
+            yield loss, {"loss": loss.item(), **told}
+
+    def measure(self, done: int) -> dict[str, float]:
+        """The means of the samples that are held out, under noise that is the same each time."""
+        plans, totals = self.dataset.held_out(self.settings.batch), {}
+        count = sum(plan.count for plan in plans)
+        for index, plan in enumerate(plans):
+            for piece in self._pieces(plan, torch.Generator().manual_seed(index)):
+                for name, value in self.subject.measured(*piece.given).items():
+                    share = (value * piece.weights).sum().item() * plan.count / count
+                    totals[name] = totals.get(name, 0.0) + share
+        return self.processes.mean(totals)
+
+    def _pieces(self, plan: Plan, generator: torch.Generator) -> Iterator[_Piece]:
+        """This process's rows of a batch, as many at once as the settings say. Noise is drawn for the whole batch, so
+        that a row's doesn't depend on who computes it."""
+        noise = None
+        for share in self.processes.share(plan.count).pieces(self.settings.micro_batch):
+            clean, text = self.dataset.load(plan, share.rows)
+            if noise is None:
+                noise = torch.randn(len(plan.picks), *clean.shape[1:], generator=generator)
+            noisy = clean + self.subject.module.config.noise_std * noise[share.rows]
+            given = (clean.to(self.device), noisy.to(self.device), text.to(self.device), plan.given)
+            yield _Piece(share.rows, torch.tensor(share.weights, device=self.device), given)
+
+    @contextmanager
+    def _naming(self, index: int, plan: Plan) -> Iterator[None]:
+        """Say in which step and batch numbers went bad."""
+        try:
+            yield
+        except NonFiniteError as error:
+            files = ", ".join(self.dataset.names(plan))
+            raise NonFiniteError(f"step {index}, batch of {files}: {error}") from None
+
+    def _dropping(self, seed: int):
+        """Dropout that depends on the step alone; the caller's own random numbers go on as if nothing was drawn."""
+        if not self.settings.dropout:
+            return nullcontext()
+        return _seeded(seed, self.device)
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Rows of a batch, what each counts for, and what the subject is given: clean and noisy latents (b, T, C, h, w),
+    text (b, L, D), frames that don't count."""
+
+    rows: list[int]
+    weights: Tensor
+    given: tuple[Tensor, Tensor, Tensor, int]
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(seed)
+        yield
+
+
+def optimizer_of(flow: Flow, settings: Settings) -> torch.optim.Optimizer:
+    learned = [weight for weight in flow.parameters() if weight.requires_grad]
+    if settings.optimizer == "muon":
+        starts = [block.sos_embed for block in flow.blocks]
+        return Muon(learned, settings.learning_rate, 0.2 * settings.learning_rate, vectors=starts)
+    return torch.optim.AdamW(learned, settings.learning_rate, (0.9, 0.99), weight_decay=settings.weight_decay)
+
+
+# What may differ between a run and the one that goes on from it.
+FREE = (
+    "work", "output", "device", "micro_batch", "recompute", "save_every", "log_every", "evaluate_every", "sample_every",
+    "prompts", "guidance", "trigger_words", "license", "data", "model", "text_encoder", "vae",
+)  # fmt: skip
+
+
+def _told(settings: Settings, dataset: Dataset) -> dict:
+    kept = {name: value for name, value in settings.to_dict().items() if name not in FREE}
+    return kept | {"samples": dataset.identity}
+
+
+def _metadata(settings: Settings, sources: Sources) -> dict[str, str]:
+    """What the finished file says of itself. A model's licence covers what is made of it."""
+    base = sources.base()
+    licences = [base.pop("license", ""), settings.license]
+    told = {name: value for name, value in settings.to_dict().items() if name not in FREE or name == "data"}
+    told["data"] = [path.name for path, _ in settings.folders]
+    words = {"trigger_words": settings.trigger_words} if settings.trigger_words else {}
+    return {**base, **words, "license": " ".join(filter(None, licences)), "settings": json.dumps(told)}
+
+
+@contextmanager
+def _watched(folder: Path, processes: Processes, log) -> Iterator[Callable[[int, dict[str, float]], None]]:
+    """Where the figures of steps are written; the leader does."""
+    if not processes.leads:
+        yield lambda step, figures: None
+        return
+    with watching(folder, log) as watch:
+        yield watch.note
