@@ -173,9 +173,10 @@ class Dataset:
         text = torch.stack([self.embedding(prompt) for prompt in (plan.prompts[row] for row in rows)])
         return to_flow_space(config.latent, latents, factors), text
 
-    def pixels(self, plan: Plan, rows: slice = slice(None)) -> Tensor:
+    def pixels(self, plan: Plan, rows: Sequence[int] | None = None) -> Tensor:
         """The clips (b, 3, F, H, W) in [-1, 1], read from their files. Raises InputError for one that can't be read."""
-        return torch.stack([self.frames(self.samples[pick]).transpose(0, 1) for pick in plan.picks[rows]])
+        rows = range(len(plan.picks)) if rows is None else rows
+        return torch.stack([self.frames(self.samples[plan.picks[row]]).transpose(0, 1) for row in rows])
 
     def frames(self, sample: Sample, part: str = "clip") -> Tensor:
         """Pixels (F, 3, H, W) of a sample's clip, or of its `source`."""
@@ -226,8 +227,8 @@ class Dataset:
     @cached_property
     def identity(self) -> str:
         """Of all that steps can see; another one follows other losses."""
-        seen = [[repr(self.window(sample)), sample.item.caption, sample.item.repeats] for sample in self.samples]
-        return hashlib.sha256(json.dumps(seen).encode()).hexdigest()[:16]
+        seen = [[*map(repr, self.windows(sample)), sample.item.caption, sample.item.repeats] for sample in self.samples]
+        return hashlib.sha256(json.dumps([self.held, seen]).encode()).hexdigest()[:16]
 
     def names(self, plan: Plan) -> list[str]:
         """The files of a batch."""

@@ -38,7 +38,8 @@ def test_every_setting_is_an_option():
     words = {"bool": [], "tuple": ["text"]}
     for field in fields():
         kind = type(field.default).__name__
-        value = words.get(kind, [field.default if field.default is not None else 1])
+        usual = field.default if field.default is not None else (*field.metadata["choices"], 1)[0]
+        value = words.get(kind, [usual])
         args = parse("--" + field.name.replace("_", "-"), *value)
         assert hasattr(args, field.name)
         assert sum(hasattr(args, other.name) for other in fields()) == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -224,6 +225,22 @@ def test_the_last_frame_is_that_of_the_clip_that_fits(encoded):
     assert (last.start, last.frames) == (32, 1)
     short = dataset(samples(SHORT, 1))
     assert short.window(short.samples[0], "last").start == 4
+
+
+def test_what_steps_can_see_has_an_identity():
+    """It doesn't depend on where files are."""
+    found = [*samples(CLIP, 3), *samples(CLIP, 2, paired=True)]
+    one, more = dataset(found), samples(CLIP, 2, repeats=2)
+    moved = [replace(s, item=replace(s.item, path=Path("x") / s.item.path)) for s in found]
+    other = dataset(moved)
+    other.identities.files.update(
+        {s.item.path: one.identities.files[t.item.path] for s, t in zip(moved, found, strict=True)}
+    )
+    assert other.identity == one.identity == dataset(found).identity
+    source = dataset(found)
+    source.identities.files[found[3].item.source] = "another source"
+    changed = [dataset(found, held=1), dataset(found[:2]), dataset([*found[:3], *more]), source]
+    assert len({data.identity for data in [one, *changed]}) == 5
 
 
 def test_parts_that_are_needed():
