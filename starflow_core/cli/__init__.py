@@ -6,6 +6,7 @@ import importlib
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -13,7 +14,7 @@ from ..errors import StarflowError, ran_out
 from .arguments import parser
 
 BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; the last two are a shell's for SIGINT and SIGTERM
-SOON = 0.01  # seconds, until a finaliser is over
+SOON = 0.05  # seconds, until a finaliser is over
 OUT_OF_MEMORY_ADVICE = (
     "out of memory; use fewer frames, a smaller size or batch, guidance 0, a 16-bit --dtype, or --tile for the VAE"
 )
@@ -78,9 +79,9 @@ def _stoppable() -> Iterator[None]:
         if issubclass(unraisable.exc_type, Terminated):
             kind = signal.SIGTERM
             signal.signal(kind, stop)
-        again = threading.Timer(SOON, _interrupt, (kind,))
-        again.daemon = True
-        again.start()
+        told = threading.Event()
+        threading.Thread(target=_interrupt, args=(kind, told), daemon=True).start()
+        told.set()
 
     before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
     sys.unraisablehook = dropped
@@ -91,8 +92,10 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(kind: signal.Signals) -> None:
-    """Send the main thread a signal that also ends its sleep, where the system can."""
+def _interrupt(kind: signal.Signals, told: threading.Event) -> None:
+    """Send the main thread a signal soon after it was `told`; one that also ends its sleep, where the system can."""
+    told.wait()
+    time.sleep(SOON)
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident, kind)
     else:
