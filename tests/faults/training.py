@@ -6,7 +6,10 @@ from . import Fault
 
 GENERAL = "tests/core/training/test_training.py::"
 RECIPE = "tests/core/training/test_recipe.py::"
-LOOP, OPTIMISER, OBJECTIVES = (f"starflow_core/training/{name}.py" for name in ("loop", "optimiser", "objectives"))
+LOOP, OPTIMISER, OBJECTIVES, STATES, PROCESSES, RUN, WATCH, FORECAST = (
+    f"starflow_core/training/{name}.py"
+    for name in ("loop", "optimiser", "objectives", "states", "processes", "train", "watch", "forecast")
+)
 CLIPS, VAE, BANK, BATCHES, FLOW, BUNDLE, MAIN = (
     f"starflow_core/training/demo/{name}.py" for name in ("clips", "vae", "bank", "batches", "flow", "bundle", "recipe")
 )
@@ -14,11 +17,11 @@ CLIPS, VAE, BANK, BATCHES, FLOW, BUNDLE, MAIN = (
 FAULTS: list[Fault] = [
     # The loop
     Fault(
-        LOOP, 'return state["done"]', 'return state["done"] + 1',
+        STATES, "return done[-1]\n", "return done[-1] + 1\n",
         "a resumed run skips a step", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
     ),
     Fault(
-        LOOP, '"average": average, "optimizer": optimizer}', '"optimizer": optimizer}',
+        LOOP, 'tensors |= {f"average/{key}": value for key, value in average.items()}', "pass",
         "the average isn't saved", GENERAL + "test_a_resumed_run_is_the_unbroken_one",
     ),
     Fault(
@@ -30,15 +33,15 @@ FAULTS: list[Fault] = [
         "noise depends on the step alone", GENERAL + "test_draws_depend_on_stage_seed_and_step",
     ),
     Fault(
-        LOOP, "min(decay, (index + 1) / (index + 10))", "decay",
+        LOOP, "min(ema, (index + 1) / (index + 10))", "ema",
         "the average decays slowly from the start", GENERAL + "test_the_average_forgets_its_beginning_sooner",
     ),
     Fault(
-        LOOP, "kept.lerp_(new, 1 - decay)", "kept.lerp_(new, decay)",
+        LOOP, "kept.lerp_(weights[key], 1 - decay)", "kept.lerp_(weights[key], decay)",
         "the average decays the wrong way round", GENERAL + "test_the_average_forgets_its_beginning_sooner",
     ),
     Fault(
-        LOOP, "        torch.nn.utils.clip_grad_norm_(module.parameters(), CLIP_NORM)\n", "",
+        LOOP, "nn.utils.clip_grad_norm_(weights.values(), self.clip)", "torch.ones(())",
         "gradients aren't clipped", GENERAL + "test_each_step_takes_its_own_gradient_clipped",
     ),
     Fault(
@@ -84,7 +87,7 @@ FAULTS: list[Fault] = [
         GENERAL + "test_matrices_follow_their_orthogonalised_momentum",
     ),
     Fault(
-        OPTIMISER, "0.99 ** state", "0.9 ** state",
+        OPTIMISER, "0.99**step", "0.9**step",
         "Adam's bias correction of the squares", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
     ),
     Fault(
@@ -92,7 +95,7 @@ FAULTS: list[Fault] = [
         "embeddings are updated by Muon", GENERAL + "test_vectors_and_embeddings_are_updated_by_adam",
     ),
     Fault(
-        OPTIMISER, 'group["base_lr"] * scale', 'group["lr"] * scale',
+        OPTIMISER, 'group.setdefault("initial_lr", group["lr"])', 'group["lr"]',
         "scales of the learning rate multiply", GENERAL + "test_both_learning_rates_are_scaled",
     ),
     # Objectives

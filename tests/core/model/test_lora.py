@@ -60,7 +60,7 @@ def test_the_same_as_changed_weights(seed):
 
 
 def test_fresh_ones_change_nothing_and_are_all_that_learns():
-    flow = models.flow()
+    flow = models.flow().requires_grad_()
     latents = randn(1, 2, 4, 3, 3)
     before = encoded(flow, latents)
     loras = adapt(flow, 3, 6.0)

@@ -189,6 +189,9 @@ def test_it_has_to_fit(saved):
     words += r"\(144, 48\), .*\.\.\)\. Use it with its own model: it was trained on .* \(tiny\.pth\)"
     with pytest.raises(CheckpointError, match=words):
         found.check(replace(CONFIG, deep_width=48))
+    narrow = changed(saved, lambda tensors: tensors.update({f"{KEY}.lora_A.weight": torch.ones(2, 70)}))
+    with pytest.raises(CheckpointError, match=r"of its 8 layers 1 have another shape \(.*qkv \(216, 70\) instead of"):
+        LoraFile.open(narrow).check(CONFIG)
     with pytest.raises(CheckpointError, match="of its 8 layers 4 aren't there"):
         found.check(replace(CONFIG, layers=(1, 1, 1)))
     with pytest.raises(CheckpointError, match="doesn't say on which model"):
