@@ -5,9 +5,9 @@ from __future__ import annotations
 from . import Fault
 
 TESTS = "tests/core/training/data"
-FOLDERS, BUCKETS, WINDOWS, CACHE, DATASET, PREPARE = (
+FOLDERS, BUCKETS, WINDOWS, CACHE, DATASET, ENCODERS, PREPARE = (
     f"starflow_core/training/data/{name}.py"
-    for name in ("folders", "buckets", "windows", "cache", "dataset", "prepare")
+    for name in ("folders", "buckets", "windows", "cache", "dataset", "encoders", "prepare")
 )
 
 FAULTS = [
@@ -102,7 +102,7 @@ FAULTS = [
         f"{TESTS}/test_prepare.py::test_a_file_that_changes_meanwhile_is_not_stored",
     ),
     Fault(
-        PREPARE, "config = replace(config, noise_std=settings.noise)", "pass",
+        ENCODERS, "replace(config, noise_std=settings.noise)", "config",
         "prompts speak of another noise", f"{TESTS}/test_prepare.py::test_other_settings_are_encoded_anew",
     ),
     Fault(

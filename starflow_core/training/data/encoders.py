@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from ..settings import Settings
 
 @dataclass(frozen=True)
 class Encoders:
-    """A flow's configuration, its text encoder and its VAE, inspected, not loaded."""
+    """A flow's configuration, with the settings' noise, its text encoder and its VAE, inspected, not loaded."""
 
     config: FlowConfig
     text: TextEncoderFiles
@@ -33,11 +33,12 @@ class Encoders:
         """Those that settings name, or the bundled demo's. Raises a StarflowError for parts that don't fit."""
         if settings.train != "scratch":
             parts = find_parts(settings.model, settings.text_encoder, settings.vae)
-            return cls(parts.config, parts.text, parts.vae)
+            return cls(with_noise(parts.config, settings), parts.text, parts.vae)
         if settings.config is None:
             raise InputError("scratch needs a new flow's configuration; give a JSON file, as --config FILE")
         text = find_text_encoder(settings.text_encoder or BUNDLED / TEXT_FILE)
-        found = cls(read_config(Path(settings.config)), text, find_vae(settings.vae or BUNDLED / VAE_FILE))
+        config = with_noise(read_config(Path(settings.config)), settings)
+        found = cls(config, text, find_vae(settings.vae or BUNDLED / VAE_FILE))
         found.config.check_text_encoder(text.dim)
         outline = found.vae.outline
         found.config.check_vae(outline.channels, outline.spatial, outline.temporal)
@@ -50,6 +51,11 @@ class Encoders:
     def load_text(self, device: torch.device) -> TextEncoder:
         """In the type that prompts are read with later."""
         return self.text.load(default_dtype(device), device)
+
+
+def with_noise(config: FlowConfig, settings: Settings) -> FlowConfig:
+    """The configuration with the noise that is trained with, of which prompts speak."""
+    return config if settings.noise is None else replace(config, noise_std=settings.noise)
 
 
 def read_config(path: Path) -> FlowConfig:

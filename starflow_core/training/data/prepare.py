@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
@@ -23,11 +23,13 @@ from ..settings import Settings
 from .buckets import Notes, Sample, assign
 from .cache import Cache, Text, Window, identity
 from .dataset import Dataset, Identities, Practice
+from .encoders import with_noise
 from .folders import Item, find_items, shortened
 from .windows import read_windows
 
 Report = Callable[[Progress], None]
 
+LARGEST_SIDE = 8192  # pixels of a square
 FEW = 10  # samples; of fewer none is held out
 NO_TASK = "no task that is practised suits them"
 NEEDS = {
@@ -61,8 +63,7 @@ def find(
 ) -> Dataset:
     """As `prepare`, but nothing is encoded."""
     check_tasks(settings, config)
-    if settings.noise is not None:  # prompts speak of it
-        config = replace(config, noise_std=settings.noise)
+    config = with_noise(config, settings)
     found = find_items(settings.folders)
     _look_at(found.items, cache, rank, world, progress or _silent)
     frames, fps = settings.frames or config.defaults.frames, settings.fps or config.defaults.fps
@@ -79,7 +80,9 @@ def find(
 
 
 def check_tasks(settings: Settings, config: FlowConfig) -> None:
-    """Raise InputError for what a model can't practise."""
+    """Raise InputError for what a model can't practise or be shown."""
+    if (settings.size or 0) > LARGEST_SIDE:
+        raise InputError(f"size is {settings.size}; the largest is {LARGEST_SIDE}")
     if config.kind == "video":
         return
     others = [task for task, share in settings.shares.items() if share and task != "text"]
