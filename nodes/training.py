@@ -7,9 +7,8 @@ import hashlib
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from fractions import Fraction
 from glob import escape
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -195,11 +194,10 @@ class STARFlowTrainLoRA(io.ComfyNode):
         files = _files(model, text_encoder, vae)
         bar, root = host.NodeProgress(cls.hidden.unique_id), host.training_folder()
         host.lora_folder(lora_name)  # refused before the work
-        rate = fps or host.flow_of(model).config.defaults.fps
         if folder:
             data = {"data": (str(_folder(folder, images)),), "frames": frames or None}
         else:
-            data = _written(images, frames, captions, rate, root)
+            data = _written(images, frames, captions, root)
         settings = _settings(
             files, data, host.flow_of(model), steps=steps, learning_rate=learning_rate, rank=rank, batch=batch,
             size=size or None, seed=seed, fps=fps or None, alpha=alpha or None, blocks=blocks,
@@ -255,7 +253,7 @@ def _folder(folder: str, images: Tensor | None) -> Path:
     return host.input_folder() / folder  # an absolute path stays as it is
 
 
-def _written(images: Tensor | None, frames: int, captions: str, fps: float, root: Path) -> dict:
+def _written(images: Tensor | None, frames: int, captions: str, root: Path) -> dict:
     """What the settings are told of pictures and clips, in a folder that is named by their content."""
     if images is None:
         raise InputError("nothing to learn from; connect images, or name a folder")
@@ -266,10 +264,10 @@ def _written(images: Tensor | None, frames: int, captions: str, fps: float, root
         )
     pixels = (images[..., :3].cpu().float().clamp(0, 1) * 255).round().byte()
     texts = _captions(captions, len(pixels) // length)
-    about = json.dumps([list(pixels.shape), length, fps, texts]).encode()
+    about = json.dumps([list(pixels.shape), length, texts]).encode()
     folder = root / f"data-{hashlib.sha256(about + pixels.numpy().tobytes()).hexdigest()[:16]}"
     if not (folder / "metadata.jsonl").is_file():
-        _write(folder, pixels.split(length), texts, Fraction(fps).limit_denominator(1001))
+        _write(folder, pixels.split(length), texts)
     return {"data": (str(folder),), "frames": frames or (length - 1) // 4 * 4 + 1}
 
 
@@ -281,37 +279,26 @@ def _captions(captions: str, count: int) -> list[str]:
     return texts * count if len(texts) == 1 else texts
 
 
-def _write(folder: Path, clips, texts: list[str], fps: Fraction) -> None:
+def _write(folder: Path, clips: Iterable[Tensor], texts: list[str]) -> None:
     """Pictures and clips without any loss, and then the list of their captions."""
     lines = []
     for index, (clip, text) in enumerate(zip(clips, texts, strict=True)):
         host.check_interrupted()
-        file = folder / f"{index:05}{'.png' if len(clip) == 1 else '.mkv'}"
+        file = folder / f"{index:05}{'.png' if len(clip) == 1 else '.tiff'}"
         with replacing(file) as part:
-            if len(clip) == 1:
-                _write_picture(part, clip[0])
-            else:
-                _write_clip(part, clip, fps)
+            _write_frames(part, clip, file.suffix)
         lines.append(json.dumps({"file_name": file.name, "text": text}) + "\n")
     with replacing(folder / "metadata.jsonl") as part:
         part.write_text("".join(lines), encoding="utf-8")
 
 
-def _write_picture(path: Path, pixels: Tensor) -> None:
+def _write_frames(path: Path, frames: Tensor, suffix: str) -> None:
+    """A picture, or the pages of one: a clip without a rate, which is taken frame by frame."""
     from PIL import Image
 
-    Image.fromarray(pixels.numpy()).save(path, "PNG")
-
-
-def _write_clip(path: Path, frames: Tensor, fps: Fraction) -> None:
-    import av
-
-    with av.open(str(path), "w", format="matroska") as file:
-        stream = file.add_stream("ffv1", rate=fps)
-        stream.height, stream.width, stream.pix_fmt = *frames.shape[1:3], "bgr0"
-        for frame in frames.numpy():
-            file.mux(stream.encode(av.VideoFrame.from_ndarray(frame, format="rgb24")))
-        file.mux(stream.encode())
+    first, *others = map(Image.fromarray, frames.numpy())
+    options = {"save_all": True, "append_images": others, "compression": "tiff_deflate"} if others else {}
+    first.save(path, {".png": "PNG", ".tiff": "TIFF"}[suffix], **options)
 
 
 def _settings(files: dict, data: dict, flow, steps: int, **given) -> Settings:

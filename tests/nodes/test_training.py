@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from fractions import Fraction
 
 import pytest
 import torch
@@ -72,12 +71,12 @@ def test_what_comes_out(folders, train, demo, told):
     assert any("what learns" in text for text in told.texts)
     assert any(text.startswith("step ") and "loss" in text for text in told.texts)
     assert told.steps[-1] == (3, 3)
-    assert told.nodes == {pack.NODE_ID, None}
+    assert told.nodes >= {pack.NODE_ID}
 
 
 def test_the_same_as_the_cores(folders, train, demo):
     """Also of one that no node has had a hand in."""
-    lora, losses, model, name = train(images=pictures())
+    lora, _, model, _ = train(images=pictures())
     (data,) = work(folders, "data")
     settings = Settings(
         work=str(folders / "core"), data=(str(data),), frames=1, held_out=0.0, warmup=0, steps=3, batch=2, rank=2,
@@ -106,8 +105,8 @@ def test_pixels_are_kept_exactly(folders, train):
     assert torch.equal(((found + 1) / 2 * 255).round(), (images[:2] * 255).round().movedim(-1, 1))
     train(images=images, frames=5, steps=1)
     (clips,) = set(work(folders, "data")) - {stills}
-    first, second = (read_video(clips / f"0000{i}.mkv") for i in range(2))
-    assert first.fps == Fraction(16)
+    first, second = (read_video(clips / f"0000{i}.tiff") for i in range(2))
+    assert first.fps == 0  # taken frame by frame
     found = torch.cat((first.pixels, second.pixels))
     assert torch.equal(((found + 1) / 2 * 255).round(), (images * 255).round().movedim(-1, 1))
 
@@ -125,7 +124,7 @@ def test_a_folder_of_files_with_captions(folders, train, told):
         (folders / "input" / f"{name}.txt").write_text("a red picture")
     train(folder=str(folders / "input"), captions="", steps=1)
     assert any("2 files with captions, 2 used" in text for text in told.texts)
-    with pytest.raises(errors.InputError, match="there is no folder .*input/gone"):
+    with pytest.raises(errors.InputError, match=r"there is no folder .*input.gone"):
         train(folder="gone")
     with pytest.raises(errors.InputError, match="both images and a folder"):
         train(folder="x", images=pictures())
@@ -161,7 +160,7 @@ def test_cancel_saves_and_the_same_inputs_go_on(folders, train, monkeypatch):
     assert not list((folders / "loras").iterdir())
     (one,) = work(folders)
     cancelled.steps.clear()
-    lora, losses, _, _ = train(images=pictures(), steps=4)
+    _, losses, _, _ = train(images=pictures(), steps=4)
     assert [step for step, total in cancelled.steps if total == 4][-1:] == [4]
     assert cancelled.steps.count((1, 4)) == 0  # not from the start
     assert work(folders) == [one]
