@@ -33,7 +33,8 @@ def folders(monkeypatch, tmp_path):
         (tmp_path / name).mkdir()
     loras = ([str(tmp_path / "loras")], {".safetensors"})
     monkeypatch.setitem(folder_paths.folder_names_and_paths, "loras", loras)
-    monkeypatch.setattr(folder_paths, "get_output_directory", lambda: str(tmp_path / "output"))
+    for kind in ("output", "temp"):
+        monkeypatch.setattr(folder_paths, f"get_{kind}_directory", lambda: str(tmp_path / "output"))
     monkeypatch.setattr(folder_paths, "get_input_directory", lambda: str(tmp_path / "input"))
     return tmp_path
 
@@ -311,3 +312,4 @@ def test_the_hosts_own_loader_and_graph_take_it(folders, train, demo):
     drawn = nodes_train.LossGraphNode
     method = getattr(drawn, "execute", None) or drawn().plot_loss
     method(losses, "loss")
+    assert list((folders / "output").rglob("*.png"))
