@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks.judge import look
 from starflow_core.media import read_image, read_metadata, read_video
+from starflow_core.weights.lora import LoraFile
 from tests.nodes.pack import COMFYUI, ROOT
 from tests.nodes.workflows import EXAMPLES, INFO
 
@@ -53,7 +54,7 @@ def test_all_nodes_are_registered_as_recorded(server):
     assert "IMPORT FAILED" not in server.log.read_text()
 
 
-@pytest.mark.parametrize("name", EXAMPLES)
+@pytest.mark.parametrize("name", [name for name in EXAMPLES if name != "train_lora"])
 def test_example_runs_to_the_end(server, name):
     prompt = example(name)
     entry = server.run(prompt)
@@ -76,6 +77,52 @@ def test_example_runs_to_the_end(server, name):
         for node in kept["prompt"].values():
             node.pop("is_changed", None)  # what the host notes of a loaded file
         assert kept["prompt"] == prompt
+
+
+def test_train_lora_runs_to_the_end(server):
+    """In a few steps: a file, four pictures without it and four others with it, and the graph of losses."""
+    entry = server.run(example("train_lora", steps=12))
+    files = server.files(entry)
+    without, made = ([read_image(f) for f in sorted(files) if f"-{which}-" in f.name] for which in ("without", "with"))
+    assert [picture.shape for picture in without + made] == [(3, 96, 96)] * 8
+    assert all((a - b).abs().mean() > 1e-3 for a, b in zip(without, made, strict=True))
+    assert [file.suffix for file in files if "temp" in file.parts] == [".png"]
+    loras = [LoraFile.open(file) for file in (server.base / "models" / "loras").glob("starflow_cross_*.safetensors")]
+    assert len(loras) == 1
+    assert json.loads(loras[0].metadata["settings"])["steps"] == 12
+
+
+def test_cancelled_training_goes_on(server):
+    prompt = example("train_lora", steps=40, seed=3, lora_name="later")
+    prompt_id = server.queue(prompt)
+    figures = _figures(server)
+    for _ in range(600):
+        if len(set(figures()) - {""}) > 3:
+            break
+        time.sleep(0.1)
+    server.post("/interrupt", {})
+    kinds = [kind for kind, _ in server.wait(prompt_id, 60)["status"]["messages"]]
+    assert "execution_interrupted" in kinds
+    before = figures()
+    assert 3 < len(before) < 40
+    assert not list((server.base / "models" / "loras").glob("later_*"))
+    server.run(prompt)
+    assert [json.loads(line)["step"] for line in figures()] == list(range(1, 41))
+    assert figures()[: len(before)] == before
+    assert list((server.base / "models" / "loras").glob("later_*"))
+
+
+def _figures(server):
+    """The lines that the newest run has written."""
+    folder = server.base / "output" / "starflow_training"
+    known = set(folder.glob("run-*"))
+
+    def lines() -> list[str]:
+        (run,) = set(folder.glob("run-*")) - known or [None]
+        file = run and run / "logs" / "figures.jsonl"
+        return file.read_text().splitlines() if file and file.is_file() else []
+
+    return lines
 
 
 def test_another_prompt_changes_the_kind_and_keeps_the_path(server):
