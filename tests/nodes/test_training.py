@@ -142,6 +142,7 @@ class Cancelled:
         self.on = True
 
         def updated(bar, step, total, picture=None):
+            host.check_interrupted()  # as a server's bar does
             self.steps.append((step, total))
             if self.on and (step, total) == (self.step, 4):
                 self.on = False
