@@ -57,6 +57,10 @@ class Settings:
     caption_drop: float = setting(0.1, "Data", "share of captions left empty, which guidance needs", 0, 1)
     noise: float | None = setting(None, "Data", "deviation of the noise on latents (default: the model's)", 0, 10)
     held_out: float = setting(0.05, "Data", "share of the samples that is kept for measuring", 0, 0.9)
+    rehearse: tuple[str, ...] = setting(
+        (), "Data", "captions of what it is to go on knowing; the model draws these itself, and sees them in between"
+    )
+    rehearsal: float = setting(0.5, "Data", "share of the steps that rehearse, where there is something to", 0, 0.95)
 
     rank: int = setting(16, "LoRA", "rank of the additions", 1, 4096)
     alpha: float | None = setting(None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 0)
