@@ -43,10 +43,13 @@ class Subject:
     settings: dict
 
 
-COMMON = {"rank": 16, "batch": 32, "learning_rate": 1e-2, "steps": 450, "held_out": 0.0}
+COMMON = {
+    "rank": 16, "learning_rate": 1e-2, "held_out": 0.0, "dtype": "bf16", "recompute": False, "frames": 17, "stride": 4,
+    "batch": 20,
+}  # fmt: skip
 SUBJECTS = {
-    "cross": Subject(clips.NEW_KINDS, tuple(clips.DIRECTIONS), COMMON | {"frames": 9}),
-    "diagonal": Subject(clips.KINDS, tuple(clips.DIAGONALS), COMMON | {"frames": 17, "batch": 16}),
+    "cross": Subject(clips.NEW_KINDS, tuple(clips.DIRECTIONS), COMMON | {"steps": 1500}),
+    "diagonal": Subject(clips.KINDS, tuple(clips.DIAGONALS), COMMON | {"steps": 400}),
 }
 
 
