@@ -12,12 +12,13 @@ from . import host
 INPUTS = Path(__file__).parents[1] / "example_workflows" / "inputs"
 TOPICS = (
     "loaders", "latent", "conditioning", "noise", "sampling", "options", "contexts", "likelihood", "edits", "fill",
-    "video", "lora",
+    "video", "lora", "training",
 )  # fmt: skip
 NEEDS = {  # packages that only these nodes need; they are imported when the nodes run
     "STARFlowLoadTextEncoder": ("transformers",),
     "STARFlowLoadVAE": ("diffusers",),
     "STARFlowVideoCombine": ("imageio", "av"),
+    "STARFlowTrainLoRA": ("transformers", "diffusers", "imageio", "av"),
 }
 
 

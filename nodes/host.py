@@ -199,6 +199,11 @@ def _beside(handle) -> dict[str, list[Lora]]:
     return found[0].inject.__self__.loras if found else {}
 
 
+def has_lora(handle) -> bool:
+    """Whether anything was added to a flow's weights."""
+    return bool(handle.patches or any(_beside(handle).values()))
+
+
 def _beside_bytes(handle) -> int:
     return sum(weight.nbytes for loras in _beside(handle).values() for lora in loras for weight in lora.parameters())
 
@@ -262,6 +267,17 @@ def load(handle, work: int, what: str, whole: bool = False) -> None:
 def check_interrupted() -> None:
     """Raise the host's exception if the user has pressed Cancel."""
     management.throw_exception_if_processing_interrupted()
+
+
+def interrupted() -> bool:
+    """Whether the user has pressed Cancel; `check_interrupted` still raises then."""
+    return management.processing_interrupted()
+
+
+def unload() -> None:
+    """Take all of the host's models off their devices."""
+    management.unload_all_models()
+    release()
 
 
 def release() -> None:
@@ -381,6 +397,25 @@ def output_folder(prefix: str, height: int, width: int, kept: bool = True) -> tu
     return Path(folder), name, counter, subfolder
 
 
+def lora_folder(prefix: str) -> tuple[Path, str, int, str]:
+    """As `output_folder`, in the first of the host's folders of LoRAs. Raises InputError where it has none."""
+    try:
+        root = folder_paths.get_folder_paths("loras")[0]
+    except (KeyError, IndexError):
+        raise InputError("this ComfyUI has no folder for LoRAs; make models/loras") from None
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
+    return Path(folder), name, counter, subfolder
+
+
+def input_folder() -> Path:
+    return Path(folder_paths.get_input_directory())
+
+
+def training_folder() -> Path:
+    """What is kept of training: data, encoded data, and what to go on from."""
+    return Path(folder_paths.get_output_directory()) / "starflow_training"
+
+
 def workflow_metadata(hidden: Any) -> dict[str, Any]:
     """Prompt and workflow of the running graph, unless the user told the host to keep them out of files."""
     if comfy.cli_args.args.disable_metadata:
@@ -397,9 +432,10 @@ def mark_clips(images: Tensor, frames: int) -> Tensor:
     return images
 
 
-def clip_frames(images: Tensor) -> int:
-    """Frames of each clip if a node of this pack noted it and no other node came in between; otherwise all."""
-    return getattr(images, "starflow_clip_frames", len(images))
+def clip_frames(images: Tensor, otherwise: int | None = None) -> int:
+    """Frames of each clip if a node of this pack noted it and no other node came in between; otherwise all, unless it
+    says more."""
+    return getattr(images, "starflow_clip_frames", len(images) if otherwise is None else otherwise)
 
 
 def video(images: Tensor, rate, audio: dict | None = None) -> Any:

@@ -29,10 +29,11 @@ INT8_TIP = " int8: the large weights in 8 bit, half the memory of bf16; computes
 
 @dataclass(frozen=True)
 class LoadedText:
-    """A text encoder and the host's handle on its weights."""
+    """A text encoder, the host's handle on its weights, and its file or folder."""
 
     encoder: object
     patcher: object
+    source: Path
 
 
 class Options(list):
@@ -136,7 +137,7 @@ class STARFlowLoadTextEncoder(io.ComfyNode):
         path = _path("text_encoders", encoder_name, TEXT_FILE)
         dtype, quantise = _dtype(weight_type, host.text_device()), weight_type == INT8
         encoder = load_text_encoder(path, host.tokenizer_for(path), dtype=dtype, quantise=quantise)
-        return io.NodeOutput(LoadedText(encoder, host.text_patcher(encoder.model)))
+        return io.NodeOutput(LoadedText(encoder, host.text_patcher(encoder.model), path))
 
 
 class STARFlowLoadVAE(io.ComfyNode):
@@ -170,8 +171,8 @@ class STARFlowLoadVAE(io.ComfyNode):
         from ..starflow_core.weights.vae import load_vae
         from .vae import HostVAE
 
-        dtype = _dtype(weight_type, host.vae_device())
-        return io.NodeOutput(HostVAE(load_vae(_path("vae", vae_name, VAE_FILE), dtype=dtype)))
+        dtype, path = _dtype(weight_type, host.vae_device()), _path("vae", vae_name, VAE_FILE)
+        return io.NodeOutput(HostVAE(load_vae(path, dtype=dtype), path))
 
 
 NODES = [STARFlowLoadModel, STARFlowLoadTextEncoder, STARFlowLoadVAE]

@@ -6,6 +6,7 @@ Every layout loads through one path, so that cancelling, progress and memory are
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -21,11 +22,11 @@ class HostVAE:
     """What core's VAEEncode, VAEDecode and their tiled forms expect of a VAE.
 
     Pixels are (F, H, W, 3), or (B, F, H, W, 3), in 0..1; latents are raw VAE space, (B, C, T, h, w) of
-    a video VAE and (B, C, h, w) of an image VAE.
+    a video VAE and (B, C, h, w) of an image VAE. `source` is the VAE's file.
     """
 
-    def __init__(self, core: VAE):
-        self.core = core
+    def __init__(self, core: VAE, source: Path | None = None):
+        self.core, self.source = core, source
         self.patcher = host.vae_patcher(core.module)
         self.latent_channels = core.channels
         self.latent_dim = 3 if core.kind == "video" else 2

@@ -54,6 +54,7 @@ class Loop:
     clip: float = 1.0  # largest norm of the gradient
     log: Callable[[str], None] = lambda line: None
     note: Callable[[int, dict[str, float]], None] = lambda step, figures: None
+    asked: Callable[[], bool] = lambda: False  # whether to save and stop, as a signal asks for it
     processes: Processes = field(default_factory=Processes)
 
     def scaled(self, steps: int) -> int:
@@ -107,7 +108,7 @@ class Loop:
 
     def _asked(self, stop: Stop) -> bool:
         """Whether any process was asked to stop."""
-        return self.processes.mean({"stop": float(stop.kind is not None)})["stop"] > 0
+        return self.processes.mean({"stop": float(stop.kind is not None or self.asked())})["stop"] > 0
 
     def _advance(self, name: str, index: int, weights: dict[str, nn.Parameter], optimizer, step: Step):
         """One step of the optimizer; gives the figures for the log."""

@@ -100,10 +100,14 @@ def train(
     log: Callable[[str], None] = lambda line: None,
     report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
     progress: Callable[[Progress], None] | None = None,
+    asked: Callable[[], bool] = lambda: False,
+    cache: Path | None = None,
 ) -> Path:
     """Train, or go on where a run with the same settings and folder has stopped; returns the finished file.
 
-    `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. Raises
+    `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. `asked` is asked
+    after each step: if it says so, the step is saved and KeyboardInterrupt raised. `cache` is a folder of encoded data
+    that runs share, otherwise the run has its own. Raises
     InputError for data and settings that can't be used, OutOfMemoryForecast where a step can't fit, NonFiniteError
     where numbers go bad.
     """
@@ -111,7 +115,7 @@ def train(
     check(settings, config)
     make_folder(work)
     dtype = dtype_of(settings, device)
-    cache = Cache(work / "cache")
+    cache = Cache(cache or work / "cache")
     sheets = Sheets(settings, config, work / "samples")
     rehearsal = Rehearsal(settings, config, sources.identity) if settings.rehearse else None
     extra = [*sheets.texts, *(rehearsal.texts if rehearsal else ())]
@@ -138,7 +142,8 @@ def train(
         run = Run(settings, dataset, subject, processes, device, rehearsal)
         loop = Loop(
             work / "states", device, dtype if learns else torch.float32, settings.seed, save_every=settings.save_every,
-            log_every=settings.log_every, clip=settings.clip, log=log, processes=processes,
+            log_every=settings.log_every, clip=settings.clip, log=log, asked=asked,
+            processes=processes,
         )  # fmt: skip
         checks = [Check(settings.evaluate_every, run.measure)]
         if settings.prompts:

@@ -38,7 +38,7 @@ def described(node: type) -> dict:
         for name, (_, options) in info["input"].get(group, {}).items():
             if name in ("model_name", "encoder_name", "vae_name"):
                 options["options"] = options["options"][:1]
-            if name == "lora_name":
+            if name == "lora_name" and "options" in options:
                 options["options"] = []
             options.pop("tooltip", None)
     return info

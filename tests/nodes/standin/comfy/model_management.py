@@ -69,6 +69,10 @@ def load_models_gpu(models, memory_required: int = 0, force_full_load: bool = Fa
     current_loaded_models[:] = [*map(weakref.ref, models), *others]
 
 
+def unload_all_models() -> None:
+    current_loaded_models.clear()
+
+
 def soft_empty_cache() -> None:
     pass
 
@@ -77,6 +81,10 @@ def interrupt_current_processing(value: bool = True) -> None:
     """What Cancel does."""
     global _interrupted
     _interrupted = value
+
+
+def processing_interrupted() -> bool:
+    return _interrupted
 
 
 def throw_exception_if_processing_interrupted() -> None:
