@@ -262,9 +262,13 @@ def _filled(mask: np.ndarray) -> np.ndarray:
 
 
 def _templates(x: np.ndarray, y: np.ndarray) -> dict[str, np.ndarray]:
-    """The outlines of unit area about their centroid, y downwards; the triangle is upright, as wide as high."""
+    """The outlines of unit area about their centroid, y downwards; the triangle is upright, as wide as high, the
+    cross has level arms."""
     below_top = y + 2**1.5 / 3
+    reach = (8 * clips.ARM - 4 * clips.ARM**2) ** -0.5  # of a cross's arms
+    inside = [(abs(x) <= a * reach) & (abs(y) <= b * reach) for a, b in ((1, clips.ARM), (clips.ARM, 1))]
     return {
+        "cross": inside[0] | inside[1],
         "circle": np.hypot(x, y) <= np.pi**-0.5,
         "square": np.maximum(abs(x), abs(y)) <= 0.5,
         "triangle": (abs(x) <= below_top / 2) & (below_top <= 2**0.5),
@@ -276,16 +280,17 @@ def _iou(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def _direction(path: np.ndarray) -> str | None:
-    """Where the shape goes from the first to the last frames in which it is seen, if it goes that way clearly."""
+    """Where the shape goes from the first to the last frames in which it is seen, level, upright or aslant."""
     seen = path[~np.isnan(path[:, 0])]
     if len(seen) < 2:
         return None
     ends = min(3, len(seen) // 2)
     way = np.median(seen[-ends:], axis=0) - np.median(seen[:ends], axis=0)
     along, across = max(abs(way)), min(abs(way))
-    if along < MIN_TRAVEL or across > MAX_SIDEWAYS * along:
+    if along < MIN_TRAVEL:
         return None
-    return max(clips.DIRECTIONS, key=lambda name: way @ clips.DIRECTIONS[name])
+    known = clips.DIAGONALS if across > MAX_SIDEWAYS * along else clips.DIRECTIONS
+    return max(known, key=lambda name: way @ known[name])
 
 
 def _consistent(ground: np.ndarray, colours: np.ndarray, areas: np.ndarray) -> bool:

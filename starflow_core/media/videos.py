@@ -7,6 +7,7 @@ rates with a numerator above 65535.
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -108,11 +109,24 @@ def _beginning(path) -> tuple[Any, Fraction, int]:
 
 def _decoded(path, first) -> Iterator[Tensor]:
     """Each frame (3, H, W), turned as the first one says."""
+    with decoding_errors(path, "video"):
+        for array in _arrays(path):
+            yield from_bytes(np.rot90(array, first.rotation // 90))
+
+
+def _arrays(path) -> Iterator[np.ndarray]:
+    """Each frame as it is stored."""
     import imageio.v3 as iio
 
-    with decoding_errors(path, "video"), iio.imopen(os.path.abspath(path), "r", plugin="pyav") as file:
-        for array in file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME"):
-            yield from_bytes(np.rot90(array, first.rotation // 90))
+    file = iio.imopen(os.path.abspath(path), "r", plugin="pyav")
+    try:
+        yield from file.iter(format=None, filter_sequence=_TO_RGB, thread_type="FRAME")
+    finally:
+        # Closing collects garbage, and does so again when the object goes: half a second where many others are alive.
+        gc.freeze()
+        file.close()
+        del file
+        gc.unfreeze()
 
 
 def _check_length(path, found: int, declared: int) -> None:

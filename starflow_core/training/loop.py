@@ -90,12 +90,12 @@ class Loop:
                 figures = self._advance(name, index, weights, optimizer, step)
                 update_average(average, weights, min(ema, (index + 1) / (index + 10)))
                 done, pace.done = index + 1, index + 1 - first
-                stopping = self._asked(stop)
                 for check in checks:
                     if done % check.every == 0 or done == total:
                         with averaged(module, weights, average):
                             figures |= check.act(done)
                 self._tell(f"{name} {done}/{total}", index, figures, pace, done == total)
+                stopping = self._asked(stop)
                 states.finish_if_written()
                 if done % self.save_every == 0 or done == total or stopping:
                     states.save(_tensors(weights, average, optimizer), run, done)

@@ -10,14 +10,14 @@ import difflib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from ..errors import InputError
 
-LARGEST_SEED = (1 << 63) - 1
+LARGEST = (1 << 63) - 1  # whole number
 TASKS = ("text", "first_frame", "extend", "last_frame", "edit")
 
 
@@ -49,6 +49,7 @@ class Settings:
     )
     size: int | None = setting(None, "Data", "side in pixels of a square of the same area (default: the model's)", 16)
     frames: int | None = setting(None, "Data", "longest clip, 4n + 1 frames; 1 for pictures (default: the model's)", 1)
+    stride: int | None = setting(None, "Data", "frames between a clip's windows (default: the window's length)", 1)
     fps: float | None = setting(None, "Data", "clips are brought to this rate (default: the model's)", 0.1, 1000)
     tasks: tuple[str, ...] = setting(
         ("text:1",), "Data",
@@ -57,6 +58,10 @@ class Settings:
     caption_drop: float = setting(0.1, "Data", "share of captions left empty, which guidance needs", 0, 1)
     noise: float | None = setting(None, "Data", "deviation of the noise on latents (default: the model's)", 0, 10)
     held_out: float = setting(0.05, "Data", "share of the samples that is kept for measuring", 0, 0.9)
+    rehearse: tuple[str, ...] = setting(
+        (), "Data", "captions of what it is to go on knowing; the model draws these itself, and sees them in between"
+    )
+    rehearsal: float = setting(0.5, "Data", "share of the steps that rehearse, where there is something to", 0, 0.95)
 
     rank: int = setting(16, "LoRA", "rank of the additions", 1, 4096)
     alpha: float | None = setting(None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 0)
@@ -89,7 +94,7 @@ class Settings:
         "Optimisation",
         "keep one hidden state a layer and compute the rest again: slower, a fraction of the memory",
     )
-    seed: int = setting(0, "Optimisation", "of weights, order and noise", 0, LARGEST_SEED)
+    seed: int = setting(0, "Optimisation", "of weights, order and noise", 0, LARGEST)
     device: str | None = setting(None, "Optimisation", "cpu, cuda, mps, .. (default: the best available)")
 
     save_every: int = setting(200, "Watching", "steps from state to state; a run goes on from the last one", 1)
@@ -202,7 +207,8 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         )
     if kind in (int, float):
         least, most = told["least"], told["most"]
-        if not math.isfinite(value) or (least is not None and value < least) or (most is not None and value > most):
+        finite = abs(value) <= LARGEST if kind is int else math.isfinite(value)
+        if not finite or (least is not None and value < least) or (most is not None and value > most):
             raise InputError(f"{name} is {value}: expected {_range(least, most)}")
     return value
 
@@ -246,5 +252,5 @@ def _placeholder(field: dataclasses.Field) -> str:
     return {int: "0", float: "0.0", str: '""'}[kind_of(field)]
 
 
-def fields() -> Iterator[dataclasses.Field]:
-    return iter(dataclasses.fields(Settings))
+def fields() -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(Settings)

@@ -8,16 +8,15 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..jobs.build import default_job
 from ..jobs.prompts import wrapped
 from ..jobs.tasks import Generation
 from ..media import write_video
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.placement import Placement
-from ..solve.solvers import PRESETS
 from .data.dataset import Dataset
 from .processes import Processes
+from .rehearsal import own_job
 from .settings import Settings
 
 SHOWN = 5  # frames of a clip
@@ -29,9 +28,7 @@ class Sheets:
     def __init__(self, settings: Settings, config: FlowConfig, folder: Path):
         self.config, self.folder = config, folder
         self.captions = list(settings.prompts)
-        frames = 1 if config.kind == "image" else settings.frames or config.defaults.frames
-        chosen = {} if settings.guidance is None else {"guidance": settings.guidance}
-        self.job = default_job(config, size=settings.size, frames=frames, solver=PRESETS["balanced"], **chosen)
+        self.job = own_job(config, settings, **({} if settings.guidance is None else {"guidance": settings.guidance}))
 
     @property
     def texts(self) -> list[str]:

@@ -24,7 +24,7 @@ from ..model.vae.codec import VAE
 from ..weights.flow import APPLE_LICENSE, load_flow
 from ..weights.lora import base_metadata
 from ..weights.tensorfiles import DTYPES, TensorFile
-from .data.cache import Cache
+from .data.cache import Cache, identity
 from .data.dataset import Dataset, Plan
 from .data.encoders import Encoders
 from .data.prepare import prepare
@@ -33,6 +33,7 @@ from .forecast import forecast, require
 from .loop import Check, Loop
 from .optimiser import Muon
 from .processes import Processes, shard
+from .rehearsal import Rehearsal
 from .settings import Settings
 from .sheets import Sheets
 from .subjects import blocks_of, subject_of
@@ -49,6 +50,7 @@ class Sources:
     load_vae: Callable[[torch.device], VAE]
     load_text: Callable[[torch.device], TextEncoder]
     base: Callable[[], dict[str, str]]
+    identity: str  # what tells the flow from others
 
 
 def find_sources(settings: Settings) -> Sources:
@@ -61,7 +63,7 @@ def find_sources(settings: Settings) -> Sources:
         def load(dtype: torch.dtype, device: torch.device) -> Flow:
             return Flow(config).to(device)
 
-        return Sources(config, load, encoders.load_vae, encoders.load_text, dict)
+        return Sources(config, load, encoders.load_vae, encoders.load_text, dict, "")
     checkpoint = TensorFile.open(settings.model or BUNDLED / FLOW_FILE)
 
     def load(dtype: torch.dtype, device: torch.device) -> Flow:
@@ -71,13 +73,15 @@ def find_sources(settings: Settings) -> Sources:
         license = checkpoint.metadata.get("license", APPLE_LICENSE)
         return base_metadata(checkpoint) | {"license": license}
 
-    return Sources(config, load, encoders.load_vae, encoders.load_text, base)
+    return Sources(config, load, encoders.load_vae, encoders.load_text, base, identity(checkpoint.files))
 
 
 def check(settings: Settings, config: FlowConfig) -> None:
     """Raise InputError for settings that this model can't be trained with."""
     if settings.train == "denoiser" and config.denoiser is None:
         raise InputError(f"{config.name} has no learned denoiser to train; train lora or full")
+    if settings.rehearse and settings.train == "scratch":
+        raise InputError("rehearse: a new flow knows nothing that it could draw; leave it out")
     if settings.int8 and settings.train != "lora":
         raise InputError(f"int8 is for a LoRA's frozen weights; {settings.train} trains the weights themselves")
     for task in settings.shares:
@@ -113,9 +117,11 @@ def train(
     dtype = dtype_of(settings, device)
     cache = Cache(cache or work / "cache")
     sheets = Sheets(settings, config, work / "samples")
+    rehearsal = Rehearsal(settings, config, sources.identity) if settings.rehearse else None
+    extra = [*sheets.texts, *(rehearsal.texts if rehearsal else ())]
     dataset = prepare(
         settings, config, partial(sources.load_vae, device), partial(sources.load_text, device), cache,
-        rank=processes.rank, world=processes.count, progress=progress, extra=sheets.texts,
+        rank=processes.rank, world=processes.count, progress=progress, extra=extra,
     )  # fmt: skip
     processes.wait()
     for line in dataset.report():
@@ -125,12 +131,15 @@ def train(
     learns = settings.train in ("full", "scratch")
     flow = sources.load_flow(torch.float32 if learns else dtype, device)
     with torch.inference_mode(False), torch.enable_grad():
+        if rehearsal:
+            rehearsal.draw(flow, dataset, device, processes, progress)
+            processes.wait()
         subject = subject_of(flow, settings)
         for block in flow.blocks:
             block.recompute = settings.recompute
         if processes.count > 1:
             shard(flow, dtype)
-        run = Run(settings, dataset, subject, processes, device)
+        run = Run(settings, dataset, subject, processes, device, rehearsal)
         loop = Loop(
             work / "states", device, dtype if learns else torch.float32, settings.seed, save_every=settings.save_every,
             log_every=settings.log_every, clip=settings.clip, log=log, asked=asked,
@@ -145,7 +154,7 @@ def train(
                 settings.train, flow, optimizer_of(flow, settings), run.step, settings.steps, settings.warmup,
                 settings.decay, settings.ema, checks, told=_told(settings, dataset),
             )  # fmt: skip
-        subject.write(settings.result, _metadata(settings, sources), processes)
+        subject.write(settings.result, _metadata(settings, sources) if processes.leads else {}, processes)
     processes.wait()
     return settings.result
 
@@ -158,38 +167,49 @@ def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
 class Run:
     """What a step sees and computes."""
 
-    def __init__(self, settings: Settings, dataset: Dataset, subject, processes: Processes, device: torch.device):
+    def __init__(
+        self, settings: Settings, dataset: Dataset, subject, processes: Processes, device: torch.device,
+        rehearsal: Rehearsal | None = None,
+    ):  # fmt: skip
         self.settings, self.dataset, self.subject = settings, dataset, subject
-        self.processes, self.device = processes, device
+        self.processes, self.device, self.rehearsal = processes, device, rehearsal
 
     def step(self, index: int, rng: random.Random, generator: torch.Generator) -> Iterator[tuple[Tensor, dict]]:
         """The loss of this process's rows, in pieces."""
-        plan = self.dataset.plan(index, self.settings.seed, self.settings.batch)
+        seen, number = self._seen(index)
+        plan = seen.plan(number, self.settings.seed, self.settings.batch)
         seed = rng.getrandbits(62) + self.processes.rank
-        for piece in self._pieces(plan, generator):
-            with self._naming(index, plan), self._dropping(seed + piece.rows[0]):
+        for piece in self._pieces(seen, plan, generator):
+            with self._naming(index, seen, plan), self._dropping(seed + piece.rows[0]):
                 losses, figures = self.subject.losses(*piece.given)
                 loss = (losses * piece.weights).sum()
             told = {name: (value * piece.weights).sum().item() for name, value in figures.items()}
             yield loss, {"loss": loss.item(), **told}
+
+    def _seen(self, index: int) -> tuple[Dataset | Rehearsal, int]:
+        """What a step sees, and how many steps have seen it before: rehearsals are spread evenly."""
+        if self.rehearsal is None:
+            return self.dataset, index
+        before, after = (int(step * self.settings.rehearsal) for step in (index, index + 1))
+        return (self.rehearsal, before) if after > before else (self.dataset, index - before)
 
     def measure(self, done: int) -> dict[str, float]:
         """The means of the samples that are held out, under noise that is the same each time."""
         plans, totals = self.dataset.held_out(self.settings.batch), {}
         count = sum(plan.count for plan in plans)
         for index, plan in enumerate(plans):
-            for piece in self._pieces(plan, torch.Generator().manual_seed(index)):
+            for piece in self._pieces(self.dataset, plan, torch.Generator().manual_seed(index)):
                 for name, value in self.subject.measured(*piece.given).items():
                     share = (value * piece.weights).sum().item() * plan.count / count
                     totals[name] = totals.get(name, 0.0) + share
         return self.processes.mean(totals)
 
-    def _pieces(self, plan: Plan, generator: torch.Generator) -> Iterator[_Piece]:
+    def _pieces(self, seen: Dataset | Rehearsal, plan: Plan, generator: torch.Generator) -> Iterator[_Piece]:
         """This process's rows of a batch, as many at once as the settings say. Noise is drawn for the whole batch, so
         that a row's doesn't depend on who computes it."""
         noise = None
         for share in self.processes.share(plan.count).pieces(self.settings.micro_batch):
-            clean, text = self.dataset.load(plan, share.rows)
+            clean, text = seen.load(plan, share.rows)
             if noise is None:
                 noise = torch.randn(len(plan.picks), *clean.shape[1:], generator=generator)
             noisy = clean + self.subject.module.config.noise_std * noise[share.rows]
@@ -197,12 +217,12 @@ class Run:
             yield _Piece(share.rows, torch.tensor(share.weights, device=self.device), given)
 
     @contextmanager
-    def _naming(self, index: int, plan: Plan) -> Iterator[None]:
+    def _naming(self, index: int, seen: Dataset | Rehearsal, plan: Plan) -> Iterator[None]:
         """Say in which step and batch numbers went bad."""
         try:
             yield
         except NonFiniteError as error:
-            files = ", ".join(self.dataset.names(plan))
+            files = ", ".join(seen.names(plan))
             raise NonFiniteError(f"step {index}, batch of {files}: {error}") from None
 
     def _dropping(self, seed: int):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from benchmarks.judge import calibrate, degrade, look, verdict
 from starflow_core.errors import InputError
-from starflow_core.training.demo.clips import BACKGROUNDS, COLOURS, DIRECTIONS, KINDS, Scene, render
+from starflow_core.training.demo.clips import BACKGROUNDS, COLOURS, DIAGONALS, DIRECTIONS, KINDS, Scene, render
 
 SIZE = 96
 SCENE = Scene("circle", "red", "grey", "right", x=24, y=48, radius=16, speed=1.2)
@@ -91,10 +92,24 @@ def test_a_clip_that_hardly_moves_has_no_direction(drawn):
     assert not verdict(look(worn(draw(drawn))), SCENE)["direction"]
 
 
-def test_a_diagonal_has_no_direction():
-    steps = zip(draw(SCENE), range(FRAMES), strict=True)
-    diagonal = torch.stack([frame.roll(step, dims=1) for frame, step in steps])
-    assert look(diagonal).direction is None
+@pytest.mark.parametrize("direction", DIAGONALS)
+def test_diagonals(direction):
+    scene = replace(SCENE, direction=direction, x=48, y=48)
+    assert look(worn(draw(scene))).direction == direction
+
+
+@pytest.mark.parametrize(("slope", "seen"), [(0.3, "right"), (0.7, "down and right")])
+def test_what_is_nearly_level_has_the_level_direction(slope, seen):
+    steps = zip(draw(SCENE, frames=17), range(17), strict=True)
+    aslant = torch.stack([frame.roll(round(slope * 1.2 * step), dims=1) for frame, step in steps])
+    assert look(aslant).direction == seen
+
+
+@pytest.mark.parametrize("background", BACKGROUNDS)
+def test_crosses_of_every_colour(background):
+    for colour, radius in product(COLOURS, (20, 25)):
+        sight = look(worn(draw(Scene("cross", colour, background, None, x=50.3, y=44.6, radius=radius), frames=1)))
+        assert (sight.kind, sight.colour, sight.connected) == ("cross", colour, True)
 
 
 @pytest.mark.parametrize("colour", ["blue", "pink"])  # on white, pink stands out less than half as much as red

@@ -78,17 +78,17 @@ class Notes:
 
 def assign(
     items: Sequence[Item], config: FlowConfig, size: int | None, frames: int, fps: float,
-    probe: Callable[[Path], Facts] | None = None,
+    probe: Callable[[Path], Facts] | None = None, stride: int | None = None,
 ) -> tuple[list[Sample], Notes]:  # fmt: skip
     """The samples of all items, in their order.
 
     Each file gets the trained ratio nearest to its own, at the area of a square of side `size`. Clips are brought to
     `fps` and cut into windows of the longest length of whole latent frames that is at most `frames` and the model's
-    window; what is left at the end is trimmed. A clip that is too short for two latent frames, or any for an image
-    model, gives its middle frame as a still. Files that can't be read are left out; raises InputError if no other is
-    there. `probe` says what a file holds, `look` unless given.
+    window. They begin `stride` frames apart, by default their length; what is left at the end is trimmed. A clip that
+    is too short for two latent frames, or any for an image model, gives its middle frame as a still. Files that can't
+    be read are left out; raises InputError if no other is there. `probe` says what a file holds, `look` unless given.
     """
-    cutter, samples = _Cutter(config, size, _longest(config, frames), Fraction(fps)), []
+    cutter, samples = _Cutter(config, size, _longest(config, frames), Fraction(fps), stride), []
     for item in items:
         facts = [(probe or look)(path) for path in (item.path, item.source or item.path)]
         samples += cutter.windows(item, *facts)
@@ -129,6 +129,7 @@ class _Cutter:
     size: int | None
     longest: int
     fps: Fraction
+    stride: int | None = None
     notes: Notes = field(default_factory=Notes)
     error: str = ""
 
@@ -139,13 +140,14 @@ class _Cutter:
                 return self._leave_out(path, UNREADABLE, facts.error)
         total, step = own.at(self.fps), self.config.latent.temporal
         length = min(self.longest, (total - 1) // step * step + 1)
-        starts = range(0, total - length + 1, length) if length > 1 else [total // 2]
+        stride = self.stride or length
+        starts = range(0, total - length + 1, stride) if length > 1 else [total // 2]
         starts = [start for start in starts if not item.source or start + length <= source.at(self.fps)]
         if not starts:
             return self._leave_out(item.path, SHORT_SOURCE)
         aspect = self.config.nearest_aspect(own.height, own.width)
         bucket = Bucket(aspect, *self.config.size(aspect, self.size), length)
-        self._note(item.path, own, bucket, total, len(starts) * length)
+        self._note(item.path, own, bucket, total, (len(starts) - 1) * min(stride, length) + length)
         return [Sample(item, bucket, start) for start in starts]
 
     def _leave_out(self, path: Path, reason: str, error: str = "") -> list[Sample]:

@@ -55,7 +55,7 @@ class Text:
     kind = "text"
 
 
-Key = Window | Text
+Key = Window | Text  # or anything else with a `kind`, such as what a model has drawn
 
 
 @dataclass(frozen=True)

@@ -168,10 +168,13 @@ class Dataset:
         """
         rows = range(len(plan.picks)) if rows is None else rows
         latents = torch.stack([self._latents(self.samples[plan.picks[row]], plan.task) for row in rows])
+        text = torch.stack([self.embedding(plan.prompts[row]) for row in rows])
+        return self.in_flow_space(latents, plan.task, plan.given), text
+
+    def in_flow_space(self, latents: Tensor, task: str, given: int) -> Tensor:
+        """Latents (b, C, T, h, w) of a task in VAE space as (b, T, C, h, w) in flow space."""
         config = self.practice.config
-        factors = later_factors(config, plan.task, plan.given, latents.shape[2])
-        text = torch.stack([self.embedding(prompt) for prompt in (plan.prompts[row] for row in rows)])
-        return to_flow_space(config.latent, latents, factors), text
+        return to_flow_space(config.latent, latents, later_factors(config, task, given, latents.shape[2]))
 
     def pixels(self, plan: Plan, rows: Sequence[int] | None = None) -> Tensor:
         """The clips (b, 3, F, H, W) in [-1, 1], read from their files. Raises InputError for one that can't be read."""

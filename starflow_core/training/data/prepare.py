@@ -67,7 +67,7 @@ def find(
     found = find_items(settings.folders)
     _look_at(found.items, cache, rank, world, progress or _silent)
     frames, fps = settings.frames or config.defaults.frames, settings.fps or config.defaults.fps
-    samples, notes = assign(found.items, config, settings.size, frames, fps, cache.facts)
+    samples, notes = assign(found.items, config, settings.size, frames, fps, cache.facts, settings.stride)
     for reason, paths in found.left_out.items():
         notes.left_out[reason] += paths
     practice = Practice(config, fps, settings.shares, settings.caption_drop)

@@ -24,6 +24,11 @@ COLOURS = {
 BACKGROUNDS = {"black": (0.05, 0.05, 0.06), "grey": (0.42, 0.43, 0.45), "white": (0.93, 0.93, 0.92)}
 KINDS = ("circle", "square", "triangle", "ring")
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+# What the demo isn't trained on, for others to teach it.
+NEW_KINDS = ("cross",)
+DIAGONALS = {"up and left": (-1, -1), "up and right": (1, -1), "down and left": (-1, 1), "down and right": (1, 1)}
+MOTIONS = DIRECTIONS | DIAGONALS
+ARM = 0.31  # half the width of a cross's arms, as a share of its radius
 SIZES = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}  # height and width of each aspect ratio
 MARGIN = 3  # pixels that stay free between a shape and the border
 
@@ -105,7 +110,7 @@ def render(scenes: list[Scene], frames: int, height: int, width: int) -> Tensor:
 
 def centres(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
     """Centre (x, y) of the shape at each frame, (F, 2); it stops before the border."""
-    dx, dy = DIRECTIONS.get(scene.direction, (0, 0))
+    dx, dy = MOTIONS.get(scene.direction, (0, 0))
     moved = scene.speed * (time + scene.start)
     reach = scene.radius + MARGIN
     x = (scene.x + dx * moved).clamp(reach, width - reach)
@@ -114,13 +119,16 @@ def centres(scene: Scene, time: Tensor, height: int, width: int) -> Tensor:
 
 
 def _distance(kind: str, x: Tensor, y: Tensor, radius: float) -> Tensor:
-    """Signed distance to the outline, negative inside. Kinds of one radius have similar areas."""
+    """Signed distance to the outline, negative inside. Kinds of one radius have similar areas, but for the cross."""
     if kind == "circle":
         return torch.hypot(x, y) - radius
     if kind == "ring":
         return (torch.hypot(x, y) - 0.75 * radius).abs() - 0.25 * radius
     if kind == "square":
         return torch.maximum(x.abs(), y.abs()) - 0.88 * radius
+    if kind == "cross":
+        bars = (torch.maximum(x.abs() - a * radius, y.abs() - b * radius) for a, b in ((1, ARM), (ARM, 1)))
+        return torch.minimum(*bars)
     slope = 2 / 5**0.5  # an upright triangle: base and height both 2 radii
     sides = slope * (x.abs() - 0.5 * (y + radius))
     return torch.maximum(sides, y - radius)

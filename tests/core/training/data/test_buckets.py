@@ -154,3 +154,11 @@ def test_a_file_that_ends_early_is_named(tmp_path):
 
 def test_levels_are_told_apart():
     assert numbers(levels(20)) == list(range(20))
+
+
+def test_windows_may_overlap():
+    """A clip of 21 frames holds four windows of 9 frames that begin 4 apart, and nothing is trimmed."""
+    facts, item = Facts(32, 32, 21, Fraction(16)), Item(Path("a"), "a caption")
+    samples, notes = assign([item], CONFIG, 32, 9, 16, lambda path: facts, stride=4)
+    assert [sample.start for sample in samples] == [0, 4, 8, 12]
+    assert (notes.shown, notes.trimmed) == (21, 0)
