@@ -18,7 +18,7 @@ from tests.core import models
 from . import pack
 from .steps import NODES, run
 
-host, errors = pack.module("nodes.host"), pack.module("starflow_core.errors")
+host, node, errors = (pack.module(f) for f in ("nodes.host", "nodes.training", "starflow_core.errors"))
 real = pytest.mark.skipif(not pack.COMFYUI, reason="COMFYUI_PATH names no ComfyUI checkout")
 QUICK = {"steps": 3, "batch": 2, "rank": 2, "size": 48, "captions": "a red cross", "seed": 5}
 
@@ -132,23 +132,27 @@ def test_a_folder_of_files_with_captions(folders, train, told):
 
 
 class Cancelled:
-    """Cancel, pressed when a step is shown."""
+    """Cancel, pressed while a step is computed; `steps` are those that are told, `shown` what the bar shows."""
 
     def __init__(self, monkeypatch, step):
         import comfy.model_management as management
 
-        self.step, self.management = step, management
-        self.steps, update = [], host.NodeProgress.update
-        self.on = True
+        self.steps, self.shown, self.on = [], [], True
+        watch, tell, update = node._Watch, node._Watch.step, host.NodeProgress.update
 
-        def updated(bar, step, total, picture=None):
-            host.check_interrupted()  # as a server's bar does
-            self.steps.append((step, total))
-            if self.on and (step, total) == (self.step, 4):
+        def told(watched, index, figures):
+            self.steps.append(index)
+            if self.on and index == step:
                 self.on = False
                 management.interrupt_current_processing()
-            update(bar, step, total, picture)
+            tell(watched, index, figures)
 
+        def updated(bar, *given):
+            host.check_interrupted()  # as a server's bar does
+            self.shown.append(given[:2])
+            update(bar, *given)
+
+        monkeypatch.setattr(watch, "step", told)
         monkeypatch.setattr(host.NodeProgress, "update", updated)
 
 
@@ -164,11 +168,12 @@ def test_cancel_saves_and_the_same_inputs_go_on(folders, train, monkeypatch):
     (one,) = work(folders)
     cancelled.steps.clear()
     lora, losses, _, _ = train(images=pictures(), steps=4)
-    assert [step for step, total in cancelled.steps if total == 4] == [4]  # the third was saved, after which it stopped
+    assert cancelled.steps == [3, 4]  # the second was saved
+    assert cancelled.shown[-2:] == [(3, 4), (4, 4)]
     assert work(folders) == [one]
     cancelled.steps.clear()
     _, again, _, _ = train(images=pictures(), steps=4)
-    assert not [step for step, total in cancelled.steps if total == 4]  # nothing was left to do
+    assert not cancelled.steps  # nothing was left to do
     one.rename(folders / "elsewhere")
     whole, unbroken, _, _ = train(images=pictures(), steps=4)
     assert losses == again == unbroken
