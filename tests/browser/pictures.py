@@ -42,6 +42,7 @@ SHOWN = {  # which example a help page's picture is from
     "edit_by_inversion": ("EditByInversion",),
     "fill_in": ("FillIn",),
     "lora": ("LoadLoRA",),
+    "train_lora": ("TrainLoRA",),
 }  # fmt: skip
 
 
@@ -130,6 +131,9 @@ def main() -> None:
             entry = server.run(example(name))
             kind = "temp" if name == "convergence_study" else "output"
             files = sorted(file for file in server.files(entry) if kind in file.parts)
+            if name == "train_lora":  # the first two without it, and below them with it
+                files = [file for which in ("without", "with") for file in files if f"-{which}-" in file.name][:6]
+                files = files[:2] + files[4:]
             picture = Image.open(files[1]) if kind == "temp" else thumbnail(files)
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)

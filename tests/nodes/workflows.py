@@ -616,7 +616,7 @@ def train_lora() -> Graph:
         vae=(parts.vae, "vae"), images=(source, "images"), captions="\n".join(crosses.captions()), steps=400,
         learning_rate=8e-3, lora_name="starflow_cross", blocks="all", caption_drop=0.0,
     )  # fmt: skip
-    text = parts.prompt("a green cross on a white background", latent)
+    text = parts.prompt("a cyan cross", latent)
     for title, model in (("Without", parts.model), ("With", trained)):
         sampler = parts.graph.add(
             "STARFlowSampler", f"{title} the LoRA", model=(model, "model"), positive=(text, "positive"),
