@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import filecmp
+import gc
 import hashlib
 import json
 import shutil
@@ -338,6 +339,7 @@ def _trained(settings: Settings, root: Path, bar: host.NodeProgress) -> tuple[Pa
             host.check_interrupted()
             raise
         finally:
+            gc.collect()  # what was trained on the card
             host.release()
     return result, list(_losses(Path(settings.work)))
 
