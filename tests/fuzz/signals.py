@@ -45,7 +45,7 @@ COMMANDS = {
 }
 BEFORE = {"sequence again": "sequence"}  # commands whose results are there already, and whose they are
 PIECEWISE = ("several", "training")  # each of their files is whole, but the first may be there before the last
-STATES = ".pt"  # of training: their bytes name the process that wrote them
+STATES = (".pt", ".distcp", ".metadata", "run.json")  # of training: their bytes name the process that wrote them
 SIGNALS = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGKILL: -signal.SIGKILL}
 
 
@@ -126,7 +126,11 @@ def _parts(folder: Path) -> list[Path]:
 
 def _files(folder: Path) -> dict[str, bytes]:
     """The finished files that a run leaves the same each time."""
-    files = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.suffix != STATES}
+    files = {
+        path.relative_to(folder): path
+        for path in folder.rglob("*")
+        if path.is_file() and not path.name.endswith(STATES)
+    }
     unfinished = (".part", ".old", ".unfinished.safetensors")
     return {
         name.as_posix(): path.read_bytes()

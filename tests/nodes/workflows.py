@@ -606,9 +606,9 @@ def fill_in() -> Graph:
 def train_lora() -> Graph:
     parts = Parts.of(
         "**Train a LoRA.** The demo doesn't know crosses. It learns them here from the pictures in Load Video, one a "
-        "frame, each with its caption, in about two minutes on two CPU cores. On the right are four samples of the same noise, "
-        "without the LoRA and with it. " + INPUT + "\n\nThe LoRA is kept in models/loras: press R, and STARFlow Load "
-        "LoRA offers it. Cancel keeps what was learned so far, and the next run goes on from there."
+        "frame, each with its caption, in about two minutes on two CPU cores. On the right are four samples of the "
+        "same noise, without the LoRA and with it. " + INPUT + "\n\nThe LoRA is kept in models/loras: press R, and "
+        "STARFlow Load LoRA offers it. Cancel keeps what was learned so far, and the next run goes on from there."
     )
     source, latent = parts.frames(crosses.FILE), parts.latent(frames=1, batch_size=4)
     trained = parts.graph.add(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import sys
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from starflow_core.errors import InputError
 from starflow_core.training.processes import Processes
@@ -98,9 +100,17 @@ def test_figures_go_on_where_a_state_was(tmp_path):
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 2), (5, 2), (6, 2), (7, 2)]
 
 
+def test_figures_are_in_tensorboard_files(tmp_path):
+    with watching(tmp_path, pytest.fail) as watch:
+        watch.note(1, {"held out bits/dim": 0.5})
+        watch.note(2, {"held out bits/dim": 0.25})
+    found = EventAccumulator(str(tmp_path)).Reload().Scalars("held_out_bits/dim")
+    assert [(event.step, event.value) for event in found] == [(1, 0.5), (2, 0.25)]
+
+
 def test_without_tensorboard_it_says_so(tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with watching(tmp_path, lines.append) as watch:
         watch.note(1, {"loss": 1.0})
     assert lines == ["no TensorBoard files: the package tensorboard is missing"]
