@@ -27,6 +27,7 @@ from ..weights.tensorfiles import DTYPES, TensorFile
 from .data.cache import Cache, identity
 from .data.dataset import Dataset, Plan
 from .data.encoders import Encoders
+from .data.folders import find_items
 from .data.prepare import prepare
 from .files import make_folder
 from .forecast import forecast, require
@@ -117,6 +118,7 @@ def train(
     """
     config, work = sources.config, Path(settings.work)
     check(settings, config)
+    find_items(settings.folders)  # what is wrong with them is said before anything is made
     make_folder(work)
     dtype = dtype_of(settings, device)
     cache = Cache(cache or work / "cache")
