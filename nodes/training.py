@@ -185,6 +185,11 @@ class STARFlowTrainLoRA(io.ComfyNode):
         return _wrong_name(lora_name) or _wrong_blocks(blocks) or True
 
     @classmethod
+    def fingerprint_inputs(cls, folder: str = "", **others) -> str:
+        """A folder's files may change while its name stays."""
+        return _state_of(host.input_folder() / folder) if folder else ""
+
+    @classmethod
     def execute(
         cls, model, text_encoder, vae, captions: str, steps: int, learning_rate: float, rank: int, batch: int,
         size: int, seed: int, lora_name: str, images=None, frames: int = OWN, fps: float = 0.0, alpha: float = 0.0,
@@ -252,6 +257,13 @@ def _folder(folder: str, images: Tensor | None) -> Path:
     if images is not None:
         raise InputError("both images and a folder are given; disconnect images, or leave the folder empty")
     return host.input_folder() / folder  # an absolute path stays as it is
+
+
+def _state_of(folder: Path) -> str:
+    """Changes with the files below a folder."""
+    stats = ((path, path.stat()) for path in sorted(folder.rglob("*")) if path.is_file())
+    told = [[str(path), stat.st_mtime_ns, stat.st_size] for path, stat in stats]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _written(images: Tensor | None, frames: int, captions: str, root: Path) -> dict:

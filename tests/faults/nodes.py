@@ -308,6 +308,8 @@ FAULTS = [
          "encoding can't be cancelled"),
     node("training", "        host.unload()\n", "", "the host's models stay on the card"),
     node("training", "    if host.has_lora(model):", "    if False:", "a model's LoRA is forgotten"),
+    node("training", "for path in sorted(folder.rglob", "for path in sorted(folder.glob",
+         "captions that change below a folder aren't seen"),
     node("training", "int8=host.has_int8(flow)", "int8=False", "a model in 8 bit is trained on in full"),
     node("training", "host.clip_frames(images, 1)", "1", "clips are taken for pictures"),
     node("training", ".clamp(0, 1) * 255).round().byte()", ".clamp(0, 1) * 255).byte()", "pixels are cut off"),

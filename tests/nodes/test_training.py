@@ -131,6 +131,18 @@ def test_a_folder_of_files_with_captions(folders, train, told):
         train(folder="x", images=pictures())
 
 
+def test_a_folder_whose_files_change_is_another(folders):
+    state = NODES["STARFlowTrainLoRA"].fingerprint_inputs
+    assert state(folder="", steps=3) == ""
+    empty = state(folder="mine")
+    (folders / "input" / "mine" / "below").mkdir(parents=True)
+    (folders / "input" / "mine" / "below" / "a.txt").write_text("a cross")
+    first = state(folder="mine")
+    assert first == state(folder=str(folders / "input" / "mine"), steps=4)
+    (folders / "input" / "mine" / "below" / "a.txt").write_text("a ring")
+    assert len({empty, first, state(folder="mine")}) == 3
+
+
 class Cancelled:
     """Cancel, pressed while a step is computed; `steps` are those that are told, `shown` what the bar shows."""
 
