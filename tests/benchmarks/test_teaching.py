@@ -15,7 +15,7 @@ from starflow_core.pipeline import load_pipeline
 from starflow_core.training.demo import clips
 
 FRAMES = 9
-SMALL = {"steps": 40, "batch": 8, "frames": FRAMES, "stride": 8, "blocks": "all", "warmup": 5}
+SMALL = {"steps": 24, "batch": 6, "frames": FRAMES, "stride": 8, "blocks": "all", "warmup": 5}
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def pipelines(tmp_path_factory):
     """The demo, and the demo with what it learned of 12 clips."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(teaching, "CLIPS", 12)
-        patch.setattr(teaching, "rehearsed", lambda seed: tuple(map(adherence.prompt, KNOWN)))
+        patch.setattr(teaching, "rehearsed", lambda seed: tuple(map(adherence.prompt, KNOWN[:4])))
         lora = teaching.taught(teaching.SUBJECTS["cross"], tmp_path_factory.mktemp("teaching"), **SMALL)
     return [load_pipeline(device="cpu", loras=loras) for loras in ([], [str(lora)])]
 
@@ -47,15 +47,15 @@ def nats(pipeline, scenes) -> float:
 def test_new_clips_become_likelier_and_known_ones_stay(pipelines):
     new = teaching.scenes(CROSS, 8, seed=4)
     before, after = (nats(pipeline, new) for pipeline in pipelines)
-    assert after < before - 0.15
+    assert after < before - 0.25
     before, after = (nats(pipeline, KNOWN) for pipeline in pipelines)
-    assert after < before + 0.1
+    assert after < before + 0.12
 
 
 def test_known_prompts_are_still_followed(pipelines):
-    shares, shown = teaching.share_right(pipelines[1], KNOWN, seed=3)
+    shares, shown = teaching.share_right(pipelines[1], KNOWN[:4], seed=3)
     assert shares["all"] >= 0.75
-    assert shown.shape == (8, teaching.FRAMES, 3, teaching.SIDE, teaching.SIDE)
+    assert shown.shape == (4, teaching.FRAMES, 3, teaching.SIDE, teaching.SIDE)
 
 
 def test_what_is_drawn_is_what_is_judged():
