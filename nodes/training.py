@@ -174,7 +174,8 @@ class STARFlowTrainLoRA(io.ComfyNode):
                 ModelType.Output(display_name="model", tooltip="The model with the LoRA at strength 1."),
                 io.String.Output(display_name="lora_name", tooltip="The file's name in models/loras."),
             ],
-            hidden=[io.Hidden.unique_id],
+            # Newer hosts give output nodes the last two whether they ask or not.
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt, io.Hidden.extra_pnginfo],
             is_output_node=True,
         )
 
