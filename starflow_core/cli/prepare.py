@@ -13,7 +13,7 @@ from ..training.data import prepare as data
 from ..training.data.cache import Cache
 from ..training.data.encoders import Encoders
 from ..training.options import settings_of
-from ..training.sheets import Sheets
+from ..training.train import texts_beside
 from .progress import Meter
 
 
@@ -23,12 +23,17 @@ def prepare(args: Namespace) -> None:
     if args.preview:
         _check_preview(args.preview)
     device, encoders = pick_device(settings.device), Encoders.find(settings)
-    extra = Sheets(settings, encoders.config, Path(settings.work)).texts  # which training draws samples of
     cache = Cache(Path(settings.work) / "cache")
     load_vae, load_text = partial(encoders.load_vae, device), partial(encoders.load_text, device)
     with Meter() as meter:
         dataset = data.prepare(
-            settings, encoders.config, load_vae, load_text, cache, progress=meter.preparing, extra=extra
+            settings,
+            encoders.config,
+            load_vae,
+            load_text,
+            cache,
+            progress=meter.preparing,
+            extra=partial(texts_beside, settings),
         )
         if args.preview:
             from ..training.data.preview import write_sheet

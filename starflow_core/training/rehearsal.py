@@ -45,82 +45,91 @@ class Drawn:
 
 
 def own_job(config: FlowConfig, settings: Settings, **chosen) -> Job:
-    """A sample of the size and length that is trained."""
-    frames = 1 if config.kind == "image" else settings.frames or config.defaults.frames
+    """A sample of the size and length that is trained, unless another is chosen."""
+    if "height" not in chosen:
+        frames = 1 if config.kind == "image" else settings.frames or config.defaults.frames
+        chosen = {"size": settings.size, "frames": frames} | chosen
     rate = {"fps": settings.fps} if settings.fps else {}
-    return default_job(config, size=settings.size, frames=frames, solver=PRESETS["balanced"], **rate, **chosen)
+    return default_job(config, solver=PRESETS["balanced"], **rate, **chosen)
 
 
 class Rehearsal:
-    """Samples of the settings' captions to rehearse, read from the data's cache; steps see them as they see data.
+    """Samples of the settings' captions to rehearse, of every size that a data set has, kept in its cache. Steps see
+    them as they see data.
 
     `flow` is the identity of the model that draws them.
     """
 
-    def __init__(self, settings: Settings, config: FlowConfig, flow: str):
-        self.settings, self.config, self.flow = settings, config, flow
-        self.job = own_job(config, settings)
-        self.prompts = wrapped(config, list(settings.rehearse), self.job)
-        self.empty = wrapped(config, [""], self.job)[0]
-        aspect = config.nearest_aspect(self.job.height, self.job.width)
-        self.bucket = Bucket(aspect, self.job.height, self.job.width, self.job.frames)
-        self.dataset: Dataset | None = None
+    def __init__(self, settings: Settings, dataset: Dataset, flow: str):
+        self.settings, self.dataset, self.flow = settings, dataset, flow
+        self.config = dataset.practice.config
+        self.prompts = {bucket: self._prompts(bucket) for bucket in dataset.buckets}
 
     @property
-    def texts(self) -> Sequence[str]:
-        """What the text encoder has to have read before."""
-        return [*self.prompts, self.empty]
+    def texts(self) -> list[str]:
+        """What the text encoder has to have read."""
+        return [prompt for prompts in self.prompts.values() for prompt in prompts]
 
     def draw(
-        self, flow: Flow, dataset: Dataset, device: torch.device, processes: Processes,
-        progress: Callable[[Progress], None] | None,
-    ) -> None:  # fmt: skip
+        self, flow: Flow, device: torch.device, processes: Processes, progress: Callable[[Progress], None] | None
+    ) -> None:
         """Draw this process's share of what isn't in the cache yet, as many at once as learn at once."""
-        self.dataset = dataset
         together = min(self.settings.micro_batch or self.settings.batch, AT_ONCE)
-        groups = [range(len(self.prompts))[i : i + together] for i in range(0, len(self.prompts), together)]
-        mine = groups[processes.rank :: processes.count]
-        missing = [numbers for numbers in mine if not all(dataset.cache.has(self._key(n)) for n in numbers)]
-        for done, numbers in enumerate(missing):
+        numbers = range(len(self.settings.rehearse))
+        groups = [(b, numbers[i : i + together]) for b in self.prompts for i in range(0, len(numbers), together)]
+        has = self.dataset.cache.has
+        mine = [
+            (bucket, some)
+            for bucket, some in groups[processes.rank :: processes.count]
+            if not all(has(self._key(bucket, number)) for number in some)
+        ]
+        for done, (bucket, some) in enumerate(mine):
             if progress:
-                progress(Progress("rehearse", done, len(missing)))
-            for number, latents in zip(numbers, self._drawn(flow, numbers, device), strict=True):
-                dataset.cache.put(self._key(number), latents)
+                progress(Progress("rehearse", done, len(mine)))
+            for number, latents in zip(some, self._drawn(flow, bucket, some, device), strict=True):
+                self.dataset.cache.put(self._key(bucket, number), latents)
 
     def plan(self, index: int, seed: int, batch: int) -> Plan:
-        """As a data set's: every sample once in a round, some more often so that batches are full."""
-        count, (turn, place) = len(self.prompts), divmod(index * batch, len(self.prompts))
-        order = [n for t in range(turn, turn + 2 + batch // count) for n in _shuffled(count, seed, t)]
-        picks, rng = tuple(order[place : place + batch]), random.Random(f"rehearse:{seed}:{index}")
+        """As a data set's: of one size, which comes as often as in the data."""
+        rng, counts = random.Random(f"rehearse:{seed}:{index}"), self.dataset.buckets
+        bucket = rng.choices(list(counts), list(counts.values()))[0]
+        *prompts, empty = self.prompts[bucket]
+        count = len(prompts)
+        picks = [pick for _ in range(-(-batch // count)) for pick in rng.sample(range(count), count)]
         drop = self.settings.caption_drop
-        prompts = tuple(self.empty if rng.random() < drop else self.prompts[pick] for pick in picks)
-        return Plan(self.bucket, "text", picks, prompts, 0, batch)
+        drawn = tuple(empty if rng.random() < drop else prompts[pick] for pick in picks[:batch])
+        return Plan(bucket, "text", tuple(picks[:batch]), drawn, 0, batch)
 
     def load(self, plan: Plan, rows: Sequence[int]) -> tuple[Tensor, Tensor]:
         """As a data set's."""
-        drawn = [self.dataset.cache.get(self._key(plan.picks[row]), "a rehearsed sample") for row in rows]
+        keys = [self._key(plan.bucket, plan.picks[row]) for row in rows]
+        drawn = [self.dataset.cache.get(key, "a rehearsed sample") for key in keys]
         text = [self.dataset.embedding(plan.prompts[row]) for row in rows]
         return self.dataset.in_flow_space(torch.stack(drawn), "text", 0), torch.stack(text)
 
     def names(self, plan: Plan) -> list[str]:
         return [f"rehearsed: {self.settings.rehearse[pick]}" for pick in plan.picks]
 
-    def _key(self, number: int) -> Drawn:
-        job = self.job
+    def _job(self, bucket: Bucket, **chosen) -> Job:
+        size = {"height": bucket.height, "width": bucket.width, "frames": bucket.frames}
+        return own_job(self.config, self.settings, **size, **chosen)
+
+    def _prompts(self, bucket: Bucket) -> list[str]:
+        """All captions as the model reads them, and the empty one."""
+        return wrapped(self.config, [*self.settings.rehearse, ""], self._job(bucket))
+
+    def _key(self, bucket: Bucket, number: int) -> Drawn:
+        job = self._job(bucket)
         return Drawn(
-            self.flow, self.prompts[number], self.settings.seed + number, job.height, job.width, job.frames,
+            self.flow, self.prompts[bucket][number], self.settings.seed + number, job.height, job.width, job.frames,
             repr(float(job.fps)), float(job.guidance),
         )  # fmt: skip
 
-    def _drawn(self, flow: Flow, numbers: range, device: torch.device) -> Tensor:
+    def _drawn(self, flow: Flow, bucket: Bucket, numbers: range, device: torch.device) -> Tensor:
         """Clean latents (n, C, T, h, w) in VAE space; the seeds of a batch count up."""
-        embedding = self.dataset.embedding
-        text = torch.stack([embedding(self.prompts[number]) for number in numbers]).to(device)
-        uncond = embedding(self.empty)[None].to(device) if self.job.guidance else None
-        job = own_job(self.config, self.settings, seed=self._key(numbers[0]).seed, batch=len(numbers))
+        embedding, prompts = self.dataset.embedding, self.prompts[bucket]
+        job = self._job(bucket, seed=self.settings.seed + numbers[0], batch=len(numbers))
+        text = torch.stack([embedding(prompts[number]) for number in numbers]).to(device)
+        uncond = embedding(prompts[-1])[None].to(device) if job.guidance else None
         with torch.no_grad():
             return Generation(flow, job, text, uncond, placement=Placement.on(device)).run().float().cpu()
-
-
-def _shuffled(count: int, seed: int, turn: int) -> list[int]:
-    return random.Random(f"rehearse order:{seed}:{turn}").sample(range(count), count)

@@ -123,22 +123,22 @@ def train(
     dtype = dtype_of(settings, device)
     cache = Cache(cache or work / "cache")
     sheets = Sheets(settings, config, work / "samples")
-    rehearsal = Rehearsal(settings, config, sources.identity) if settings.rehearse else None
-    extra = [*sheets.texts, *(rehearsal.texts if rehearsal else ())]
     dataset = prepare(
         settings, config, partial(sources.load_vae, device), partial(sources.load_text, device), cache,
-        rank=processes.rank, world=processes.count, progress=progress, extra=extra,
+        rank=processes.rank, world=processes.count, progress=progress,
+        extra=partial(texts_beside, settings),
     )  # fmt: skip
     processes.wait()
     for line in dataset.report():
         log(line)
     for bucket in dataset.buckets if settings.train != "vae" else ():
         require(forecast(config, settings, dtype, bucket, processes.count), device, bucket)
+    rehearsal = Rehearsal(settings, dataset, sources.identity) if settings.rehearse else None
     whole = settings.train in ("full", "scratch", "vae")  # what learns is all that is there, in float32
     with torch.inference_mode(False), torch.enable_grad():
         subject = _subject(settings, sources, torch.float32 if whole else dtype, device)
         if rehearsal:
-            rehearsal.draw(subject.module, dataset, device, processes, progress)
+            rehearsal.draw(subject.module, device, processes, progress)
             processes.wait()
         if processes.count > 1 and settings.train != "vae":
             shard(subject.module, dtype)
@@ -162,6 +162,12 @@ def train(
         subject.write(settings.result, _metadata(settings, sources) if processes.leads else {}, processes)
     processes.wait()
     return settings.result
+
+
+def texts_beside(settings: Settings, dataset: Dataset) -> list[str]:
+    """Wrapped prompts that aren't those of data: of samples to look at, and of what is rehearsed."""
+    sheets = Sheets(settings, dataset.practice.config, Path(settings.work))
+    return [*sheets.texts, *(Rehearsal(settings, dataset, "").texts if settings.rehearse else ())]
 
 
 def _subject(settings: Settings, sources: Sources, dtype: torch.dtype, device: torch.device):

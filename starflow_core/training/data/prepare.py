@@ -43,18 +43,19 @@ NEEDS = {
 
 def prepare(
     settings: Settings, config: FlowConfig, vae: Callable[[], VAE], encode_text: Callable[[], TextEncoder],
-    cache: Cache, rank: int = 0, world: int = 1, progress: Report | None = None, extra: Sequence[str] = (),
+    cache: Cache, rank: int = 0, world: int = 1, progress: Report | None = None,
+    extra: Callable[[Dataset], Sequence[str]] = lambda dataset: (),
 ) -> Dataset:  # fmt: skip
     """The data set of some settings, with whatever isn't in the cache yet encoded.
 
     `vae` and `encode_text` load them; they are called only if something is missing, and what they give is dropped
     before the end. Of `world` processes that share the cache each encodes its part: an entry may be missing until all
-    have returned. `extra` are wrapped prompts that are encoded as well. What is finished stays if this is interrupted.
-    Raises InputError for folders, captions and settings that can't be used.
+    have returned. `extra` gives wrapped prompts that are encoded as well. What is finished stays if this is
+    interrupted. Raises InputError for folders, captions and settings that can't be used.
     """
     dataset = find(settings, config, cache, rank, world, progress)
     _encode_windows(dataset, vae, rank, world, progress or _silent)
-    _encode_prompts(dataset, encode_text, extra, rank, world, progress or _silent)
+    _encode_prompts(dataset, encode_text, extra(dataset), rank, world, progress or _silent)
     return dataset
 
 

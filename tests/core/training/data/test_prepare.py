@@ -239,7 +239,7 @@ def test_several_processes_share_the_work(model, pictures, cached, tmp_path):
 
 def test_extra_prompts_are_encoded(run):
     more = run()
-    dataset = more.prepare(extra=["as it is"])
+    dataset = more.prepare(extra=lambda dataset: ["as it is"])
     assert more.loaded == ["text"]
     assert dataset.embedding("as it is").any()
 
