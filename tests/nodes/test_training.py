@@ -98,7 +98,7 @@ def test_the_same_as_the_cores(folders, train, demo):
 
 def test_pixels_are_kept_exactly(folders, train):
     images = pictures(10, side=64)
-    train(images=images[:2], captions="a\n\nb", steps=1)
+    train(images=images[:2] - 0.4 / 255, captions="a\n\nb", steps=1)  # rounded, not cut off
     (stills,) = work(folders, "data")
     lines = [json.loads(line) for line in (stills / "metadata.jsonl").read_text().splitlines()]
     assert [line["text"] for line in lines] == ["a", "b"]
