@@ -55,7 +55,7 @@ SUBJECTS = {
 
 def scene(rng: random.Random, kind: str, motion: str) -> clips.Scene:
     """A shape that moves for at least a second before it halts."""
-    radius = rng.uniform(18, 23) if kind in clips.NEW_KINDS else rng.uniform(15, 20)
+    radius = rng.uniform(21, 26) if kind in clips.NEW_KINDS else rng.uniform(15, 20)
     reach = radius + clips.MARGIN
 
     def place(towards: int) -> float:

@@ -69,6 +69,15 @@ def denoiser_errors(
     }
 
 
+def pictures_apart(made: Tensor, wanted: Tensor, sizes: int = 3) -> Tensor:
+    """The mean absolute error of pictures (b, 3, H, W) at full, half and a quarter of their size: (b,)."""
+    total = (made - wanted).abs().flatten(1).mean(1)
+    for _ in range(sizes - 1):
+        made, wanted = (torch.nn.functional.avg_pool2d(x, 2, ceil_mode=True) for x in (made, wanted))
+        total = total + (made - wanted).abs().flatten(1).mean(1)
+    return total / sizes
+
+
 def _score(flow: Flow, latents: Tensor, text: Tensor) -> Tensor:
     """The gradient of the log-likelihood with respect to the latents."""
     x = latents.detach().requires_grad_()

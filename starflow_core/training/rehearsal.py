@@ -25,6 +25,8 @@ from .data.dataset import Dataset, Plan
 from .processes import Processes
 from .settings import Settings
 
+AT_ONCE = 8  # samples that are drawn at once, at most
+
 
 @dataclass(frozen=True)
 class Drawn:
@@ -73,14 +75,17 @@ class Rehearsal:
         self, flow: Flow, dataset: Dataset, device: torch.device, processes: Processes,
         progress: Callable[[Progress], None] | None,
     ) -> None:  # fmt: skip
-        """Draw this process's share of what isn't in the cache yet."""
+        """Draw this process's share of what isn't in the cache yet, as many at once as learn at once."""
         self.dataset = dataset
-        numbers = range(len(self.prompts))[processes.rank :: processes.count]
-        missing = [number for number in numbers if not dataset.cache.has(self._key(number))]
-        for done, number in enumerate(missing):
+        together = min(self.settings.micro_batch or self.settings.batch, AT_ONCE)
+        groups = [range(len(self.prompts))[i : i + together] for i in range(0, len(self.prompts), together)]
+        mine = groups[processes.rank :: processes.count]
+        missing = [numbers for numbers in mine if not all(dataset.cache.has(self._key(n)) for n in numbers)]
+        for done, numbers in enumerate(missing):
             if progress:
                 progress(Progress("rehearse", done, len(missing)))
-            dataset.cache.put(self._key(number), self._drawn(flow, number, device))
+            for number, latents in zip(numbers, self._drawn(flow, numbers, device), strict=True):
+                dataset.cache.put(self._key(number), latents)
 
     def plan(self, index: int, seed: int, batch: int) -> Plan:
         """As a data set's: every sample once in a round, some more often so that batches are full."""
@@ -107,14 +112,14 @@ class Rehearsal:
             repr(float(job.fps)), float(job.guidance),
         )  # fmt: skip
 
-    def _drawn(self, flow: Flow, number: int, device: torch.device) -> Tensor:
-        """Clean latents (C, T, h, w) in VAE space."""
-        key, embedding = self._key(number), self.dataset.embedding
-        text = embedding(key.prompt)[None].to(device)
+    def _drawn(self, flow: Flow, numbers: range, device: torch.device) -> Tensor:
+        """Clean latents (n, C, T, h, w) in VAE space; the seeds of a batch count up."""
+        embedding = self.dataset.embedding
+        text = torch.stack([embedding(self.prompts[number]) for number in numbers]).to(device)
         uncond = embedding(self.empty)[None].to(device) if self.job.guidance else None
-        job = own_job(self.config, self.settings, seed=key.seed)
+        job = own_job(self.config, self.settings, seed=self._key(numbers[0]).seed, batch=len(numbers))
         with torch.no_grad():
-            return Generation(flow, job, text, uncond, placement=Placement.on(device)).run()[0].float().cpu()
+            return Generation(flow, job, text, uncond, placement=Placement.on(device)).run().float().cpu()
 
 
 def _shuffled(count: int, seed: int, turn: int) -> list[int]:

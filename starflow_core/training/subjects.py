@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from ..errors import InputError
+from ..model.config import FlowConfig
 from ..model.flow import Flow
+from ..model.latent import to_vae_space
 from ..model.lora import Lora, adapt
+from ..model.vae.codec import VAE
 from ..weights.flow import save_flow
 from ..weights.lora import save_lora
-from .objectives import bits_per_dim, denoiser_errors, shares, with_fresh_weights
+from ..weights.vae import save_vae
+from .objectives import bits_per_dim, denoiser_errors, pictures_apart, shares, with_fresh_weights
 from .processes import Processes, whole
 from .settings import Settings
 
-Losses = tuple[Tensor, dict[str, Tensor]]  # of each sample (B,): what is minimised, and figures for the log
+Losses = tuple[Tensor, dict[str, Tensor]]  # of each sample (b,): what is minimised, and figures for the log
+
+
+@dataclass(frozen=True)
+class Rows:
+    """What a subject sees of a batch: clean and noisy latents (b, T, C, h, w) in flow space, text (b, L, D), how many
+    frames don't count, and, where it looks at them, pixels (b, 3, F, H, W) in [-1, 1]."""
+
+    clean: Tensor
+    noisy: Tensor
+    text: Tensor
+    given: int
+    pixels: Tensor | None = None
 
 
 class Likelihood:
     """A flow, trained by maximum likelihood of noisy latents (STARFlow, section 3.1): its weights, or a LoRA's."""
 
-    def __init__(self, flow: Flow, loras: dict[str, Lora] | None = None):
-        self.module, self.loras = flow, loras
+    sees_pixels = False
 
-    def losses(self, clean: Tensor, noisy: Tensor, text: Tensor, given: int) -> Losses:
-        losses = self.module.loss(noisy, text, given)
+    def __init__(self, flow: Flow, loras: dict[str, Lora] | None = None):
+        self.module, self.config, self.loras = flow, flow.config, loras
+
+    def losses(self, rows: Rows) -> Losses:
+        losses = self.module.loss(rows.noisy, rows.text, rows.given)
         return losses, {"bits/dim": bits_per_dim(losses.detach())}
 
-    def measured(self, clean: Tensor, noisy: Tensor, text: Tensor, given: int) -> dict[str, Tensor]:
+    def measured(self, rows: Rows) -> dict[str, Tensor]:
         """Figures of samples that are held out: bits a dimension, and the nats an element of each block."""
-        parts = shares(self.module(noisy, text), given)
+        parts = shares(self.module(rows.noisy, rows.text), rows.given)
         return {"held out bits/dim": bits_per_dim(sum(parts.values()))} | {f"held out {k}": v for k, v in parts.items()}
 
     def write(self, path: Path, metadata: dict[str, str], processes: Processes) -> None:
@@ -48,24 +67,55 @@ class Denoising:
     """The learned denoiser, trained to give sigma^2 times the score of its flow, which stays (STARFlow-V, section
     3.2)."""
 
+    sees_pixels = False
+
     def __init__(self, flow: Flow):
         flow.requires_grad_(False)
         flow.learnable_self_denoiser.requires_grad_()
-        self.module = flow
+        self.module, self.config = flow, flow.config
 
-    def losses(self, clean: Tensor, noisy: Tensor, text: Tensor, given: int) -> Losses:
+    def losses(self, rows: Rows) -> Losses:
         denoiser, variance = self.module.learnable_self_denoiser, self.module.config.noise_std**2
-        errors = denoiser_errors(self.module, denoiser, clean, noisy, text)
+        errors = denoiser_errors(self.module, denoiser, rows.clean, rows.noisy, rows.text)
         figures = {name: value.flatten(1).mean(1) / variance for name, value in errors.items()}
         return figures["error"], {name: value.detach() for name, value in figures.items()}
 
-    def measured(self, clean: Tensor, noisy: Tensor, text: Tensor, given: int) -> dict[str, Tensor]:
+    def measured(self, rows: Rows) -> dict[str, Tensor]:
         with torch.enable_grad():  # the score is one
-            _, figures = self.losses(clean, noisy, text, given)
+            _, figures = self.losses(rows)
         return {f"held out {name}": value for name, value in figures.items()}
 
     def write(self, path: Path, metadata: dict[str, str], processes: Processes) -> None:
         write_flow(self.module, path, metadata, processes)
+
+
+class Decoding:
+    """An image VAE's decoder, trained to show the pictures behind noisy latents, so that a sample needs no denoising.
+
+    By absolute error at several sizes; the authors also use networks that judge pictures, which aren't to be had here.
+    """
+
+    sees_pixels = True
+
+    def __init__(self, vae: VAE, config: FlowConfig):
+        if vae.kind != "image":
+            raise InputError(f"the VAE of {config.name} is for clips; the decoder of an image VAE can be trained")
+        self.vae, self.module, self.config = vae, vae.module, config
+        for part in (vae.module.decoder, vae.module.post_quant_conv):
+            if part is not None:
+                part.requires_grad_()
+
+    def losses(self, rows: Rows) -> Losses:
+        latents = to_vae_space(self.config.latent, rows.noisy, torch.ones(1)).squeeze(2)
+        errors = pictures_apart(self.vae.decode(latents, clamp=False), rows.pixels.squeeze(2))
+        return errors, {"error": errors.detach()}
+
+    def measured(self, rows: Rows) -> dict[str, Tensor]:
+        return {"held out error": self.losses(rows)[0]}
+
+    def write(self, path: Path, metadata: dict[str, str], processes: Processes) -> None:
+        if processes.leads:
+            save_vae(self.vae, path, metadata)
 
 
 def subject_of(flow: Flow, settings: Settings) -> Likelihood | Denoising:

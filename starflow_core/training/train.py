@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..bundled import BUNDLED, FLOW_FILE
 from ..control import Progress
@@ -27,6 +27,7 @@ from ..weights.tensorfiles import DTYPES, TensorFile
 from .data.cache import Cache, identity
 from .data.dataset import Dataset, Plan
 from .data.encoders import Encoders
+from .data.folders import find_items
 from .data.prepare import prepare
 from .files import make_folder
 from .forecast import forecast, require
@@ -36,7 +37,7 @@ from .processes import Processes, shard
 from .rehearsal import Rehearsal
 from .settings import Settings
 from .sheets import Sheets
-from .subjects import blocks_of, subject_of
+from .subjects import Decoding, Rows, blocks_of, subject_of
 from .watch import watching
 
 
@@ -80,6 +81,11 @@ def check(settings: Settings, config: FlowConfig) -> None:
     """Raise InputError for settings that this model can't be trained with."""
     if settings.train == "denoiser" and config.denoiser is None:
         raise InputError(f"{config.name} has no learned denoiser to train; train lora or full")
+    if settings.train == "vae" and (config.kind != "image" or settings.rehearse or settings.prompts):
+        raise InputError(
+            "vae trains an image VAE's decoder, for an image model, without rehearse and prompts; the model given is "
+            f"{config.name}"
+        )
     if settings.rehearse and settings.train == "scratch":
         raise InputError("rehearse: a new flow knows nothing that it could draw; leave it out")
     if settings.int8 and settings.train != "lora":
@@ -107,12 +113,12 @@ def train(
 
     `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. `asked` is asked
     after each step: if it says so, the step is saved and KeyboardInterrupt raised. `cache` is a folder of encoded data
-    that runs share, otherwise the run has its own. Raises
-    InputError for data and settings that can't be used, OutOfMemoryForecast where a step can't fit, NonFiniteError
-    where numbers go bad.
+    that runs share, otherwise the run has its own. Raises InputError for data and settings that can't be used,
+    OutOfMemoryForecast where a step can't fit, NonFiniteError where numbers go bad.
     """
     config, work = sources.config, Path(settings.work)
     check(settings, config)
+    find_items(settings.folders)  # what is wrong with them is said before anything is made
     make_folder(work)
     dtype = dtype_of(settings, device)
     cache = Cache(cache or work / "cache")
@@ -126,37 +132,46 @@ def train(
     processes.wait()
     for line in dataset.report():
         log(line)
-    for bucket in dataset.buckets:
+    for bucket in dataset.buckets if settings.train != "vae" else ():
         require(forecast(config, settings, dtype, bucket, processes.count), device, bucket)
-    learns = settings.train in ("full", "scratch")
-    flow = sources.load_flow(torch.float32 if learns else dtype, device)
+    whole = settings.train in ("full", "scratch", "vae")  # what learns is all that is there, in float32
     with torch.inference_mode(False), torch.enable_grad():
+        subject = _subject(settings, sources, torch.float32 if whole else dtype, device)
         if rehearsal:
-            rehearsal.draw(flow, dataset, device, processes, progress)
+            rehearsal.draw(subject.module, dataset, device, processes, progress)
             processes.wait()
-        subject = subject_of(flow, settings)
-        for block in flow.blocks:
-            block.recompute = settings.recompute
-        if processes.count > 1:
-            shard(flow, dtype)
+        if processes.count > 1 and settings.train != "vae":
+            shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)
         loop = Loop(
-            work / "states", device, dtype if learns else torch.float32, settings.seed, save_every=settings.save_every,
+            work / "states", device, dtype if whole else torch.float32, settings.seed, save_every=settings.save_every,
             log_every=settings.log_every, clip=settings.clip, log=log, asked=asked,
             processes=processes,
         )  # fmt: skip
         checks = [Check(settings.evaluate_every, run.measure)]
         if settings.prompts:
-            checks.append(Check(settings.sample_every, partial(sheets.draw, flow, dataset, sources, device, processes)))
+            draw = partial(sheets.draw, subject.module, dataset, sources, device, processes)
+            checks.append(Check(settings.sample_every, draw))
         with _watched(work / "logs", processes, log) as note:
             loop.note = lambda step, figures: (note(step, figures), report(step, figures))
+            optimizer = optimizer_of(subject.module, settings)
             loop.run(
-                settings.train, flow, optimizer_of(flow, settings), run.step, settings.steps, settings.warmup,
-                settings.decay, settings.ema, checks, told=_told(settings, dataset),
+                settings.train, subject.module, optimizer, run.step, settings.steps, settings.warmup, settings.decay,
+                settings.ema, checks, told=_told(settings, dataset),
             )  # fmt: skip
         subject.write(settings.result, _metadata(settings, sources) if processes.leads else {}, processes)
     processes.wait()
     return settings.result
+
+
+def _subject(settings: Settings, sources: Sources, dtype: torch.dtype, device: torch.device):
+    if settings.train == "vae":
+        return Decoding(sources.load_vae(device), sources.config)
+    flow = sources.load_flow(dtype, device)
+    subject = subject_of(flow, settings)
+    for block in flow.blocks:
+        block.recompute = settings.recompute
+    return subject
 
 
 def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
@@ -181,7 +196,7 @@ class Run:
         seed = rng.getrandbits(62) + self.processes.rank
         for piece in self._pieces(seen, plan, generator):
             with self._naming(index, seen, plan), self._dropping(seed + piece.rows[0]):
-                losses, figures = self.subject.losses(*piece.given)
+                losses, figures = self.subject.losses(piece.seen)
                 loss = (losses * piece.weights).sum()
             told = {name: (value * piece.weights).sum().item() for name, value in figures.items()}
             yield loss, {"loss": loss.item(), **told}
@@ -199,7 +214,7 @@ class Run:
         count = sum(plan.count for plan in plans)
         for index, plan in enumerate(plans):
             for piece in self._pieces(self.dataset, plan, torch.Generator().manual_seed(index)):
-                for name, value in self.subject.measured(*piece.given).items():
+                for name, value in self.subject.measured(piece.seen).items():
                     share = (value * piece.weights).sum().item() * plan.count / count
                     totals[name] = totals.get(name, 0.0) + share
         return self.processes.mean(totals)
@@ -212,9 +227,10 @@ class Run:
             clean, text = seen.load(plan, share.rows)
             if noise is None:
                 noise = torch.randn(len(plan.picks), *clean.shape[1:], generator=generator)
-            noisy = clean + self.subject.module.config.noise_std * noise[share.rows]
-            given = (clean.to(self.device), noisy.to(self.device), text.to(self.device), plan.given)
-            yield _Piece(share.rows, torch.tensor(share.weights, device=self.device), given)
+            noisy = clean + self.subject.config.noise_std * noise[share.rows]
+            pixels = seen.pixels(plan, share.rows).to(self.device) if self.subject.sees_pixels else None
+            rows = Rows(clean.to(self.device), noisy.to(self.device), text.to(self.device), plan.given, pixels)
+            yield _Piece(share.rows, torch.tensor(share.weights, device=self.device), rows)
 
     @contextmanager
     def _naming(self, index: int, seen: Dataset | Rehearsal, plan: Plan) -> Iterator[None]:
@@ -234,12 +250,11 @@ class Run:
 
 @dataclass(frozen=True)
 class _Piece:
-    """Rows of a batch, what each counts for, and what the subject is given: clean and noisy latents (b, T, C, h, w),
-    text (b, L, D), frames that don't count."""
+    """Rows of a batch, what each counts for, and what a subject sees of them."""
 
     rows: list[int]
     weights: Tensor
-    given: tuple[Tensor, Tensor, Tensor, int]
+    seen: Rows
 
 
 @contextmanager
@@ -250,10 +265,10 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def optimizer_of(flow: Flow, settings: Settings) -> torch.optim.Optimizer:
-    learned = [weight for weight in flow.parameters() if weight.requires_grad]
+def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer:
+    learned = [weight for weight in module.parameters() if weight.requires_grad]
     if settings.optimizer == "muon":
-        starts = [block.sos_embed for block in flow.blocks]
+        starts = [weight for name, weight in module.named_parameters() if name.endswith("sos_embed")]
         return Muon(learned, settings.learning_rate, 0.2 * settings.learning_rate, vectors=starts)
     return torch.optim.AdamW(learned, settings.learning_rate, (0.9, 0.99), weight_decay=settings.weight_decay)
 

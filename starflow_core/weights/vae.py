@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import math
 import os
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from ..model.schema import check_fields, completed, number, read_object, shown
 from ..model.vae.codec import VAE
 from ..model.vae.layers import with_fast_layers
 from .keys import check_tensors, count_numbers, module_shapes
-from .tensorfiles import StoredTensor, TensorFile
+from .tensorfiles import StoredTensor, TensorFile, save_tensors
 from .vae_names import with_diffusers_names
 
 METADATA_KEY = "starflow_vae_config"  # constructor arguments as JSON, in a safetensors file's metadata
@@ -54,6 +55,14 @@ def load_vae(path: str | Path, dtype: torch.dtype | None = None, device: str | t
     Raises NonFiniteError for NaN or infinity in its weights.
     """
     return find_vae(path).load(dtype, device)
+
+
+def save_vae(vae: VAE, path: str | Path, metadata: dict[str, str]) -> None:
+    """Write a VAE in float32 as one file, by diffusers' names, with its configuration among the metadata. Raises
+    InputError if it cannot be written, NonFiniteError for NaN or infinity; nothing is left behind then."""
+    config = {name: value for name, value in vae.module.config.items() if not name.startswith("_")}
+    tensors = {name: tensor.cpu() for name, tensor in vae.module.state_dict().items()}
+    save_tensors(tensors, path, "fp32", metadata | {METADATA_KEY: json.dumps(config)})
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,7 @@ def test_what_is_nearly_level_has_the_level_direction(slope, seen):
 
 @pytest.mark.parametrize("background", BACKGROUNDS)
 def test_crosses_of_every_colour(background):
-    for colour, radius in product(COLOURS, (18, 23)):
+    for colour, radius in product(COLOURS, (21, 26)):
         sight = look(worn(draw(Scene("cross", colour, background, None, x=50.3, y=44.6, radius=radius), frames=1)))
         assert (sight.kind, sight.colour, sight.connected) == ("cross", colour, True)
 

@@ -30,7 +30,7 @@ FAULTS = [
         "clips end after their last frame", f"{TESTS}/test_buckets.py",
     ),
     Fault(
-        BUCKETS, "range(0, total - length + 1, length)", "range(0, total - length, length)",
+        BUCKETS, "range(0, total - length + 1, stride)", "range(0, total - length, stride)",
         "the last window that fits is trimmed", f"{TESTS}/test_buckets.py",
     ),
     Fault(

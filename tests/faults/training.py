@@ -6,9 +6,11 @@ from . import Fault
 
 GENERAL = "tests/core/training/test_training.py::"
 RECIPE = "tests/core/training/test_recipe.py::"
-LOOP, OPTIMISER, OBJECTIVES, STATES, PROCESSES, RUN, WATCH, FORECAST = (
+STATE_TESTS, RUN_TESTS = (f"tests/core/training/test_{name}.py::" for name in ("processes", "train"))
+FORECASTS = "tests/benchmarks/test_training.py::"
+LOOP, OPTIMISER, OBJECTIVES, STATES, PROCESSES, RUN, WATCH, FORECAST, SETTINGS = (
     f"starflow_core/training/{name}.py"
-    for name in ("loop", "optimiser", "objectives", "states", "processes", "train", "watch", "forecast")
+    for name in ("loop", "optimiser", "objectives", "states", "processes", "train", "watch", "forecast", "settings")
 )
 CLIPS, VAE, BANK, BATCHES, FLOW, BUNDLE, MAIN = (
     f"starflow_core/training/demo/{name}.py" for name in ("clips", "vae", "bank", "batches", "flow", "bundle", "recipe")
@@ -71,6 +73,70 @@ FAULTS: list[Fault] = [
     Fault(
         MAIN, "if not 0 < options.scale <= 100:", "if options.scale <= 0:",
         "a schedule's share may be NaN", RECIPE + "test_bad_options_are_told_in_a_line",
+    ),
+    # States, processes, the run
+    Fault(
+        STATES, "if self.processes.leads:\n            try:", "if True:\n            try:",
+        "every process publishes a state",
+        "tests/core/training/test_together.py::test_two_processes_then_three_follow_one",
+    ),
+    Fault(
+        STATES, "part.rename(self._path(done))", "shutil.copytree(part, self._path(done))",
+        "parts of states stay", STATE_TESTS + "test_two_states_are_kept",
+    ),
+    Fault(
+        STATES, "self._steps()[:-KEPT]", "self._steps()[:-1]",
+        "only one state is kept", STATE_TESTS + "test_two_states_are_kept",
+    ),
+    Fault(
+        STATES, 'if not HARMLESS.fullmatch(f"{module}.{name}"):', "if False:",
+        "a state's pickle may run code", GENERAL + "test_a_damaged_state_is_named",
+    ),
+    Fault(
+        STATES, "        if found != run:", "        if False:",
+        "a state of another run is resumed", GENERAL + "test_the_state_of_another_run_is_refused",
+    ),
+    Fault(
+        PROCESSES, "self.count / batch if row < batch", "self.count / batch if True",
+        "rows that are taken twice count twice", STATE_TESTS + "test_shares_add_up_to_the_mean_over_the_batch",
+    ),
+    Fault(
+        LOOP, "with averaged(module, weights, average):",
+        "if True:", "the last weights are measured, not their average",
+        GENERAL + "test_checks_see_the_average_and_leave_the_weights",
+    ),
+    Fault(
+        LOOP, "figures[key] = figures.get(key, 0.0) + (value if finite else float(\"nan\"))",
+        "figures[key] = value", "figures of the last piece alone are told",
+        RUN_TESTS + "test_micro_batches_and_recomputing_change_nothing",
+    ),
+    Fault(
+        RUN, "noise[share.rows]", "noise[: len(share.rows)]",
+        "every piece has the noise of the first", RUN_TESTS + "test_micro_batches_and_recomputing_change_nothing",
+    ),
+    Fault(
+        RUN, "if after > before", "if after >= before",
+        "every step rehearses", RUN_TESTS + "test_rehearsals_are_the_models_own_and_come_in_their_share",
+    ),
+    Fault(
+        RUN, "with self._naming(index, seen, plan), ", "with ",
+        "numbers that go bad aren't named", RUN_TESTS + "test_numbers_that_go_bad_are_named",
+    ),
+    Fault(
+        WATCH, '["step"] < first', '["step"] <= first',
+        "figures of a step are there twice", STATE_TESTS + "test_figures_go_on_where_a_state_was",
+    ),
+    Fault(
+        FORECAST, "(0 if whole else 4)", "0",
+        "the forecast leaves the LoRA's own numbers out", FORECASTS + "test_forecasts_are_what_is_counted",
+    ),
+    Fault(
+        FORECAST, "(1 if settings.recompute else KEPT)", "1",
+        "the forecast thinks that all is computed again", FORECASTS + "test_forecasts_are_what_is_counted",
+    ),
+    Fault(
+        SETTINGS, "if value is None and field.default is None:", "if value is None:",
+        "settings may be left empty", "tests/core/training/test_settings.py::test_bounds_and_kinds_are_kept",
     ),
     # The optimizer
     Fault(

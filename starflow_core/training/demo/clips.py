@@ -28,7 +28,7 @@ DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 NEW_KINDS = ("cross",)
 DIAGONALS = {"up and left": (-1, -1), "up and right": (1, -1), "down and left": (-1, 1), "down and right": (1, 1)}
 MOTIONS = DIRECTIONS | DIAGONALS
-ARM = 0.4  # half the width of a cross's arms, as a share of its radius
+ARM = 0.36  # half the width of a cross's arms, as a share of its radius
 SIZES = {"1:1": (96, 96), "16:9": (80, 128), "9:16": (128, 80)}  # height and width of each aspect ratio
 MARGIN = 3  # pixels that stay free between a shape and the border
 

@@ -22,6 +22,7 @@ from starflow_core.training.settings import Settings
 from starflow_core.training.train import find_sources, train
 from starflow_core.weights.flow import load_flow
 from starflow_core.weights.lora import LoraFile
+from starflow_core.weights.vae import load_vae
 from tests.core import models, tiny
 
 CPU = torch.device("cpu")
@@ -92,6 +93,17 @@ def test_whole_weights_are_trained_and_the_others_stay(folders, tmp_path, subjec
         stays = name.startswith(kept)
         assert torch.equal(weight.bfloat16().float(), after[name]) == stays or not stays, name
     assert any(not torch.equal(before[name].bfloat16().float(), after[name]) for name in before)
+
+
+def test_the_decoder_learns_to_show_noisy_latents(folders, tmp_path):
+    options = {"train": "vae", "steps": 30, "learning_rate": 0.01, "evaluate_every": 10}
+    path = run(settings(folders, tmp_path, "image", **options))
+    errors = [line["error"] for line in figures(tmp_path)]
+    assert sum(errors[-5:]) < sum(errors[:5])
+    assert "held out error" in figures(tmp_path)[-1]
+    before, after = (load_vae(file).module.state_dict() for file in (folders / "image-model" / VAE_FILE, path))
+    changed = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 def test_a_flow_from_scratch(folders, tmp_path):
@@ -175,6 +187,7 @@ def test_samples_are_drawn_on_a_sheet(folders, tmp_path):
     ({"int8": True, "train": "full"}, "int8 is for a LoRA's frozen weights"),
     ({"blocks": "3"}, "blocks is 3: tiny video has the blocks 0 to 2"),
     ({"blocks": "first"}, "blocks is 'first': expected deep, all, or numbers"),
+    ({"train": "vae"}, "the model given is tiny video"),
     ({"kind": "image", "train": "denoiser"}, "tiny image has no learned denoiser"),
     ({"kind": "image", "tasks": ("extend:1",)}, "tiny image makes pictures"),
     ({"train": "scratch", "rehearse": ("a",), "config": "none.json"}, "config|rehearse"),

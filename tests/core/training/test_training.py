@@ -14,7 +14,7 @@ from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
 from starflow_core.solve.denoising import denoise, score_denoise
-from starflow_core.training.loop import Loop, schedule
+from starflow_core.training.loop import Check, Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
 from starflow_core.training.optimiser import Muon, orthogonalised, set_rates
 from tests.core import models
@@ -126,6 +126,32 @@ def test_the_average_forgets_its_beginning_sooner(tmp_path):
     average = descend(tmp_path, [(-0.4, -0.8), (-0.2, 0.0)], warmup=1, ema=0.15)
     first = [0.9 * 0.4, 0.9 * 0.8]
     assert average == pytest.approx([0.15 * first[0] + 0.85 * 0.6, 0.15 * first[1] + 0.85 * 0.8])
+
+
+def test_checks_see_the_average_and_leave_the_weights(tmp_path):
+    module, seen = nn.Linear(2, 1, bias=False), []
+    nn.init.zeros_(module.weight)
+
+    def step(index, rng, generator):
+        yield -0.4 * module.weight[0, 0], {}
+
+    def look(done):
+        seen.append((done, module.weight[0, 0].item(), module.training))
+        return {"seen": 1.0}
+
+    checks = [Check(2, look)]
+    loop = Loop(tmp_path, CPU, torch.float32)
+    loop.run("fit", module, Descent(module.parameters()), step, 3, warmup=1, fall=0.0, ema=0.5, checks=checks)
+    average, weights = 0.0, 0.0
+    expected = {}
+    for index in range(3):
+        weights += 0.4
+        decay = min(0.5, (index + 1) / (index + 10))
+        average = decay * average + (1 - decay) * weights
+        expected[index + 1] = average
+    assert [done for done, _, _ in seen] == [2, 3]
+    assert [value for _, value, _ in seen] == pytest.approx([expected[2], expected[3]])
+    assert not any(training for _, _, training in seen)
 
 
 def test_draws_depend_on_stage_seed_and_step(tmp_path):
