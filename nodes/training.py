@@ -35,7 +35,7 @@ OWN = 0  # in a number's place: the model's, or what suits
 LARGEST_SEED = (1 << 63) - 1  # that training takes
 SAVE_EVERY = 100  # steps; Cancel saves as well
 SAY_EVERY = 0.5  # seconds between two lines of text
-PHASES = {"read": "reading", "encode": "encoding", "text": "reading captions"}
+PHASES = {"read": "reading", "encode": "encoding", "text": "reading captions", "rehearse": "drawing"}
 
 
 class STARFlowTrainLoRA(io.ComfyNode):
@@ -167,6 +167,14 @@ class STARFlowTrainLoRA(io.ComfyNode):
                     tooltip="A folder of pictures and clips, each with its caption in a .txt of the same name, in "
                     "place of images: its whole path, or one in ComfyUI's input folder.",
                 ),
+                io.String.Input(
+                    "rehearse",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="Captions of what the model is to go on knowing, a line each. It draws a sample of each "
+                    "before it learns, and sees them in half of the steps.",
+                ),
             ],
             outputs=[
                 io.Custom("LORA_MODEL").Output(display_name="lora", tooltip="For ComfyUI's own Save LoRA Weights."),
@@ -194,7 +202,7 @@ class STARFlowTrainLoRA(io.ComfyNode):
     def execute(
         cls, model, text_encoder, vae, captions: str, steps: int, learning_rate: float, rank: int, batch: int,
         size: int, seed: int, lora_name: str, images=None, frames: int = OWN, fps: float = 0.0, alpha: float = 0.0,
-        blocks: str = "deep", caption_drop: float = 0.1, folder: str = "",
+        blocks: str = "deep", caption_drop: float = 0.1, folder: str = "", rehearse: str = "",
     ) -> io.NodeOutput:  # fmt: skip
         if wrong := _wrong_name(lora_name) or _wrong_blocks(blocks):
             raise InputError(wrong)
@@ -208,7 +216,7 @@ class STARFlowTrainLoRA(io.ComfyNode):
         settings = _settings(
             files, data, host.flow_of(model), steps=steps, learning_rate=learning_rate, rank=rank, batch=batch,
             size=size or None, seed=seed, fps=fps or None, alpha=alpha or None, blocks=blocks,
-            caption_drop=caption_drop,
+            caption_drop=caption_drop, rehearse=_lines(rehearse),
         )  # fmt: skip
         result, losses = _trained(settings, root, bar)
         path, name = _kept(result, lora_name)
@@ -251,7 +259,8 @@ def _files(model, text_encoder, vae) -> dict[str, str]:
     if source is None:
         raise InputError("this VAE isn't from STARFlow Load VAE, which training needs; load it there")
     paths = {"model": host.source_of(model), "text_encoder": text_encoder.source, "vae": source}
-    return {name: str(path) for name, path in paths.items()}
+    tokenizer = host.tokenizer_for(text_encoder.source)
+    return {name: str(path) for name, path in paths.items()} | ({"tokenizer": str(tokenizer)} if tokenizer else {})
 
 
 def _folder(folder: str, images: Tensor | None) -> Path:
@@ -287,10 +296,14 @@ def _written(images: Tensor | None, frames: int, captions: str, root: Path) -> d
 
 def _captions(captions: str, count: int) -> list[str]:
     """One for each. Raises InputError for another number."""
-    texts = [line.strip() for line in captions.splitlines() if line.strip()]
+    texts = list(_lines(captions))
     if len(texts) not in (1, count):
         raise InputError(f"{len(texts)} captions for {count} pictures or clips; write a line for each, or one for all")
     return texts * count if len(texts) == 1 else texts
+
+
+def _lines(text: str) -> tuple[str, ...]:
+    return tuple(line.strip() for line in text.splitlines() if line.strip())
 
 
 def _write(folder: Path, clips: Iterable[Tensor], texts: list[str]) -> None:
@@ -331,9 +344,7 @@ def _trained(settings: Settings, root: Path, bar: host.NodeProgress) -> tuple[Pa
     """The finished file and the loss of each step. The host's models make room, for others of the same files."""
     from ..starflow_core.training import train as training
     from ..starflow_core.training.processes import Processes
-    from ..starflow_core.weights import text
 
-    text.ELSEWHERE[:] = filter(None, [host.tokenizer_for(Path(settings.text_encoder))])
     device = host.flow_device()
     watch = _Watch(bar, settings.steps)
     with torch.inference_mode(False), torch.no_grad():

@@ -347,16 +347,17 @@ class Parts:
 
 def find_parts(
     model: str | Path | None, text_encoder: str | Path | None, vae: str | Path | None, quantise: bool = False,
-    loras: Iterable[LoraPath] = (),
+    loras: Iterable[LoraPath] = (), tokenizer: str | Path | None = None,
 ) -> Parts:  # fmt: skip
     """Find a flow, its text encoder and its VAE, and check that they fit; without arguments the bundled demo's.
 
     `quantise` brings the large weights of flow and text encoder to 8 bit when they are loaded; `loras` as of
-    `load_pipeline`. Raises InputError for a missing part, CheckpointError for one that is something else.
+    `load_pipeline`; `tokenizer` is a folder, by default the text encoder's own. Raises InputError for a missing part,
+    CheckpointError for one that is something else.
     """
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
-    text = find_text_encoder(text_encoder, quantise=quantise)
+    text = find_text_encoder(text_encoder, tokenizer, quantise)
     config, chosen = find_config(checkpoint), tuple(map(Chosen.open, loras))
     for each in chosen:
         each.file.check(config)

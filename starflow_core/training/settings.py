@@ -39,6 +39,7 @@ class Settings:
     )  # fmt: skip
     model: str | None = setting(None, "What is trained", "the flow's checkpoint (default: the bundled demo)")
     text_encoder: str | None = setting(None, "What is trained", "the text encoder that goes with it")
+    tokenizer: str | None = setting(None, "What is trained", "folder of its tokenizer (default: the encoder's own)")
     vae: str | None = setting(None, "What is trained", "the VAE that goes with it")
     config: str | None = setting(None, "What is trained", "for scratch: a JSON file with the new flow's configuration")
     work: str = setting("runs/lora", "What is trained", "folder for cached latents, states to resume from, and logs")

@@ -282,7 +282,8 @@ def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer
 # What may differ between a run and the one that goes on from it.
 FREE = (
     "work", "output", "device", "micro_batch", "recompute", "save_every", "log_every", "evaluate_every", "sample_every",
-    "prompts", "guidance", "trigger_words", "license", "data", "model", "text_encoder", "vae",
+    "prompts", "guidance", "trigger_words", "license", "data", "model", "text_encoder", "tokenizer",
+    "vae",
 )  # fmt: skip
 
 

@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 T5_CONFIG_KEY = "starflow_t5_config"  # metadata of a single file: T5Config's arguments as JSON
 TOKENIZER_FILES = ("tokenizer.json", "spiece.model")
-ELSEWHERE: list[Path] = []  # folders that are looked in last: what a program keeps for encoders without a tokenizer
 EMBEDDING, EMBEDDING_ALIAS = "shared.weight", "encoder.embed_tokens.weight"
 FIRST_BLOCK = "encoder.block.0.layer."
 # What may be in 8 bit: the linear layers of the blocks.
@@ -187,7 +186,7 @@ def _convert_spiece(file: Path) -> Tokenizer:
 
 
 def _find_tokenizer(folder: Path, given: str | Path | None) -> Path:
-    places = [folder, folder / "tokenizer", folder.parent / "tokenizer", *ELSEWHERE] if given is None else [Path(given)]
+    places = [folder, folder / "tokenizer", folder.parent / "tokenizer"] if given is None else [Path(given)]
     for place in places:
         if any(os.path.isfile(place / name) for name in TOKENIZER_FILES):
             return place

@@ -32,11 +32,11 @@ class Encoders:
     def find(cls, settings: Settings) -> Encoders:
         """Those that settings name, or the bundled demo's. Raises a StarflowError for parts that don't fit."""
         if settings.train != "scratch":
-            parts = find_parts(settings.model, settings.text_encoder, settings.vae)
+            parts = find_parts(settings.model, settings.text_encoder, settings.vae, tokenizer=settings.tokenizer)
             return cls(with_noise(parts.config, settings), parts.text, parts.vae)
         if settings.config is None:
             raise InputError("scratch needs a new flow's configuration; give a JSON file, as --config FILE")
-        text = find_text_encoder(settings.text_encoder or BUNDLED / TEXT_FILE)
+        text = find_text_encoder(settings.text_encoder or BUNDLED / TEXT_FILE, settings.tokenizer)
         config = with_noise(read_config(Path(settings.config)), settings)
         found = cls(config, text, find_vae(settings.vae or BUNDLED / VAE_FILE))
         found.config.check_text_encoder(text.dim)

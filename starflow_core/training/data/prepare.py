@@ -124,7 +124,7 @@ def _practised(samples: list[Sample], practice: Practice, notes: Notes) -> list[
 
 def _identities(settings: Settings, files: dict[Path, str]) -> Identities:
     vae = find_vae(settings.vae or BUNDLED / VAE_FILE).weights
-    text = find_text_encoder(settings.text_encoder or BUNDLED / TEXT_FILE)
+    text = find_text_encoder(settings.text_encoder or BUNDLED / TEXT_FILE, settings.tokenizer)
     return Identities(files, identity(vae.files), identity(text.weights.files, text.tokenizer.to_str()))
 
 

@@ -38,7 +38,7 @@ SETTINGS = (
     "alpha batch blocks caption-drop clip config data decay device dropout dtype ema evaluate-every fps frames "
     "guidance held-out int8 learning-rate license log-every micro-batch model no-int8 no-recompute noise optimizer "
     "output prompts rank recompute rehearsal rehearse sample-every save-every seed size steps stride tasks "
-    "text-encoder train trigger-words vae warmup weight-decay work"
+    "text-encoder tokenizer train trigger-words vae warmup weight-decay work"
 )
 FLAGS = {
     "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
