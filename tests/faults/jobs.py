@@ -80,7 +80,7 @@ FAULTS = [
           "the denoiser's activations left out", DRY),
     Fault("starflow_core/pipeline.py", "return self.quantise or in_int8(self.checkpoint)", "return self.quantise",
           "a file in 8 bit is counted as 16 bit", PIPELINE),
-    Fault("starflow_core/pipeline.py", "text = find_text_encoder(text_encoder, quantise=quantise)",
+    Fault("starflow_core/pipeline.py", "text = find_text_encoder(text_encoder, tokenizer, quantise)",
           "text = find_text_encoder(text_encoder)", "the text encoder stays in 16 bit", PIPELINE),
     Fault("starflow_core/jobs/memory.py", "4 * width**2 * item if means.int8 else 0", "0",
           "the weight that is expanded isn't counted", PIPELINE),
