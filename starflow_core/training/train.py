@@ -248,10 +248,10 @@ class Run:
             raise NonFiniteError(f"step {index}, batch of {files}: {error}") from None
 
     def _dropping(self, seed: int):
-        """Dropout that depends on the step alone; the caller's own random numbers go on as if nothing was drawn."""
+        """Dropout that depends on the step alone; the caller's own random numbers on the CPU go on as if nothing was."""
         if not self.settings.dropout:
             return nullcontext()
-        return _seeded(seed, self.device)
+        return _seeded(seed)
 
 
 @dataclass(frozen=True)
@@ -264,9 +264,8 @@ class _Piece:
 
 
 @contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+def _seeded(seed: int) -> Iterator[None]:
+    with torch.random.fork_rng([]):
         torch.manual_seed(seed)
         yield
 
