@@ -248,7 +248,7 @@ class Run:
             raise NonFiniteError(f"step {index}, batch of {files}: {error}") from None
 
     def _dropping(self, seed: int):
-        """Dropout that depends on the step alone; the caller's own random numbers on the CPU go on as if nothing was."""
+        """Dropout that depends on the step alone; the caller's own random numbers go on as if nothing was."""
         if not self.settings.dropout:
             return nullcontext()
         return _seeded(seed)
