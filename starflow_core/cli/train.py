@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
 
-from ..errors import InputError
+from ..errors import InputError, StarflowError
 from ..training.options import settings_of
 from ..training.settings import Settings, example
 from .progress import Meter
@@ -40,4 +42,16 @@ def _train(settings: Settings, dry_run: bool) -> None:
                 log(line)
             return
         progress = meter.preparing if processes.leads else None
-        log(str(training.train(settings, sources, device, processes, log, progress=progress)))
+        with _alone(processes.count):
+            log(str(training.train(settings, sources, device, processes, log, progress=progress)))
+
+
+@contextmanager
+def _alone(count: int) -> Iterator[None]:
+    """Of several processes the one that fails tells why; the others only that they are alone."""
+    try:
+        yield
+    except RuntimeError as error:
+        if count == 1 or not any(word in str(error) for word in ("gloo", "Connection", "NCCL")):
+            raise
+        raise StarflowError("another process has stopped; it says why") from None

@@ -54,6 +54,7 @@ class Loop:
     clip: float = 1.0  # largest norm of the gradient
     log: Callable[[str], None] = lambda line: None
     note: Callable[[int, dict[str, float]], None] = lambda step, figures: None
+    batch_of: Callable[[int], str] = lambda index: ""  # what a step saw, for where its numbers go bad
     asked: Callable[[], bool] = lambda: False  # whether to save and stop, as a signal asks for it
     processes: Processes = field(default_factory=Processes)
 
@@ -83,6 +84,8 @@ class Loop:
         first = states.begin(run)
         if first:
             states.load(first, _tensors(weights, average, optimizer, states.names(first)))
+        if first == total:
+            self.log(f"{name}: all {total} steps are done already")
         pace = _Pace(total - first)
         with states.written(), Stop() as stop:
             for index in range(first, total):
@@ -90,11 +93,13 @@ class Loop:
                 figures = self._advance(name, index, weights, optimizer, step)
                 update_average(average, weights, min(ema, (index + 1) / (index + 10)))
                 done, pace.done = index + 1, index + 1 - first
+                checked: dict[str, float] = {}
                 for check in checks:
                     if done % check.every == 0 or done == total:
                         with averaged(module, weights, average):
-                            figures |= check.act(done)
-                self._tell(f"{name} {done}/{total}", index, figures, pace, done == total)
+                            checked |= check.act(done)
+                shown = checked or done in (1, total) or done % self.log_every == 0
+                self._tell(f"{name} {done}/{total}", done, figures | checked, pace, bool(shown))
                 stopping = self._asked(stop)
                 states.finish_if_written()
                 if done % self.save_every == 0 or done == total or stopping:
@@ -125,9 +130,10 @@ class Loop:
         self.processes.average_gradients(weights.values())
         norm = _number(nn.utils.clip_grad_norm_(weights.values(), self.clip))
         if not (norm < float("inf") and all(value == value for value in figures.values())):
+            batch = f", batch of {found}" if (found := self.batch_of(index)) else ""
             raise NonFiniteError(
-                f"{name}: the loss or its gradient is not finite at step {index} ({_culprit(weights)}); the last state "
-                "is from before. Try dtype fp32, a smaller learning rate, or another seed"
+                f"{name}: the loss or its gradient is not finite at step {index + 1} ({_culprit(weights)}{batch}), of "
+                "which nothing is kept. Try dtype fp32, a smaller learning rate, or another seed"
             )
         optimizer.step()
         return figures | {"gradient": norm}
@@ -141,11 +147,11 @@ class Loop:
                 return
             yield part
 
-    def _tell(self, what: str, index: int, figures: dict[str, float], pace: _Pace, last: bool) -> None:
-        self.note(index + 1, figures | {"seconds a step": pace.seconds})
-        if index % self.log_every == 0 or last:
-            shown = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
-            self.log(f"{what}  {shown}  {pace}")
+    def _tell(self, what: str, done: int, figures: dict[str, float], pace: _Pace, shown: bool) -> None:
+        self.note(done, figures | {"seconds a step": pace.seconds})
+        if shown:
+            text = "  ".join(f"{key} {value:.4g}" for key, value in figures.items())
+            self.log(f"{what}  {text}  {pace}")
 
 
 class _Pace:

@@ -86,6 +86,8 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
     if count == 1:
         yield Processes(), pick_device(device)
         return
+    if "RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
     chosen = _own_device(pick_device(device))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)

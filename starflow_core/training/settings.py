@@ -65,7 +65,7 @@ class Settings:
     rehearsal: float = setting(0.5, "Data", "share of the steps that rehearse, where there is something to", 0, 0.95)
 
     rank: int = setting(16, "LoRA", "rank of the additions", 1, 4096)
-    alpha: float | None = setting(None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 0)
+    alpha: float | None = setting(None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 1e-6)
     dropout: float = setting(0.0, "LoRA", "share of their inputs that is dropped", 0, 0.99)
     blocks: str = setting("deep", "LoRA", "deep: the block that reads text; all; or numbers, as 4,5")
     int8: bool = setting(False, "LoRA", "keep the frozen weights in 8 bit: half the memory of bf16")
@@ -78,7 +78,10 @@ class Settings:
         None, "Optimisation", "samples at once on a device (default: all of its share)", 1
     )
     optimizer: str = setting("adamw", "Optimisation", "which one", choices=("adamw", "muon"))
-    learning_rate: float = setting(1e-3, "Optimisation", "the highest; muon takes ten times that of adamw", 0, 10)
+    learning_rate: float | None = setting(
+        None, "Optimisation", "the highest (default: 1e-3, of weights that were trained before 1e-5; muon ten times)",
+        1e-12, 10,
+    )  # fmt: skip
     weight_decay: float = setting(0.0, "Optimisation", "of adamw", 0, 10)
     warmup: int = setting(50, "Optimisation", "steps in which the rate rises", 0)
     decay: float = setting(0.5, "Optimisation", "share of the steps, the last ones, in which it falls", 0, 1)
@@ -113,6 +116,12 @@ class Settings:
                 f"frames is {self.frames}: clips have 4n + 1 frames, the nearest is {_nearest_length(self.frames)}"
             )
         _ = self.shares, self.folders
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        usual = 1e-3 if self.train in ("lora", "scratch") else 1e-5
+        return self.learning_rate or usual * (10 if self.optimizer == "muon" else 1)
 
     @property
     def result(self) -> Path:

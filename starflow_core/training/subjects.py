@@ -71,7 +71,7 @@ class Denoising:
 
     def __init__(self, flow: Flow):
         flow.requires_grad_(False)
-        flow.learnable_self_denoiser.requires_grad_()
+        flow.learnable_self_denoiser.float().requires_grad_()
         self.module, self.config = flow, flow.config
 
     def losses(self, rows: Rows) -> Losses:
@@ -147,11 +147,14 @@ def blocks_of(settings: Settings) -> str | list[int]:
 
 def write_flow(flow: Flow, path: Path, metadata: dict[str, str], processes: Processes) -> None:
     """A flow's file, also where its weights are spread over processes."""
-    state = {name: whole(value) for name, value in flow.state_dict().items()}
+    state = {}
+    for name, value in flow.state_dict().items():
+        gathered = whole(value)  # by all, but kept by one
+        if processes.leads:
+            state[name] = gathered.cpu()
     if processes.leads:
-        with torch.device("meta"):
-            copy = Flow(flow.config)
-        copy.load_state_dict({name: value.cpu() for name, value in state.items()}, assign=True)
+        copy = Flow(flow.config, device="meta")
+        copy.load_state_dict(state, assign=True)
         save_flow(copy, path, "bf16", metadata)
 
 

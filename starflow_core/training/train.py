@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
@@ -23,7 +24,7 @@ from ..model.text import TextEncoder
 from ..model.vae.codec import VAE
 from ..weights.flow import APPLE_LICENSE, load_flow
 from ..weights.lora import base_metadata
-from ..weights.tensorfiles import DTYPES, TensorFile
+from ..weights.tensorfiles import DTYPES, TensorFile, check_target
 from .data.cache import Cache, identity
 from .data.dataset import Dataset, Plan
 from .data.encoders import Encoders
@@ -64,7 +65,7 @@ def find_sources(settings: Settings) -> Sources:
         def load(dtype: torch.dtype, device: torch.device) -> Flow:
             return Flow(config).to(device)
 
-        return Sources(config, load, encoders.load_vae, encoders.load_text, dict, "")
+        return Sources(config, load, encoders.load_vae, encoders.load_text, dict, _hash_of(config))
     checkpoint = TensorFile.open(settings.model or BUNDLED / FLOW_FILE)
 
     def load(dtype: torch.dtype, device: torch.device) -> Flow:
@@ -75,6 +76,10 @@ def find_sources(settings: Settings) -> Sources:
         return base_metadata(checkpoint) | {"license": license}
 
     return Sources(config, load, encoders.load_vae, encoders.load_text, base, identity(checkpoint.files))
+
+
+def _hash_of(config: FlowConfig) -> str:
+    return hashlib.sha256(json.dumps(config.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def check(settings: Settings, config: FlowConfig) -> None:
@@ -118,6 +123,7 @@ def train(
     """
     config, work = sources.config, Path(settings.work)
     check(settings, config)
+    check_target(settings.result, None, overwrite=True)
     find_items(settings.folders)  # what is wrong with them is said before anything is made
     make_folder(work)
     dtype = dtype_of(settings, device)
@@ -143,10 +149,10 @@ def train(
         if processes.count > 1 and settings.train != "vae":
             shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)
+        products = dtype if whole or settings.train == "denoiser" else torch.float32  # a LoRA's are in its flow's type
         loop = Loop(
-            work / "states", device, dtype if whole else torch.float32, settings.seed, save_every=settings.save_every,
-            log_every=settings.log_every, clip=settings.clip, log=log, asked=asked,
-            processes=processes,
+            work / "states", device, products, settings.seed, save_every=settings.save_every,
+            log_every=settings.log_every, clip=settings.clip, log=log, asked=asked, processes=processes,
         )  # fmt: skip
         checks = [Check(settings.evaluate_every, run.measure)]
         if settings.prompts:
@@ -154,10 +160,11 @@ def train(
             checks.append(Check(settings.sample_every, draw))
         with _watched(work / "logs", processes, log) as note:
             loop.note = lambda step, figures: (note(step, figures), report(step, figures))
+            loop.batch_of = run.batch_of
             optimizer = optimizer_of(subject.module, settings)
             loop.run(
                 settings.train, subject.module, optimizer, run.step, settings.steps, settings.warmup, settings.decay,
-                settings.ema, checks, told=_told(settings, dataset),
+                settings.ema, checks, told=_told(settings, dataset) | {"model": sources.identity},
             )  # fmt: skip
         subject.write(settings.result, _metadata(settings, sources) if processes.leads else {}, processes)
     processes.wait()
@@ -207,6 +214,11 @@ class Run:
             told = {name: (value * piece.weights).sum().item() for name, value in figures.items()}
             yield loss, {"loss": loss.item(), **told}
 
+    def batch_of(self, index: int) -> str:
+        """The files of a step's batch."""
+        seen, number = self._seen(index)
+        return ", ".join(seen.names(seen.plan(number, self.settings.seed, self.settings.batch)))
+
     def _seen(self, index: int) -> tuple[Dataset | Rehearsal, int]:
         """What a step sees, and how many steps have seen it before: rehearsals are spread evenly."""
         if self.rehearsal is None:
@@ -244,11 +256,10 @@ class Run:
         try:
             yield
         except NonFiniteError as error:
-            files = ", ".join(seen.names(plan))
-            raise NonFiniteError(f"step {index}, batch of {files}: {error}") from None
+            raise NonFiniteError(f"step {index + 1}, batch of {', '.join(seen.names(plan))}: {error}") from None
 
     def _dropping(self, seed: int):
-        """Dropout that depends on the step alone; the caller's own random numbers go on as if nothing was."""
+        """Dropout that depends on the step and on who computes what; the caller's random numbers go on as before."""
         if not self.settings.dropout:
             return nullcontext()
         return _seeded(seed)
@@ -274,8 +285,8 @@ def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer
     learned = [weight for weight in module.parameters() if weight.requires_grad]
     if settings.optimizer == "muon":
         starts = [weight for name, weight in module.named_parameters() if name.endswith("sos_embed")]
-        return Muon(learned, settings.learning_rate, 0.2 * settings.learning_rate, vectors=starts)
-    return torch.optim.AdamW(learned, settings.learning_rate, (0.9, 0.99), weight_decay=settings.weight_decay)
+        return Muon(learned, settings.rate, 0.2 * settings.rate, vectors=starts)
+    return torch.optim.AdamW(learned, settings.rate, (0.9, 0.99), weight_decay=settings.weight_decay)
 
 
 # What may differ between a run and the one that goes on from it.

@@ -54,6 +54,14 @@ def watching(folder: Path, log: Callable[[str], None]) -> Iterator[Watch]:
 
 
 def _before(path: Path, first: int) -> list[str]:
-    """The lines of earlier steps that another run has written; a line that was cut off is left out."""
+    """The lines of earlier steps that another run has written."""
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.exists() else []
-    return [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] < first]
+    return [line for line in lines if -1 < _step_of(line) < first]
+
+
+def _step_of(line: str) -> int:
+    """-1 for a line that was cut off or damaged."""
+    try:
+        return int(json.loads(line)["step"]) if line.endswith("\n") else -1
+    except (ValueError, TypeError, KeyError):
+        return -1

@@ -158,7 +158,7 @@ class Reading:
 
 def _encode_windows(dataset: Dataset, load: Callable[[], VAE], rank: int, world: int, progress: Report) -> None:
     """Encode this process's share of the windows that are missing."""
-    readings = _missing(dataset)[rank::world]
+    readings = _missing(dataset, rank, world)
     if not readings:
         return
     vae, done, total = load(), 0, sum(len(reading.spans) for reading in readings)
@@ -172,8 +172,9 @@ def _encode_windows(dataset: Dataset, load: Callable[[], VAE], rank: int, world:
     _give_back()
 
 
-def _missing(dataset: Dataset) -> list[Reading]:
-    """What isn't in the cache, by file and size, in a fixed order."""
+def _missing(dataset: Dataset, rank: int, world: int) -> list[Reading]:
+    """What isn't in the cache of this process's share, by file and size, in a fixed order. All is shared out before it
+    is looked for: what others have written meanwhile must not move the shares."""
     wanted: dict[tuple, Reading] = {}
     for sample in dataset.samples:
         for window, part in dataset.windows(sample).items():
@@ -182,9 +183,10 @@ def _missing(dataset: Dataset) -> list[Reading]:
                 (window.file, window.height, window.width), Reading(path, window.height, window.width)
             )
             reading.spans[window.start, window.frames] = window
-    for reading in wanted.values():
+    mine = list(wanted.values())[rank::world]
+    for reading in mine:
         reading.spans = {span: one for span, one in reading.spans.items() if not dataset.cache.has(one)}
-    return [reading for reading in wanted.values() if reading.spans]
+    return [reading for reading in mine if reading.spans]
 
 
 def _encoded(dataset: Dataset, reading: Reading, vae: VAE) -> Iterator[tuple[Window, Tensor]]:
@@ -216,7 +218,7 @@ def _encode_prompts(
     """Encode this process's share of the prompts that are missing: one by one, so that an embedding depends on its
     prompt alone."""
     notes = {key: dataset.cache.note(key) for key in map(dataset.text, dataset.prompts(extra))}
-    missing = [key for key, note in notes.items() if note is None][rank::world]
+    missing = [key for key in list(notes)[rank::world] if notes[key] is None]
     if missing:
         notes |= _encoded_prompts(dataset, load(), missing, progress)
         _give_back()

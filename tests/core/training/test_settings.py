@@ -76,6 +76,12 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
         read_settings(file, {})
 
 
+def test_rates_suit_what_is_trained():
+    assert (Settings().rate, Settings(train="full").rate) == (1e-3, 1e-5)
+    assert Settings(optimizer="muon").rate == pytest.approx(1e-2)
+    assert Settings(train="full", learning_rate=0.5).rate == 0.5
+
+
 def test_settings_cannot_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         Settings().rank = 3

@@ -14,29 +14,56 @@ from pathlib import Path
 
 import pytest
 
+from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
+from starflow_core.media import write_video
+from starflow_core.weights.lora import LoraFile
+from tests.core import models, tiny
 from tests.core.training import together
 
 ROOT = Path(__file__).parents[3]
 
 
-def losses(count: int, folder: Path, steps: int, **options) -> dict[str, float]:
-    """By step, of a run of several processes, that may go on from another one's state."""
-    folder.mkdir(exist_ok=True)
+def spread(target, count: int, *rest) -> None:
+    """Several processes, which share what they import."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")  # they share what it has imported
+    context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([together.__name__])
-    processes = [
-        context.Process(target=together.started, args=(rank, count, port, folder, steps, options))
-        for rank in range(count)
-    ]
+    processes = [context.Process(target=target, args=(rank, count, port, *rest)) for rank in range(count)]
     for process in processes:
         process.start()
     for process in processes:
         process.join(300)
-        assert process.exitcode == 0
+    assert [process.exitcode for process in processes] == [0] * count
+
+
+def losses(count: int, folder: Path, steps: int, **options) -> dict[str, float]:
+    """By step, of a run of several processes, that may go on from another one's state."""
+    folder.mkdir(exist_ok=True)
+    spread(together.started, count, folder, steps, options)
     return json.loads((folder / "losses.json").read_text())
+
+
+def test_several_processes_prepare_sample_and_write(tmp_path):
+    """From a folder, with nothing in the cache yet; what one has encoded meanwhile doesn't leave a gap."""
+    data = tmp_path / "data"
+    for number in range(9):
+        pixels = models.randn(9, 3, 4, 4, seed=number).repeat_interleave(8, -1).repeat_interleave(8, -2).clamp(-1, 1)
+        write_video(data / f"{number}.mp4", pixels, 16)
+        (data / f"{number}.txt").write_text(f"number {number}")
+    files = {"model": FLOW_FILE, "text_encoder": TEXT_FILE, "vae": VAE_FILE}
+    model = tiny.write_model(tmp_path / "model")
+    options = {name: str(model / file) for name, file in files.items()} | {"batch": 3, "steps": 4, "rank": 2}
+    options |= {"prompts": ("number 3",), "sample_every": 2, "rehearse": ("number 1", "number 2"), "held_out": 0.3}
+    found = {}
+    for count in (2, 1):
+        spread(together.trained, count, tmp_path / str(count), data, options)
+        lines = (tmp_path / str(count) / "logs" / "figures.jsonl").read_text().splitlines()
+        found[count] = [json.loads(line)["loss"] for line in lines]
+        assert len(list((tmp_path / str(count) / "samples").iterdir())) == 2
+        assert LoraFile.open(tmp_path / str(count) / "result.safetensors").ranks
+    assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 
 @pytest.fixture(scope="module")

@@ -211,6 +211,37 @@ def test_what_does_not_fit_is_refused_before_it_is_loaded(folders, tmp_path, mon
         run(settings(folders, tmp_path))
 
 
+@pytest.mark.parametrize("subject", ["lora", "full", "denoiser"])
+def test_what_learns_is_in_float32(folders, tmp_path, subject):
+    """Also where products are in bfloat16, where most of an average's changes would be lost."""
+    chosen = settings(folders, tmp_path, train=subject, dtype="bf16", steps=1)
+    run(chosen)
+    kinds = {entry.properties.dtype for entry in _described(tmp_path).values()}
+    assert kinds == {torch.float32}
+
+
+def _described(folder):
+    from starflow_core.training.states import _Reader
+
+    (state,) = (folder / "states").iterdir()
+    return _Reader(state).read_metadata().state_dict_metadata
+
+
+def test_another_model_does_not_go_on_from_a_state(folders, tmp_path):
+    run(settings(folders, tmp_path / "run"))
+    tiny.write_flow(tmp_path / "other.safetensors", "video", name="another")
+    with pytest.raises(InputError, match="belongs to a run with model "):
+        run(settings(folders, tmp_path / "run", model=str(tmp_path / "other.safetensors")))
+
+
+@pytest.mark.parametrize("name", ["out.bin", "file/out.safetensors"])
+def test_where_nothing_can_be_written_nothing_is_learned(folders, tmp_path, name):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError):
+        run(settings(folders, tmp_path / "run", output=str(tmp_path / name)))
+    assert not (tmp_path / "run").exists()
+
+
 def test_numbers_that_go_bad_are_named(folders, tmp_path, monkeypatch):
     loss = Flow.loss
 
@@ -222,6 +253,6 @@ def test_numbers_that_go_bad_are_named(folders, tmp_path, monkeypatch):
 
     seen = []
     monkeypatch.setattr(Flow, "loss", broken)
-    with pytest.raises(NonFiniteError, match=r"step 4, batch of \d+\.mp4, .*: NaN or infinity in the given latents"):
+    with pytest.raises(NonFiniteError, match=r"step 5, batch of \d+\.mp4, .*: NaN or infinity in the given latents"):
         run(settings(folders, tmp_path))
     assert [path.name for path in sorted((tmp_path / "states").iterdir())] == ["lora-0000002", "lora-0000004"]

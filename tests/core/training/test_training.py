@@ -197,8 +197,8 @@ def test_progress_is_logged(tmp_path):
         "fit", module, Descent(module.parameters()), lambda index, *_: iter([(module.bias.sum(), {"x": index / 8})]), 23
     )
     shown = [line.partition("  ")[0::2] for line in lines]
-    assert [head for head, _ in shown] == ["fit 1/23", "fit 21/23", "fit 23/23"]
-    assert [rest.split("  ")[0] for _, rest in shown] == ["x 0", "x 2.5", "x 2.75"]
+    assert [head for head, _ in shown] == ["fit 1/23", "fit 20/23", "fit 23/23"]
+    assert [rest.split("  ")[0] for _, rest in shown] == ["x 0", "x 2.375", "x 2.75"]
 
 
 def regression(folder, stop_at=None):
@@ -273,7 +273,7 @@ def test_a_loss_that_is_not_finite_stops(tmp_path):
     def step(index, rng, generator):
         yield module.weight.sum() * float("nan"), {}
 
-    with pytest.raises(NonFiniteError, match=r"step 0 \(first in weight\)"):
+    with pytest.raises(NonFiniteError, match=r"step 1 \(first in weight\)"):
         loop.run("fit", module, Muon(module.parameters()), step, 3)
 
 

@@ -78,5 +78,17 @@ def started(rank: int, count: int, port: int, folder: Path, steps: int, options:
     run(folder, steps, **options)
 
 
+def trained(rank: int, count: int, port: int, work: Path, data: Path, options: dict) -> None:
+    """A whole run from a folder, by one process of several."""
+    from starflow_core.training.train import find_sources, train
+
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    torch.set_num_threads(1)
+    settings = Settings(data=(str(data),), work=str(work), **options)
+    with joined("cpu") as (processes, device):
+        train(settings, find_sources(settings), device, processes)
+
+
 if __name__ == "__main__":
     run(Path(sys.argv[1]), int(sys.argv[2]), **json.loads(sys.argv[3]))
