@@ -96,7 +96,7 @@ class Loop:
                 checked: dict[str, float] = {}
                 for check in checks:
                     if done % check.every == 0 or done == total:
-                        with averaged(module, weights, average):
+                        with averaged(module, weights, average), self.autocast():
                             checked |= check.act(done)
                 shown = checked or done in (1, total) or done % self.log_every == 0
                 self._tell(f"{name} {done}/{total}", done, figures | checked, pace, bool(shown))

@@ -93,7 +93,7 @@ FAULTS = [
     ),
     # Encoding
     Fault(
-        PREPARE, "_missing(dataset)[rank::world]", "_missing(dataset)",
+        PREPARE, "list(wanted.values())[rank::world]", "list(wanted.values())",
         "every process encodes everything", f"{TESTS}/test_prepare.py::test_several_processes_share_the_work",
     ),
     Fault(

@@ -101,7 +101,7 @@ FAULTS: list[Fault] = [
         "rows that are taken twice count twice", STATE_TESTS + "test_shares_add_up_to_the_mean_over_the_batch",
     ),
     Fault(
-        LOOP, "with averaged(module, weights, average):",
+        LOOP, "with averaged(module, weights, average), self.autocast():",
         "if True:", "the last weights are measured, not their average",
         GENERAL + "test_checks_see_the_average_and_leave_the_weights",
     ),
@@ -123,7 +123,7 @@ FAULTS: list[Fault] = [
         "numbers that go bad aren't named", RUN_TESTS + "test_numbers_that_go_bad_are_named",
     ),
     Fault(
-        WATCH, '["step"] < first', '["step"] <= first',
+        WATCH, "_step_of(line) < first", "_step_of(line) <= first",
         "figures of a step are there twice", STATE_TESTS + "test_figures_go_on_where_a_state_was",
     ),
     Fault(
