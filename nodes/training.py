@@ -433,11 +433,11 @@ class _Watch:
             return
         self.bar.update(step, self.steps)
         left = (self.steps - step) * figures["seconds a step"]
-        self._say(f"step {step} of {self.steps}, loss {figures['loss']:.3f}, {left:.0f} s left")
+        self._say(f"step {step} of {self.steps}, loss {figures['loss']:.3f}, {left:.0f} s left", step == self.steps)
 
-    def _say(self, line: str) -> None:
+    def _say(self, line: str, last: bool = False) -> None:
         now = time.monotonic()
-        if now - self.said >= SAY_EVERY:
+        if last or now - self.said >= SAY_EVERY:
             self.said = now
             self.bar.say("\n".join(filter(None, [line, self.forecast])))
 
