@@ -19,6 +19,7 @@ from .data.buckets import Bucket
 from .data.cache import Cache
 from .data.prepare import find
 from .settings import Settings
+from .subjects import blocks_of
 
 # Hidden states of a layer that are alive at once, counted on tensors without memory (`benchmarks/training.py`).
 IN_BACKWARD = 26  # while a layer's gradient is computed
@@ -69,8 +70,6 @@ def require(need: Need, device: torch.device, bucket: Bucket) -> None:
 
 def learned_count(config: FlowConfig, settings: Settings) -> int:
     """How many numbers learn."""
-    from .subjects import blocks_of
-
     shapes = expected_shapes(config)
     if settings.train == "lora":
         names = linear_names(Flow(config, device="meta"), blocks_of(settings))
@@ -99,8 +98,6 @@ def _activations(config: FlowConfig, settings: Settings, dtype: torch.dtype, buc
 
 def _through(config: FlowConfig, settings: Settings) -> list[int]:
     """The blocks that a gradient passes: those that learn, and all that come after them."""
-    from .subjects import blocks_of
-
     count = len(config.layers)
     if settings.train != "lora":
         return list(range(count))

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..errors import InputError, NonFiniteError
 from .optimiser import set_rates
-from .processes import Processes, is_sharded
+from .processes import Processes, is_sharded, whole
 from .states import States
 
 LEAST_RATE = 0.02  # share of the learning rate that is left at the end
@@ -128,7 +128,7 @@ class Loop:
                 figures[key] = figures.get(key, 0.0) + (value if finite else float("nan"))
         figures = self.processes.mean(figures)
         self.processes.average_gradients(weights.values())
-        norm = _number(nn.utils.clip_grad_norm_(weights.values(), self.clip))
+        norm = whole(nn.utils.clip_grad_norm_(weights.values(), self.clip)).item()
         if not (norm < float("inf") and all(value == value for value in figures.values())):
             batch = f", batch of {found}" if (found := self.batch_of(index)) else ""
             raise NonFiniteError(
@@ -260,10 +260,6 @@ def _make_state(optimizer, weights: dict[str, nn.Parameter], key: str, part: str
         raise InputError(f"the state has {key}, which isn't trained now; use another folder")
     weight = weights[key].detach()
     optimizer.state[weights[key]][part] = torch.zeros_like(weight) if size == weight.shape else torch.zeros(size)
-
-
-def _number(norm: Tensor) -> float:
-    return (norm.full_tensor() if is_sharded(norm) else norm).item()
 
 
 def _culprit(weights: dict[str, nn.Parameter]) -> str:

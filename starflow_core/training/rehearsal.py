@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -63,7 +63,9 @@ class Rehearsal:
     def __init__(self, settings: Settings, dataset: Dataset, flow: str):
         self.settings, self.dataset, self.flow = settings, dataset, flow
         self.config = dataset.practice.config
-        self.prompts = {bucket: self._prompts(bucket) for bucket in dataset.buckets}
+        self.jobs = {bucket: self._job(bucket) for bucket in dataset.buckets}
+        captions = [*settings.rehearse, ""]  # the empty one last
+        self.prompts = {bucket: wrapped(self.config, captions, job) for bucket, job in self.jobs.items()}
 
     @property
     def texts(self) -> list[str]:
@@ -110,16 +112,11 @@ class Rehearsal:
     def names(self, plan: Plan) -> list[str]:
         return [f"rehearsed: {self.settings.rehearse[pick]}" for pick in plan.picks]
 
-    def _job(self, bucket: Bucket, **chosen) -> Job:
-        size = {"height": bucket.height, "width": bucket.width, "frames": bucket.frames}
-        return own_job(self.config, self.settings, **size, **chosen)
-
-    def _prompts(self, bucket: Bucket) -> list[str]:
-        """All captions as the model reads them, and the empty one."""
-        return wrapped(self.config, [*self.settings.rehearse, ""], self._job(bucket))
+    def _job(self, bucket: Bucket) -> Job:
+        return own_job(self.config, self.settings, height=bucket.height, width=bucket.width, frames=bucket.frames)
 
     def _key(self, bucket: Bucket, number: int) -> Drawn:
-        job = self._job(bucket)
+        job = self.jobs[bucket]
         return Drawn(
             self.flow, self.prompts[bucket][number], self.settings.seed + number, job.height, job.width, job.frames,
             repr(float(job.fps)), float(job.guidance),
@@ -128,7 +125,7 @@ class Rehearsal:
     def _drawn(self, flow: Flow, bucket: Bucket, numbers: range, device: torch.device) -> Tensor:
         """Clean latents (n, C, T, h, w) in VAE space; the seeds of a batch count up."""
         embedding, prompts = self.dataset.embedding, self.prompts[bucket]
-        job = self._job(bucket, seed=self.settings.seed + numbers[0], batch=len(numbers))
+        job = replace(self.jobs[bucket], seed=self.settings.seed + numbers[0], batch=len(numbers))
         text = torch.stack([embedding(prompts[number]) for number in numbers]).to(device)
         uncond = embedding(prompts[-1])[None].to(device) if job.guidance else None
         with torch.no_grad():

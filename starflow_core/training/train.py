@@ -7,7 +7,7 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -59,7 +59,7 @@ def find_sources(settings: Settings) -> Sources:
     """The files that the settings name, or the bundled demo's. Raises InputError for what doesn't go together, and
     CheckpointError for damaged files."""
     encoders = Encoders.find(settings)
-    config = encoders.config if settings.noise is None else replace(encoders.config, noise_std=settings.noise)
+    config = encoders.config
     if settings.train == "scratch":
 
         def load(dtype: torch.dtype, device: torch.device) -> Flow:
