@@ -9,7 +9,7 @@ import re
 from fractions import Fraction
 
 from ..jobs import CACHES, HOLDS, OFFLOADS
-from ..training.options import NearestNameParser, add_settings
+from ..training.options import NearestNameParser, add_settings, whole
 from ..weights import WEIGHT_TYPES
 
 INT8_HELP = "int8: the large weights in 8 bit"
@@ -393,12 +393,6 @@ def _add_memory(group) -> None:
 
 def _add_json(command: argparse.ArgumentParser, text: str = "print JSON") -> None:
     command.add_argument("--json", action="store_true", help=text)
-
-
-def whole(text: str) -> int:
-    if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):
-        raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 20 digits")
-    return int(text)
 
 
 def _positive(text: str) -> int:

@@ -56,7 +56,7 @@ def _options(field: dataclasses.Field) -> dict:
         return {**told, "choices": choices}
     if kind is tuple:
         return {**told, "nargs": "+", "metavar": "TEXT"}
-    parse = {int: _whole, float: _number, str: str}[kind]
+    parse = {int: whole, float: _number, str: str}[kind]
     return {**told, "type": parse, "metavar": {int: "N", float: "X", str: "TEXT"}[kind]}
 
 
@@ -71,7 +71,7 @@ def _help(field: dataclasses.Field) -> str:
     return text.replace("%", "%%")
 
 
-def _whole(text: str) -> int:
+def whole(text: str) -> int:
     if not re.fullmatch(r"[+-]?[0-9]{1,20}", text):  # longer ones overflow where they are compared
         raise argparse.ArgumentTypeError(f"{text[:40]!r} is not a whole number of at most 20 digits")
     return int(text)
