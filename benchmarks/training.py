@@ -31,7 +31,7 @@ from starflow_core.model.lora import adapt
 from starflow_core.training.data.buckets import Bucket
 from starflow_core.training.forecast import forecast
 from starflow_core.training.settings import Settings
-from starflow_core.training.subjects import blocks_of, subject_of
+from starflow_core.training.subjects import subject_of
 from starflow_core.weights.flow import QUANTISED, load_flow
 
 ROWS, ROUNDS = 4, 3
@@ -155,7 +155,7 @@ def _outline(config: FlowConfig, settings: Settings) -> Flow:
     flow = Flow(config, dtype=torch.bfloat16, device="meta")
     for name in [name for name, _ in flow.named_parameters() if settings.int8 and QUANTISED.fullmatch(name)]:
         replace_linear(flow, name.removesuffix(".weight"))
-    adapt(flow, settings.rank, settings.rank, blocks=blocks_of(settings))
+    adapt(flow, settings.rank, settings.rank, blocks=settings.blocks)
     for block in flow.blocks:
         block.recompute = settings.recompute
     return flow

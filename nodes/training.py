@@ -7,6 +7,7 @@ import gc
 import hashlib
 import json
 import shutil
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
@@ -240,11 +241,10 @@ def _wrong_name(name: str) -> str | None:
 
 
 def _wrong_blocks(blocks: str) -> str | None:
-    from ..starflow_core.training.settings import Settings
-    from ..starflow_core.training.subjects import blocks_of
+    from ..starflow_core.model.lora import block_indices
 
     try:
-        blocks_of(Settings(blocks=blocks))
+        block_indices(blocks, sys.maxsize)  # which there are is known with the model
     except InputError as error:
         return str(error)
     return None
@@ -351,13 +351,12 @@ def _trained(settings: Settings, root: Path, bar: host.NodeProgress) -> tuple[Pa
         sources = training.find_sources(settings)
         training.check(settings, sources.config)
         base_hash(TensorFile.open(settings.model), bar.bytes)  # which takes a while once, and can be cancelled here
-        settings = replace(settings, work=str(root / f"run-{_key(settings)}"))
+        settings = replace(settings, work=str(root / f"run-{_key(settings)}"), data_cache=str(root / "cache"))
         host.unload()
-        settings = _fitted(settings, sources, device, root, watch)
+        settings = _fitted(settings, sources, device, watch)
         try:
             result = training.train(
-                settings, sources, device, Processes(), host.log.info, watch.step, watch.preparing, host.interrupted,
-                root / "cache",
+                settings, sources, device, Processes(), host.log.info, watch.step, watch.preparing, host.interrupted
             )  # fmt: skip
         except KeyboardInterrupt:  # how a run stops that was asked to
             host.check_interrupted()
@@ -375,13 +374,13 @@ def _key(settings: Settings) -> str:
     return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def _fitted(settings: Settings, sources: Sources, device: torch.device, root: Path, watch: _Watch) -> Settings:
+def _fitted(settings: Settings, sources: Sources, device: torch.device, watch: _Watch) -> Settings:
     """The fastest way to take a step that fits; says what it takes. Raises OutOfMemoryForecast where none does."""
     from ..starflow_core.errors import OutOfMemoryForecast
     from ..starflow_core.training.data.cache import Cache
     from ..starflow_core.training.data.prepare import find
 
-    dataset = find(settings, sources.config, Cache(root / "cache"), progress=watch.preparing)
+    dataset = find(settings, sources.config, Cache(settings.cached), progress=watch.preparing)
     *ways, last = _ways(settings)
     for way in ways:
         try:

@@ -23,7 +23,7 @@ def prepare(args: Namespace) -> None:
     if args.preview:
         _check_preview(args.preview)
     device, encoders = pick_device(settings.device), Encoders.find(settings)
-    cache = Cache(Path(settings.work) / "cache")
+    cache = Cache(settings.cached)
     load_vae, load_text = partial(encoders.load_vae, device), partial(encoders.load_text, device)
     with Meter() as meter:
         dataset = data.prepare(

@@ -106,14 +106,14 @@ def added(out: Tensor, inputs: Tensor, adapters: Iterable[Lora]) -> Tensor:
 
 
 def linear_names(flow: Flow, blocks: str | Iterable[int] = DEEP) -> list[str]:
-    """Names of the linear layers that can be adapted in the "deep" block, in "all", or in blocks of these indices.
+    """Names of the linear layers that can be adapted in `blocks`, as `block_indices` reads them.
 
     Raises InputError for a block that the flow lacks.
     """
     layers = flow.config.layers
     return [
         f"blocks.{block}.attn_blocks.{layer}.{part}"
-        for block in _indices(blocks, len(layers))
+        for block in block_indices(blocks, len(layers))
         for layer in range(layers[block])
         for part in LINEAR
     ]
@@ -189,11 +189,14 @@ def merged(weight: Tensor, adapters: Iterable[Lora]) -> Tensor:
     return total
 
 
-def _indices(blocks: str | Iterable[int], count: int) -> list[int]:
-    if isinstance(blocks, str) and blocks not in (DEEP, ALL):
-        raise InputError(f"blocks {blocks!r}; give {DEEP!r}, {ALL!r}, or the blocks' numbers")
-    wanted = {DEEP: [count - 1], ALL: range(count)}[blocks] if isinstance(blocks, str) else blocks
-    wanted = list(dict.fromkeys(wanted))
+def block_indices(blocks: str | Iterable[int], count: int) -> list[int]:
+    """Which of a flow's `count` blocks are meant by "deep", "all", "4,5", or these numbers. Raises InputError for
+    anything else."""
+    try:
+        named = {DEEP: [count - 1], ALL: range(count)}.get(blocks) if isinstance(blocks, str) else blocks
+        wanted = list(dict.fromkeys(map(int, blocks.split(",")) if named is None else named))
+    except ValueError:
+        raise InputError(f"blocks is {blocks!r}: expected {DEEP}, {ALL}, or numbers such as 4,5") from None
     for block in wanted:
         if block not in range(count):
             raise InputError(f"there is no block {block}; this flow has the blocks 0 to {count - 1}, the last is deep")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
@@ -13,13 +12,12 @@ from ..errors import OutOfMemoryForecast
 from ..jobs import memory
 from ..model.config import FlowConfig
 from ..model.flow import SHALLOW_TOKENS, Flow
-from ..model.lora import linear_names
+from ..model.lora import block_indices, linear_names
 from ..weights.flow import expected_shapes, weight_bytes
 from .data.buckets import Bucket
 from .data.cache import Cache
 from .data.prepare import find
 from .settings import Settings
-from .subjects import blocks_of
 
 # Hidden states of a layer that are alive at once, counted on tensors without memory (`benchmarks/training.py`).
 IN_BACKWARD = 26  # while a layer's gradient is computed
@@ -72,7 +70,7 @@ def learned_count(config: FlowConfig, settings: Settings) -> int:
     """How many numbers learn."""
     shapes = expected_shapes(config)
     if settings.train == "lora":
-        names = linear_names(Flow(config, device="meta"), blocks_of(settings))
+        names = linear_names(Flow(config, device="meta"), settings.blocks)
         return settings.rank * sum(sum(shapes[f"{name}.weight"]) for name in names)
     denoiser = {name: "learnable_self_denoiser" in name for name in shapes}
     return sum(math.prod(shape) for name, shape in shapes.items() if denoiser[name] == (settings.train == "denoiser"))
@@ -101,14 +99,12 @@ def _through(config: FlowConfig, settings: Settings) -> list[int]:
     count = len(config.layers)
     if settings.train != "lora":
         return list(range(count))
-    blocks = blocks_of(settings)
-    first = {"deep": count - 1, "all": 0}[blocks] if isinstance(blocks, str) else min(blocks)
-    return list(range(first, count))
+    return list(range(min(block_indices(settings.blocks, count)), count))
 
 
 def forecasts(settings: Settings, config: FlowConfig, dtype: torch.dtype, processes: int) -> Iterator[str]:
     """A line for each size of the settings' data. Nothing is encoded or loaded."""
-    dataset = find(settings, config, Cache(Path(settings.work) / "cache"))
+    dataset = find(settings, config, Cache(settings.cached))
     yield from dataset.report()
     yield f"learning: {learned_count(config, settings) / 1e6:.2f} million numbers"
     for bucket in dataset.buckets:

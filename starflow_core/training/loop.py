@@ -7,6 +7,7 @@ import random
 import signal
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +23,7 @@ from .processes import Processes, is_sharded, whole
 from .states import States
 
 LEAST_RATE = 0.02  # share of the learning rate that is left at the end
+RECENT = 50  # steps whose mean tells how fast it goes
 
 # (index, rng, generator) -> this process's parts of the loss, whose sum is its share of the step's, and figures that
 # add up in the same way. Draws are the whole batch's, so that they don't depend on the number of processes.
@@ -73,27 +75,29 @@ class Loop:
         exponential average of its weights.
 
         What `step` draws may depend on (seed, index) alone, so that a resumed run sees what an unbroken one sees. A
-        state says what was `told`; one of a run that was told otherwise is refused. SIGTERM and Ctrl-C save and stop;
-        a second one stops at once.
+        state says what was `told`; one of a run that was told otherwise is refused, but for the number of steps.
+        SIGTERM and Ctrl-C save and stop; a second one stops at once.
         """
         module.to(self.device).train()
         weights = {key: value for key, value in module.named_parameters() if value.requires_grad}
         average = {key: value.detach().clone() for key, value in weights.items()}
-        run = json.loads(json.dumps({"steps": total, "seed": self.seed, "dtype": str(self.dtype), **(told or {})}))
+        run = {"seed": self.seed, "scale": self.scale, "dtype": str(self.dtype), **(told or {})}
         states = States(self.folder, name, self.processes)
-        first = states.begin(run)
+        first = states.begin(json.loads(json.dumps(run)))
+        if first > total:
+            raise InputError(f"{self.folder} has step {first} of {name} already; give as many steps, or another folder")
         if first:
             states.load(first, _tensors(weights, average, optimizer, states.names(first)))
-        if first == total:
-            self.log(f"{name}: all {total} steps are done already")
+            self.log(f"{name}: goes on after step {first} of {total}")
         pace = _Pace(total - first)
         with states.written(), Stop() as stop:
             for index in range(first, total):
                 set_rates(optimizer, schedule(index, total, warmup, fall))
                 figures = self._advance(name, index, weights, optimizer, step)
                 update_average(average, weights, min(ema, (index + 1) / (index + 10)))
-                done, pace.done = index + 1, index + 1 - first
-                checked: dict[str, float] = {}
+                done = index + 1
+                pace.step()
+                checked = {}
                 for check in checks:
                     if done % check.every == 0 or done == total:
                         with averaged(module, weights, average), self.autocast():
@@ -136,7 +140,7 @@ class Loop:
                 "which nothing is kept. Try dtype fp32, a smaller learning rate, or another seed"
             )
         optimizer.step()
-        return figures | {"gradient": norm}
+        return figures | {"gradient": norm, "learning rate": optimizer.param_groups[0]["lr"]}
 
     def _parts(self, parts: Iterator) -> Iterator[tuple[Tensor, dict[str, float]]]:
         """Each computed under autocast, and given out of it."""
@@ -155,17 +159,22 @@ class Loop:
 
 
 class _Pace:
-    """How long steps take, and all that are left."""
+    """How long the last steps took, and how long all that are left will, checks and states between them included."""
 
     def __init__(self, total: int):
-        self.total, self.done, self.began = total, 0, time.monotonic()
+        self.left = total
+        self.ends = deque([time.monotonic()], RECENT + 1)
+
+    def step(self) -> None:
+        self.left -= 1
+        self.ends.append(time.monotonic())
 
     @property
     def seconds(self) -> float:
-        return (time.monotonic() - self.began) / max(self.done, 1)
+        return (self.ends[-1] - self.ends[0]) / max(len(self.ends) - 1, 1)
 
     def __str__(self) -> str:
-        minutes = (self.total - self.done) * self.seconds / 60
+        minutes = self.left * self.seconds / 60
         return f"{self.seconds:.2f} s/step" + (f", {minutes:.1f} min left" if minutes else "")
 
 

@@ -21,9 +21,12 @@ LARGEST = (1 << 63) - 1  # whole number
 TASKS = ("text", "first_frame", "extend", "last_frame", "edit")
 
 
-def setting(default: Any, group: str, text: str, least: float | None = None, most: float | None = None, choices=()):
-    """A field with its group, its help, and what it may be; `least` and `most` may be reached."""
-    told = {"group": group, "help": text, "least": least, "most": most, "choices": tuple(choices)}
+def setting(
+    default: Any, group: str, text: str, least: float | None = None, most: float | None = None, choices=(), only=(),
+):  # fmt: skip
+    """A field with its group, its help, and what it may be; `least` and `most` may be reached. It says something of
+    what is trained `only` as these, where they are given."""
+    told = {"group": group, "help": text, "least": least, "most": most, "choices": tuple(choices), "only": only}
     return dataclasses.field(default=default, metadata=told)
 
 
@@ -41,9 +44,14 @@ class Settings:
     text_encoder: str | None = setting(None, "What is trained", "the text encoder that goes with it")
     tokenizer: str | None = setting(None, "What is trained", "folder of its tokenizer (default: the encoder's own)")
     vae: str | None = setting(None, "What is trained", "the VAE that goes with it")
-    config: str | None = setting(None, "What is trained", "for scratch: a JSON file with the new flow's configuration")
-    work: str = setting("runs/lora", "What is trained", "folder for cached latents, states to resume from, and logs")
-    output: str | None = setting(None, "What is trained", "the finished file (default: WORK/result.safetensors)")
+    config: str | None = setting(
+        None, "What is trained", "for scratch: a JSON file with the new flow's configuration", only=("scratch",)
+    )
+    work: str = setting("runs/lora", "What is trained", "folder for states to resume from, logs and samples")
+    output: str | None = setting(None, "What is trained", "the finished file (default: WORK/TRAIN.safetensors)")
+    data_cache: str | None = setting(
+        None, "What is trained", "folder of encoded data, which runs can share (default: WORK/cache)"
+    )
 
     data: tuple[str, ...] = setting(
         (), "Data", "folders of pictures or clips with captions; FOLDER:3 shows what is in it three times as often"
@@ -64,11 +72,13 @@ class Settings:
     )
     rehearsal: float = setting(0.5, "Data", "share of the steps that rehearse, where there is something to", 0, 0.95)
 
-    rank: int = setting(16, "LoRA", "rank of the additions", 1, 4096)
-    alpha: float | None = setting(None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 1e-6)
-    dropout: float = setting(0.0, "LoRA", "share of their inputs that is dropped", 0, 0.99)
-    blocks: str = setting("deep", "LoRA", "deep: the block that reads text; all; or numbers, as 4,5")
-    int8: bool = setting(False, "LoRA", "keep the frozen weights in 8 bit: half the memory of bf16")
+    rank: int = setting(16, "LoRA", "rank of the additions", 1, 4096, only=("lora",))
+    alpha: float | None = setting(
+        None, "LoRA", "they are scaled by alpha / rank (default: the rank)", 1e-6, only=("lora",)
+    )
+    dropout: float = setting(0.0, "LoRA", "share of their inputs that is dropped", 0, 0.99, only=("lora",))
+    blocks: str = setting("deep", "LoRA", "deep: the block that reads text; all; or numbers, as 4,5", only=("lora",))
+    int8: bool = setting(False, "LoRA", "keep the frozen weights in 8 bit: half the memory of bf16", only=("lora",))
     trigger_words: str = setting("", "LoRA", "words that call up what it has learned, for its users")
     license: str = setting("", "LoRA", "the licence of what is trained, beside the model's own")
 
@@ -115,7 +125,17 @@ class Settings:
             raise InputError(
                 f"frames is {self.frames}: clips have 4n + 1 frames, the nearest is {_nearest_length(self.frames)}"
             )
+        self._check_use()
         _ = self.shares, self.folders
+
+    def _check_use(self) -> None:
+        """Raise InputError for what was set, but has no part in what is trained."""
+        for field in dataclasses.fields(self):
+            only = field.metadata["only"]
+            if only and self.train not in only and getattr(self, field.name) != field.default:
+                raise InputError(f"{field.name} is for train = {' or '.join(only)}, not {self.train}; leave it out")
+        if self.weight_decay and self.optimizer != "adamw":
+            raise InputError(f"weight_decay is for optimizer = adamw, not {self.optimizer}; leave it out")
 
     @property
     def rate(self) -> float:
@@ -126,7 +146,12 @@ class Settings:
     @property
     def result(self) -> Path:
         """Where the finished file goes."""
-        return Path(self.output or Path(self.work) / "result.safetensors")
+        return Path(self.output or Path(self.work) / f"{self.train}.safetensors")
+
+    @property
+    def cached(self) -> Path:
+        """The folder of encoded data."""
+        return Path(self.data_cache or Path(self.work) / "cache")
 
     @property
     def shares(self) -> dict[str, float]:

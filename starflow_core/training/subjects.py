@@ -125,7 +125,7 @@ def subject_of(flow: Flow, settings: Settings) -> Likelihood | Denoising:
     if settings.train == "lora":
         generator = torch.Generator().manual_seed(settings.seed)
         alpha = settings.alpha if settings.alpha is not None else float(settings.rank)
-        return Likelihood(flow, adapt(flow, settings.rank, alpha, settings.dropout, blocks_of(settings), generator))
+        return Likelihood(flow, adapt(flow, settings.rank, alpha, settings.dropout, settings.blocks, generator))
     if settings.train == "scratch":
         torch.manual_seed(settings.seed)
         with_fresh_weights(flow)
@@ -133,16 +133,6 @@ def subject_of(flow: Flow, settings: Settings) -> Likelihood | Denoising:
     if flow.config.denoiser:
         flow.learnable_self_denoiser.requires_grad_(False)
     return Likelihood(flow)
-
-
-def blocks_of(settings: Settings) -> str | list[int]:
-    """ "deep", "all", or numbers. Raises InputError for anything else."""
-    if settings.blocks in ("deep", "all"):
-        return settings.blocks
-    try:
-        return [int(part) for part in settings.blocks.split(",")]
-    except ValueError:
-        raise InputError(f"blocks is {settings.blocks!r}: expected deep, all, or numbers such as 4,5") from None
 
 
 def write_flow(flow: Flow, path: Path, metadata: dict[str, str], processes: Processes) -> None:

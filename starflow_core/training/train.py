@@ -19,6 +19,7 @@ from ..control import Progress
 from ..errors import InputError, NonFiniteError
 from ..model.config import FlowConfig
 from ..model.flow import Flow
+from ..model.lora import block_indices
 from ..model.placement import default_dtype
 from ..model.text import TextEncoder
 from ..model.vae.codec import VAE
@@ -29,7 +30,7 @@ from .data.cache import Cache, identity
 from .data.dataset import Dataset, Plan
 from .data.encoders import Encoders
 from .data.folders import find_items
-from .data.prepare import prepare
+from .data.prepare import check_tasks, prepare
 from .files import make_folder
 from .forecast import forecast, require
 from .loop import Check, Loop
@@ -38,7 +39,7 @@ from .processes import Processes, shard
 from .rehearsal import Rehearsal
 from .settings import Settings
 from .sheets import Sheets
-from .subjects import Decoding, Rows, blocks_of, subject_of
+from .subjects import Decoding, Rows, subject_of
 from .watch import watching
 
 
@@ -84,6 +85,7 @@ def _hash_of(config: FlowConfig) -> str:
 
 def check(settings: Settings, config: FlowConfig) -> None:
     """Raise InputError for settings that this model can't be trained with."""
+    check_tasks(settings, config)
     if settings.train == "denoiser" and config.denoiser is None:
         raise InputError(f"{config.name} has no learned denoiser to train; train lora or full")
     if settings.train == "vae" and (config.kind != "image" or settings.rehearse or settings.prompts):
@@ -93,14 +95,8 @@ def check(settings: Settings, config: FlowConfig) -> None:
         )
     if settings.rehearse and settings.train == "scratch":
         raise InputError("rehearse: a new flow knows nothing that it could draw; leave it out")
-    if settings.int8 and settings.train != "lora":
-        raise InputError(f"int8 is for a LoRA's frozen weights; {settings.train} trains the weights themselves")
-    for task in settings.shares:
-        if task not in config.tasks and config.kind == "image" and task != "text":
-            raise InputError(f"tasks: {config.name} makes pictures, which have no {task}; use text:1")
-    blocks = blocks_of(settings)
-    if settings.train == "lora" and not isinstance(blocks, str) and not set(blocks) <= set(range(len(config.layers))):
-        raise InputError(f"blocks is {settings.blocks}: {config.name} has the blocks 0 to {len(config.layers) - 1}")
+    if settings.train == "lora":
+        block_indices(settings.blocks, len(config.layers))
 
 
 def train(
@@ -112,63 +108,80 @@ def train(
     report: Callable[[int, dict[str, float]], None] = lambda step, figures: None,
     progress: Callable[[Progress], None] | None = None,
     asked: Callable[[], bool] = lambda: False,
-    cache: Path | None = None,
 ) -> Path:
     """Train, or go on where a run with the same settings and folder has stopped; returns the finished file.
 
     `report` is told the figures of each step, `progress` how far the data are; both may raise to stop. `asked` is asked
-    after each step: if it says so, the step is saved and KeyboardInterrupt raised. `cache` is a folder of encoded data
-    that runs share, otherwise the run has its own. Raises InputError for data and settings that can't be used,
-    OutOfMemoryForecast where a step can't fit, NonFiniteError where numbers go bad.
+    after each step: if it says so, the step is saved and KeyboardInterrupt raised. Raises InputError for data and
+    settings that can't be used, OutOfMemoryForecast where a step can't fit, NonFiniteError where numbers go bad.
     """
-    config, work = sources.config, Path(settings.work)
-    check(settings, config)
+    check(settings, sources.config)
     check_target(settings.result, None, overwrite=True)
     find_items(settings.folders)  # what is wrong with them is said before anything is made
-    make_folder(work)
-    dtype = dtype_of(settings, device)
-    cache = Cache(cache or work / "cache")
-    sheets = Sheets(settings, config, work / "samples")
-    dataset = prepare(
-        settings, config, partial(sources.load_vae, device), partial(sources.load_text, device), cache,
-        rank=processes.rank, world=processes.count, progress=progress,
-        extra=partial(texts_beside, settings),
-    )  # fmt: skip
-    processes.wait()
+    make_folder(Path(settings.work))
+    dataset = _prepared(settings, sources, device, processes, progress)
     for line in dataset.report():
         log(line)
+    dtype = dtype_of(settings, device)
     for bucket in dataset.buckets if settings.train != "vae" else ():
-        require(forecast(config, settings, dtype, bucket, processes.count), device, bucket)
+        require(forecast(sources.config, settings, dtype, bucket, processes.count), device, bucket)
     rehearsal = Rehearsal(settings, dataset, sources.identity) if settings.rehearse else None
-    whole = settings.train in ("full", "scratch", "vae")  # what learns is all that is there, in float32
     with torch.inference_mode(False), torch.enable_grad():
-        subject = _subject(settings, sources, torch.float32 if whole else dtype, device)
+        subject = _subject(settings, sources, dtype, device)
         if rehearsal:
             rehearsal.draw(subject.module, device, processes, progress)
             processes.wait()
         if processes.count > 1 and settings.train != "vae":
             shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)
-        products = dtype if whole or settings.train == "denoiser" else torch.float32  # a LoRA's are in its flow's type
-        loop = Loop(
-            work / "states", device, products, settings.seed, save_every=settings.save_every,
-            log_every=settings.log_every, clip=settings.clip, log=log, asked=asked, processes=processes,
-        )  # fmt: skip
-        checks = [Check(settings.evaluate_every, run.measure)]
-        if settings.prompts:
-            draw = partial(sheets.draw, subject.module, dataset, sources, device, processes)
-            checks.append(Check(settings.sample_every, draw))
-        with _watched(work / "logs", processes, log) as note:
-            loop.note = lambda step, figures: (note(step, figures), report(step, figures))
-            loop.batch_of = run.batch_of
-            optimizer = optimizer_of(subject.module, settings)
-            loop.run(
-                settings.train, subject.module, optimizer, run.step, settings.steps, settings.warmup, settings.decay,
-                settings.ema, checks, told=_told(settings, dataset) | {"model": sources.identity},
-            )  # fmt: skip
+        _learn(run, sources, dtype, log, report, asked)
         subject.write(settings.result, _metadata(settings, sources) if processes.leads else {}, processes)
     processes.wait()
     return settings.result
+
+
+def _prepared(
+    settings: Settings, sources: Sources, device: torch.device, processes: Processes, progress
+) -> Dataset:  # fmt: skip
+    """The data set; of several processes each has encoded its part when all come back."""
+    dataset = prepare(
+        settings, sources.config, partial(sources.load_vae, device), partial(sources.load_text, device),
+        Cache(settings.cached), rank=processes.rank, world=processes.count, progress=progress,
+        extra=partial(texts_beside, settings),
+    )  # fmt: skip
+    processes.wait()
+    return dataset
+
+
+def _learn(
+    run: Run, sources: Sources, dtype: torch.dtype, log: Callable[[str], None],
+    report: Callable[[int, dict[str, float]], None], asked: Callable[[], bool],
+) -> None:  # fmt: skip
+    """All steps that are still to do, watched and measured."""
+    settings, subject, work = run.settings, run.subject, Path(run.settings.work)
+    frozen = settings.train == "lora"  # a LoRA's products are in its flow's type
+    checks = [Check(settings.evaluate_every, run.measure)]
+    if settings.prompts:
+        sheets = Sheets(settings, sources.config, work / "samples")
+        draw = partial(sheets.draw, subject.module, run.dataset, sources, run.device, run.processes)
+        checks.append(Check(settings.sample_every, draw))
+    with _watched(work / "logs", run.processes, log) as watch:
+
+        def note(step: int, figures: dict[str, float]) -> None:
+            figures |= {"tokens a second": run.tokens(step - 1) / figures["seconds a step"]}
+            watch(step, figures)
+            report(step, figures)
+
+        loop = Loop(
+            work / "states", run.device, torch.float32 if frozen else dtype, settings.seed,
+            save_every=settings.save_every, log_every=settings.log_every, clip=settings.clip, log=log, note=note,
+            batch_of=run.batch_of, asked=asked, processes=run.processes,
+        )  # fmt: skip
+        loop.run(
+            settings.train, subject.module, optimizer_of(subject.module, settings), run.step, settings.steps,
+            settings.warmup, settings.decay, settings.ema, checks,
+            told=_told(settings, run.dataset) | {"model": sources.identity},
+        )  # fmt: skip
 
 
 def texts_beside(settings: Settings, dataset: Dataset) -> list[str]:
@@ -180,7 +193,8 @@ def texts_beside(settings: Settings, dataset: Dataset) -> list[str]:
 def _subject(settings: Settings, sources: Sources, dtype: torch.dtype, device: torch.device):
     if settings.train == "vae":
         return Decoding(sources.load_vae(device), sources.config)
-    flow = sources.load_flow(dtype, device)
+    whole = settings.train in ("full", "scratch")  # what learns is all that is there, in float32
+    flow = sources.load_flow(torch.float32 if whole else dtype, device)
     subject = subject_of(flow, settings)
     for block in flow.blocks:
         block.recompute = settings.recompute
@@ -218,6 +232,13 @@ class Run:
         """The files of a step's batch."""
         seen, number = self._seen(index)
         return ", ".join(seen.names(seen.plan(number, self.settings.seed, self.settings.batch)))
+
+    def tokens(self, index: int) -> int:
+        """Tokens of a step's clips, on all processes together."""
+        seen, number = self._seen(index)
+        bucket, config = seen.plan(number, self.settings.seed, self.settings.batch).bucket, self.subject.config
+        cells = (bucket.height // config.cell) * (bucket.width // config.cell)
+        return self.settings.batch * config.latent.latent_frames(bucket.frames) * cells
 
     def _seen(self, index: int) -> tuple[Dataset | Rehearsal, int]:
         """What a step sees, and how many steps have seen it before: rehearsals are spread evenly."""
@@ -292,13 +313,13 @@ def optimizer_of(module: nn.Module, settings: Settings) -> torch.optim.Optimizer
 # What may differ between a run and the one that goes on from it.
 FREE = (
     "work", "output", "device", "micro_batch", "recompute", "save_every", "log_every", "evaluate_every", "sample_every",
-    "prompts", "guidance", "trigger_words", "license", "data", "model", "text_encoder", "tokenizer",
+    "prompts", "guidance", "trigger_words", "license", "data", "data_cache", "model", "text_encoder", "tokenizer",
     "vae",
 )  # fmt: skip
 
 
 def _told(settings: Settings, dataset: Dataset) -> dict:
-    kept = {name: value for name, value in settings.to_dict().items() if name not in FREE}
+    kept = {name: value for name, value in settings.to_dict().items() if name not in (*FREE, "steps")}
     return kept | {"samples": dataset.identity}
 
 

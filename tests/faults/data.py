@@ -60,8 +60,12 @@ FAULTS = [
     ),
     # Plans
     Fault(
-        DATASET, 'f"order:{seed}:{epoch}"', 'f"order:{seed}"',
-        "every epoch has the same order", f"{TESTS}/test_dataset.py",
+        DATASET, 'random.Random(f"{name}:{number}")', "random.Random(name)",
+        "every round has the same order", f"{TESTS}/test_dataset.py",
+    ),
+    Fault(
+        DATASET, "due * len(self._learned[s]) / total", "due / len(self._learned)",
+        "samples of small buckets are seen more often", f"{TESTS}/test_dataset.py",
     ),
     Fault(
         DATASET, 'f"task:{seed}:{index}"', 'f"task:{seed}"',

@@ -302,7 +302,7 @@ FAULTS = [
     node("loaders", "WeightType(FLOAT_TYPES)", "WeightType()", "the VAE's loader offers int8"),
     node("training", "        if host.interrupted():  # the trainer", "        if False:  # the trainer",
          "Cancel while training loses the step"),
-    node("training", "host.interrupted,\n                root", "lambda: False,\n                root",
+    node("training", "watch.preparing, host.interrupted", "watch.preparing, lambda: False",
          "Cancel while training is passed over"),
     node("training", "        host.check_interrupted()\n        self.bar", "        self.bar",
          "encoding can't be cancelled"),

@@ -225,7 +225,7 @@ def test_names_are_numbered_and_the_same_lora_is_kept_once(folders, train):
         ({"captions": " \n"}, "0 captions for 3 pictures or clips"),
         ({"frames": 2}, "3 images can't be split into clips of 2 frames"),
         ({"frames": 3}, "clips have 4n . 1 frames, the nearest is"),
-        ({"blocks": "9"}, "has the blocks 0 to"),
+        ({"blocks": "9"}, "there is no block 9; this flow has the blocks 0 to"),
         ({"blocks": "deepest"}, "expected deep, all, or numbers"),
         ({"lora_name": "../x"}, "give a file's name in models/loras"),
     ],

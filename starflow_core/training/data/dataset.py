@@ -107,7 +107,8 @@ class Dataset:
     cache: Cache
     notes: Notes = field(default_factory=Notes)
     lines: list[str] = field(default_factory=list)
-    _dealt: tuple = field(default=(None, None), init=False, repr=False)  # the last epoch, and its batches
+    _turns: list = field(default_factory=list, init=False, repr=False)  # of each step: its stream, and how often before
+    _had: Counter = field(default_factory=Counter, init=False, repr=False)  # how many turns each stream has had
 
     def __len__(self) -> int:
         """Samples that are learned from, without repeats."""
@@ -119,27 +120,26 @@ class Dataset:
         return dict(sorted(Counter(sample.bucket for sample in self.samples[: len(self)]).items()))
 
     def steps(self, batch: int) -> int:
-        """Steps of an epoch."""
-        return sum(-(-len(group) // batch) for group in self._learned.values())
+        """Steps in which each sample is seen as often as its folder says, on average."""
+        return -(-sum(map(len, self._learned.values())) // batch)
 
-    def shares(self, batch: int) -> dict[str, float]:
+    def shares(self) -> dict[str, float]:
         """The share of the steps in which each task is practised, on average."""
-        found = Counter()
+        found, total = Counter(), sum(map(len, self._learned.values()))
         for (bucket, paired), group in self._learned.items():
             tasks = self.practice.tasks(bucket, paired)
             for task, share in tasks.items():
-                found[task] += -(-len(group) // batch) * share / sum(tasks.values())
-        return {task: share / self.steps(batch) for task, share in found.most_common()}
+                found[task] += len(group) / total * share / sum(tasks.values())
+        return dict(found.most_common())
 
     def plan(self, index: int, seed: int, batch: int) -> Plan:
         """What step `index` sees; it depends on seed and index alone.
 
-        In each epoch every sample is seen as often as its folder says, a few more often so that batches are full.
+        Samples that fit in one batch are an endless stream, shuffled anew each time they have all been seen; a stream's
+        turn comes as often as it is long, so that every sample is seen as often as its folder says.
         """
-        epoch, place = divmod(index, self.steps(batch))
-        if self._dealt[0] != (epoch, seed, batch):
-            self._dealt = (epoch, seed, batch), self._deal(epoch, seed, batch)
-        picks = self._dealt[1][place]
+        stream, before = self._turn(index)
+        picks = _picked(self._learned[stream], f"{seed}:{stream}", before * batch, batch)
         first, rng = self.samples[picks[0]], random.Random(f"task:{seed}:{index}")
         shares = self.practice.tasks(first.bucket, bool(first.item.source))
         task = rng.choices(list(shares), list(shares.values()))[0]
@@ -268,14 +268,23 @@ class Dataset:
             groups[self.samples[number].bucket, bool(item.source)] += [number] * (item.repeats if repeated else 1)
         return dict(sorted(groups.items()))
 
-    def _deal(self, epoch: int, seed: int, batch: int) -> list[tuple[int, ...]]:
-        """An epoch's batches, shuffled."""
-        rng, batches = random.Random(f"order:{seed}:{epoch}"), []
-        for numbers in self._learned.values():
-            group = rng.sample(numbers, len(numbers))
-            batches += [_filled(group[i : i + batch], group, batch) for i in range(0, len(group), batch)]
-        rng.shuffle(batches)
-        return batches
+    def _turn(self, index: int) -> tuple[tuple[Bucket, bool], int]:
+        """The stream whose turn a step is, and how many turns it has had: the one that is furthest behind its share."""
+        total = sum(map(len, self._learned.values()))
+        while len(self._turns) <= index:
+            due = len(self._turns) + 1
+            stream = max(self._learned, key=lambda s: due * len(self._learned[s]) / total - self._had[s])
+            self._turns.append((stream, self._had[stream]))
+            self._had[stream] += 1
+        return self._turns[index]
+
+
+def _picked(group: Sequence[int], name: str, start: int, count: int) -> tuple[int, ...]:
+    """Some of an endless stream of a group, which is shuffled for each round."""
+    rounds = range(start // len(group), (start + count - 1) // len(group) + 1)
+    seen = [pick for number in rounds for pick in random.Random(f"{name}:{number}").sample(group, len(group))]
+    first = start % len(group)
+    return tuple(seen[first : first + count])
 
 
 def _filled(picks: list[int], group: list[int], batch: int) -> tuple[int, ...]:

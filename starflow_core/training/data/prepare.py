@@ -263,7 +263,7 @@ def _report(dataset: Dataset, files: int, batch: int) -> list[str]:
     lines += [f"cropped: {_cropping(notes.cropped)}"] if notes.cropped else []
     lines += _counts(notes)
     lines += [f"left out, {reason}: {shortened(paths)}" for reason, paths in notes.left_out.items() if paths]
-    shares = ", ".join(f"{task} {share:.0%}" for task, share in dataset.shares(batch).items())
+    shares = ", ".join(f"{task} {share:.0%}" for task, share in dataset.shares().items())
     return [*lines, f"practised: {shares}; {_counted(dataset.steps(batch), 'step')} of {batch} an epoch"]
 
 

@@ -35,9 +35,9 @@ from tests.core import models, tiny
 PROMPT = "a red circle moving left"
 # The settings of a training run.
 SETTINGS = (
-    "alpha batch blocks caption-drop clip config data decay device dropout dtype ema evaluate-every fps frames "
-    "guidance held-out int8 learning-rate license log-every micro-batch model no-int8 no-recompute noise optimizer "
-    "output prompts rank recompute rehearsal rehearse sample-every save-every seed size steps stride tasks "
+    "alpha batch blocks caption-drop clip config data data-cache decay device dropout dtype ema evaluate-every fps "
+    "frames guidance held-out int8 learning-rate license log-every micro-batch model no-int8 no-recompute noise "
+    "optimizer output prompts rank recompute rehearsal rehearse sample-every save-every seed size steps stride tasks "
     "text-encoder tokenizer train trigger-words vae warmup weight-decay work"
 )
 FLAGS = {

@@ -46,8 +46,8 @@ def test_from_a_folder_to_a_lora(run, clips, tmp_path):
     said = run("--data", clips, *options).out
     assert "3 files with captions, 3 used: 3 samples" in said
     assert "lora 3/3  loss " in said
-    assert said.endswith("run/result.safetensors\n")
-    assert (tmp_path / "run" / "result.safetensors").is_file()
+    assert said.endswith("run/lora.safetensors\n")
+    assert (tmp_path / "run" / "lora.safetensors").is_file()
     assert "lora 1/3" not in run("--data", clips, *options).out  # it is done
 
 

@@ -170,7 +170,7 @@ def test_which_layers():
     [
         ({"blocks": [0, 3]}, "no block 3; this flow has the blocks 0 to 2"),
         ({"blocks": [-1]}, "no block -1"),
-        ({"blocks": "shallow"}, "blocks 'shallow'; give 'deep', 'all'"),
+        ({"blocks": "shallow"}, "blocks is 'shallow': expected deep, all, or numbers"),
         ({"rank": 0}, "rank is 0"),
         ({"alpha": 0.0}, "alpha is 0"),
         ({"alpha": float("inf")}, "alpha is inf"),

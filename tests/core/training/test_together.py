@@ -62,7 +62,7 @@ def test_several_processes_prepare_sample_and_write(tmp_path):
         lines = (tmp_path / str(count) / "logs" / "figures.jsonl").read_text().splitlines()
         found[count] = [json.loads(line)["loss"] for line in lines]
         assert len(list((tmp_path / str(count) / "samples").iterdir())) == 2
-        assert LoraFile.open(tmp_path / str(count) / "result.safetensors").ranks
+        assert LoraFile.open(tmp_path / str(count) / "lora.safetensors").ranks
     assert found[2] == pytest.approx(found[1], rel=1e-4)
 
 

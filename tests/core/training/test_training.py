@@ -14,6 +14,7 @@ from starflow_core.errors import InputError, NonFiniteError
 from starflow_core.model.flow import Flow
 from starflow_core.model.transformer import causal
 from starflow_core.solve.denoising import denoise, score_denoise
+from starflow_core.training import loop as loop_module
 from starflow_core.training.loop import Check, Loop, schedule
 from starflow_core.training.objectives import denoiser_loss, with_fresh_weights, with_noise
 from starflow_core.training.optimiser import Muon, orthogonalised, set_rates
@@ -244,6 +245,17 @@ def test_the_state_of_another_run_is_refused(tmp_path):
     module = nn.Linear(4, 2)
     with pytest.raises(InputError, match=r"fit-0000010 belongs to a run with seed 0 \(this one: 1\)"):
         loop.run("fit", module, Muon(module.parameters()), None, total=10)
+
+
+def test_how_long_is_left_follows_the_last_steps(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(loop_module.time, "monotonic", lambda: clock[0])
+    pace = loop_module._Pace(200)
+    for step in range(100):
+        clock[0] += 10 if step < 50 else 3
+        pace.step()
+    assert pace.seconds == 3
+    assert str(pace) == "3.00 s/step, 5.0 min left"
 
 
 def test_a_damaged_state_is_named(tmp_path):
