@@ -31,7 +31,7 @@ from starflow_core.model.lora import adapt
 from starflow_core.training.data.buckets import Bucket
 from starflow_core.training.forecast import forecast
 from starflow_core.training.settings import Settings
-from starflow_core.training.subjects import subject_of
+from starflow_core.training.subjects import Rows, subject_of
 from starflow_core.weights.flow import QUANTISED, load_flow
 
 ROWS, ROUNDS = 4, 3
@@ -45,7 +45,7 @@ MEGA = 1e6
 def speed() -> Iterator[dict]:
     """A row for each way to train the mid-size models."""
     for kind, train, dtype, recompute in product(("image", "video"), ("lora", "full"), TYPES, (False, True)):
-        settings = Settings(train=train, dtype=dtype, recompute=recompute, rank=16)
+        settings = Settings(train=train, dtype=dtype, recompute=recompute)
         yield {"kind": kind, "train": train, "dtype": dtype, "recompute": recompute} | _cost(kind, settings)
 
 
@@ -87,7 +87,7 @@ def _stepper(kind: str, settings: Settings):
     def step() -> None:
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype, enabled=whole and dtype != torch.float32):
-            losses, _ = subject.losses(clean, clean, text, 0)
+            losses, _ = subject.losses(Rows(clean, clean, text, 0))
         losses.mean().backward()
         nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
