@@ -136,7 +136,22 @@ def _lora_lines(found: dict[str, Any]) -> list[tuple[str, Any]]:
         "layers": f"{found['layers']} in block {', '.join(map(str, found['blocks']))}",
         "parameters": f"{found['parameters'] / 1e6:,.1f} million",
     }
-    return [*lines.items(), *((key.replace("_", " "), value) for key, value in found["metadata"].items())]
+    told = {key.replace("_", " "): value for key, value in found["metadata"].items()}
+    if "settings" in told:
+        told["settings"] = _training(told["settings"])
+    return [*lines.items(), *told.items()]
+
+
+def _training(settings: str) -> str:
+    """What a LoRA was trained with, without what says nothing; of long lists the first and how many."""
+    try:
+        values = dict(json.loads(settings))
+    except (ValueError, TypeError):  # of another program
+        return settings
+    lists = {key: value for key, value in values.items() if isinstance(value, list)}
+    values |= {key: ", ".join(map(str, value)) for key, value in lists.items() if len(value) <= 3}
+    values |= {key: f"{value[0]}, .. ({len(value)})" for key, value in lists.items() if len(value) > 3}
+    return _readable({key: value for key, value in values.items() if value not in (None, "", False)})
 
 
 def _usual_types(in_int8: bool) -> tuple[str, ...]:

@@ -40,8 +40,8 @@ class Need:
 
     def __str__(self) -> str:
         parts = {"weights": self.weights, "what learns": self.learned, "activations": self.activations}
-        shown = ", ".join(f"{name} {size / 1e9:.2f}" for name, size in parts.items())
-        return f"{self.total / 1e9:.2f} GB ({shown})"
+        shown = ", ".join(f"{name} {memory.readable(size)}" for name, size in parts.items())
+        return f"{memory.readable(self.total)} ({shown})"
 
 
 def forecast(config: FlowConfig, settings: Settings, dtype: torch.dtype, bucket: Bucket, processes: int = 1) -> Need:

@@ -187,7 +187,9 @@ def read_settings(path: str | Path | None, given: Mapping[str, Any]) -> Settings
     values = dict(_read_toml(Path(path))) if path is not None else {}
     values |= given
     names = [field.name for field in dataclasses.fields(Settings)]
-    for name in values:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            raise InputError(f"[{name}] begins a section, but settings have none: leave the line out")
         if name not in names:
             raise InputError(f"there is no setting {name!r}{_nearest(name, names)}; --example shows all")
     return Settings(**values)

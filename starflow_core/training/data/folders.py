@@ -122,6 +122,8 @@ def _files_below(folder: Path) -> Iterator[Path]:
     def refuse(error: OSError) -> None:
         raise InputError(f"data: {error.filename} can't be read ({error.strerror}); check the path") from None
 
+    if os.path.isfile(folder):
+        raise InputError(f"data: {folder} is a file; give the folder that it is in, with captions beside the files")
     if not os.path.isdir(folder):
         raise InputError(f"data: there is no folder {folder}; check the path")
     seen = set()

@@ -79,7 +79,7 @@ def _card(dataset: Dataset, sample: Sample, vae: VAE) -> Image.Image:
     if sample.bucket.frames == 1:
         rows = [torch.cat(rows)]
     picture = _tiled([[_thumbnail(frame) for frame in row] for row in rows])
-    return _captioned(picture, sample)
+    return _captioned(picture, sample, sample in dataset.samples[len(dataset) :])
 
 
 @torch.no_grad()
@@ -111,7 +111,7 @@ def _tiled(rows: list[list[Image.Image]]) -> Image.Image:
     return tiled
 
 
-def _captioned(picture: Image.Image, sample: Sample) -> Image.Image:
+def _captioned(picture: Image.Image, sample: Sample, held: bool) -> Image.Image:
     lines = list(_wrapped(sample.item.caption, TEXT, picture.width))
     lines = lines if len(lines) <= LINES else [*lines[: LINES - 1], _cut(lines[LINES - 1] + " ..", TEXT, picture.width)]
     card = Image.new("RGB", (picture.width, picture.height + 10 + 18 * len(lines) + 18), PAPER)
@@ -120,9 +120,9 @@ def _captioned(picture: Image.Image, sample: Sample) -> Image.Image:
     for line in lines:
         draw.text((0, y), line, INK, TEXT)
         y += 18
-    first = f", from frame {sample.start}" if sample.start else ""
+    about = (f", from frame {sample.start}" if sample.start else "") + (", held out" if held else "")
     name = sample.item.path.name.encode("utf-8", "replace").decode()  # it may not be text
-    draw.text((0, y + 2), _cut(name + first, SMALL, picture.width), FAINT, SMALL)
+    draw.text((0, y + 2), _cut(name + about, SMALL, picture.width), FAINT, SMALL)
     return card
 
 

@@ -145,6 +145,15 @@ def test_inspect(run, demo):
     assert found["metadata"]["base_name"] == "flow.safetensors"
 
 
+def test_inspect_tells_how_a_lora_was_trained(run, demo):
+    settings = {"rank": 2, "data": ["pets"], "int8": False, "size": None, "rehearse": ["a", "b", "c", "d"]}
+    for name, told in (("c", json.dumps(settings)), ("d", "by hand")):
+        write_lora(demo / f"{name}.safetensors", 2, "deep", {"settings": told})
+    text = "\n".join(run("inspect", demo / "c.safetensors"))
+    assert re.search(r"settings +rank 2, data pets, rehearse a, \.\. \(4\)", text), text
+    assert re.search("settings +by hand", "\n".join(run("inspect", demo / "d.safetensors")))
+
+
 @pytest.mark.parametrize(
     ("text", "found"),
     [

@@ -50,6 +50,7 @@ def test_bounds_and_kinds_are_kept(field):
 
 @pytest.mark.parametrize(("values", "message"), [
     ({"learnig_rate": 1}, "no setting 'learnig_rate' \\(is 'learning_rate' meant\\?\\)"),
+    ({"data": {"size": 3}}, "\\[data\\] begins a section, but settings have none: leave the line out"),
     ({"train": "laura"}, "train is 'laura' \\(is 'lora' meant\\?\\)"),
     ({"tasks": ["txt:1"]}, "no 'txt' \\(is 'text' meant\\?\\)"),
     ({"tasks": ["text:0"]}, "nothing is to be practised"),

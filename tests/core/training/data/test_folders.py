@@ -134,5 +134,5 @@ def test_nothing_found_says_what_was_left_out(tmp_path):
 
 
 def test_a_file_is_no_folder(tmp_path):
-    with pytest.raises(InputError, match="there is no folder"):
+    with pytest.raises(InputError, match=r"a\.png is a file; give the folder that it is in"):
         find_items([(write(tmp_path / "a.png", "a"), 1)])

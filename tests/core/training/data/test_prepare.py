@@ -414,6 +414,20 @@ def test_a_sheet_shows_every_bucket_evenly(cached, monkeypatch):
     ]  # fmt: skip
 
 
+def test_a_sheet_tells_what_is_held_out(cached, monkeypatch, tmp_path):
+    _, dataset = cached
+    told = {}
+
+    def captioned(picture, sample, held):
+        told[sample] = held
+        return picture
+
+    monkeypatch.setattr(preview, "_captioned", captioned)
+    monkeypatch.setattr(preview, "_decoded", lambda dataset, sample, vae: dataset.frames(sample))
+    preview.write_sheet(tmp_path / "sheet.png", replace(dataset, held=1), None)
+    assert [sample for sample, held in told.items() if held] == [dataset.samples[-1]]
+
+
 def test_names_that_are_no_text(model, tmp_path):
     name = os.fsdecode(b"caf\xe9")
     try:
