@@ -53,7 +53,8 @@ def forecast(config: FlowConfig, settings: Settings, dtype: torch.dtype, bucket:
     copies = count * dtype.itemsize if whole and dtype != torch.float32 else 0
     rows = -(-settings.batch // processes)
     rows = min(rows, settings.micro_batch or rows)
-    return Need(kept // processes, learned // processes, copies + _activations(config, settings, dtype, bucket, rows))
+    shares = 1 if settings.rehearse else processes  # what is rehearsed is drawn with all weights on each device
+    return Need(kept // shares, learned // processes, copies + _activations(config, settings, dtype, bucket, rows))
 
 
 def require(need: Need, device: torch.device, bucket: Bucket) -> None:

@@ -102,7 +102,7 @@ def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
 
 def _backend(device: torch.device) -> str:
     if not hasattr(torch.distributed, "get_default_backend_for_device"):
-        raise InputError("training with several processes needs PyTorch 2.6 or newer")
+        raise InputError("training with several processes needs PyTorch 2.7 or newer")
     return torch.distributed.get_default_backend_for_device(device)
 
 
@@ -122,12 +122,14 @@ def shard(flow: Flow, dtype: torch.dtype) -> None:
 
     # Latents stay float32: blocks bring what they read to the compute type themselves.
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    # The scales of weights in 8 bit stay whole and in float32: rounded they would make other weights.
+    scales = {weight for name, weight in flow.named_parameters() if name.endswith("weight_scale")}
     nets = [*flow.blocks, *([flow.learnable_self_denoiser] if flow.config.denoiser else [])]
     for net in nets:
         for layer in net.attn_blocks:
-            fully_shard(layer, mp_policy=policy)
-        fully_shard(net, mp_policy=policy)
-    fully_shard(flow, mp_policy=policy)
+            fully_shard(layer, mp_policy=policy, ignored_params=scales)
+        fully_shard(net, mp_policy=policy, ignored_params=scales)
+    fully_shard(flow, mp_policy=policy, ignored_params=scales)
 
 
 def is_sharded(tensor: Tensor) -> bool:

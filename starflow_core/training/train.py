@@ -127,11 +127,13 @@ def train(
         require(forecast(sources.config, settings, dtype, bucket, processes.count), device, bucket)
     rehearsal = Rehearsal(settings, dataset, sources.identity) if settings.rehearse else None
     with torch.inference_mode(False), torch.enable_grad():
-        subject = _subject(settings, sources, dtype, device)
+        # Where weights are spread, each layer moves to its device as it is; only what is rehearsed needs all of them.
+        spread = processes.count > 1 and settings.train != "vae"
+        subject = _subject(settings, sources, dtype, torch.device("cpu") if spread and not rehearsal else device)
         if rehearsal:
             rehearsal.draw(subject.module, device, processes, progress)
             processes.wait()
-        if processes.count > 1 and settings.train != "vae":
+        if spread:
             shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)
         _learn(run, sources, dtype, log, report, asked)

@@ -11,9 +11,12 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from starflow_core.errors import InputError
-from starflow_core.training.processes import Processes
+from starflow_core.training.processes import Processes, shard
 from starflow_core.training.states import States
 from starflow_core.training.watch import watching
+from starflow_core.weights.flow import load_flow
+from starflow_core.weights.tensorfiles import TensorFile
+from tests.core import models, tiny
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 8])
@@ -35,6 +38,28 @@ def test_pieces_are_the_share_in_order():
         assert [row for piece in pieces for row in piece.rows] == share.rows
         assert [weight for piece in pieces for weight in piece.weights] == share.weights
         assert all(len(piece.rows) <= (size or 10) for piece in pieces)
+
+
+@pytest.fixture
+def group():
+    """This process as the only one of its group."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+def test_weights_in_8_bit_are_the_same_when_they_are_spread(group, tmp_path):
+    """Also where products are in bfloat16: nothing of them is rounded."""
+    path = tmp_path / "flow.safetensors"
+    tiny.write_flow(path)
+    flow = load_flow(TensorFile.open(path), torch.bfloat16, quantise=True)
+    latents = models.randn(1, 3, tiny.CHANNELS, 4, 4, seed=1)
+    text = models.randn(1, flow.config.prompt.tokens, tiny.TEXT_DIM, seed=2)
+    wanted = flow(latents, text)
+    shard(flow, torch.bfloat16)
+    found = flow(latents, text)
+    assert torch.equal(found.noise, wanted.noise)
+    assert torch.equal(found.log_likelihood, wanted.log_likelihood)
 
 
 def tensors(value: float) -> dict[str, torch.Tensor]:
