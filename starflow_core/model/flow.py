@@ -6,8 +6,9 @@ image has T = 1; tokens are (B, T, N, c) in row-major order, N = H W / patch_siz
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -134,10 +135,22 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, operations, **factory) for i in range(len(config.layers)))
         if config.denoiser:
             self.learnable_self_denoiser = DenoiserNet(config, operations, **factory)
+        self.copies: dict[torch.device, Block] = {}  # of the deep block, which aren't among the flow's modules
 
     @property
     def deep(self) -> Block:
         return self.blocks[-1]
+
+    def copy_deep(self, devices: Iterable[torch.device]) -> None:
+        """Have copies of the deep block, as it is now, on these devices, in place of those there are. One that its own
+        weights are on needs none."""
+        self.copies = {}
+        home = self.deep.sos_embed.device
+        self.copies = {device: _copied(self.deep, device) for device in devices if device != home}
+
+    def deep_on(self, device: torch.device) -> Block:
+        """The deep block, or its copy, for a run on a device."""
+        return self.copies.get(device, self.deep)
 
     @property
     def shallow(self) -> list[Block]:
@@ -261,6 +274,14 @@ class Flow(nn.Module):
         z = encoding.noise[:, given:]
         logdet = sum(d[:, given:].flatten(1).sum(1) for d in encoding.logdets)
         return 0.5 * z.flatten(1).square().mean(1) - logdet / z[0].numel()
+
+
+def _copied(block: Block, device: torch.device) -> Block:
+    """A copy of a block whose weights go to a device one by one, without a second copy of all where they are."""
+    with torch.inference_mode(False), torch.no_grad():
+        moved = {id(weight): nn.Parameter(weight.to(device), weight.requires_grad) for weight in block.parameters()}
+        moved |= {id(buffer): buffer.to(device) for buffer in block.buffers()}
+        return copy.deepcopy(block, moved)
 
 
 def _encoded(block: Block, x: Tensor, affine: tuple[Tensor, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor]:

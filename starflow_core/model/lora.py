@@ -155,12 +155,14 @@ def attach(flow: Flow, loras: dict[str, Lora]) -> None:
             _put(flow, name, layer)
         with torch.inference_mode(False):
             layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
+    flow.copy_deep(flow.copies)
 
 
 def detach(flow: Flow) -> None:
     """Take all adapters off again."""
     for name, layer in _adapted(flow):
         _put(flow, name, layer.base)
+    flow.copy_deep(flow.copies)
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,26 @@ class Placement:
         except RuntimeError as error:
             raise InputError(f"device {device} cannot be used: {error}") from None
         return cls((device,), device, device, device, device)
+
+    @classmethod
+    def over(cls, devices: Sequence[torch.device], guided: bool) -> Placement:
+        """The deep block on the first device, or for guidance a half on each of the first two; all else on the last.
+
+        Raises InputError for more devices than there are parts for.
+        """
+        halves = 2 if guided else 1
+        if len(devices) > halves + 1:
+            raise InputError(
+                f"{len(devices)} devices, but {'with' if guided else 'without'} guidance {halves + 1} are used: "
+                f"{'two for its halves' if guided else 'one for the deep block'}, one for all else; name those"
+            )
+        last = devices[-1]
+        return cls(tuple(devices[:halves]), last, last, last, last)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that are used, once each."""
+        return tuple(dict.fromkeys((*self.deep, self.shallow, self.denoiser, self.text, self.vae)))
 
     def __post_init__(self):
         if len(self.deep) not in (1, 2):

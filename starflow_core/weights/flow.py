@@ -158,9 +158,7 @@ def load_flow(
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
         raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
-    if len(set(placement.deep)) > 1:
-        raise InputError("the deep block can't be loaded onto several devices yet; give one")
-    for part in {placement.deep[0], placement.shallow, placement.denoiser}:
+    for part in {*placement.deep, placement.shallow, placement.denoiser}:
         _check_device(part, dtype)
     kept = {name for name in expected if int8_linear and _stays_int8(checkpoint.tensors[name], name, quantise)}
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
@@ -176,7 +174,9 @@ def load_flow(
                 weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
                 module, _, attribute = name.rpartition(".")
                 setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
-    return flow.eval()
+    flow.eval()
+    flow.copy_deep(placement.deep)
+    return flow
 
 
 def convert(
