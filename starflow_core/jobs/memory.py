@@ -15,6 +15,7 @@ from ..errors import OutOfMemoryForecast
 from ..model.cache import CacheShape
 from ..model.config import FlowConfig
 from ..model.flow import SHALLOW_TOKENS
+from ..model.parallel import ONE, Mesh, Team
 from ..weights.flow import weight_bytes
 from .tasks import PLAIN, Job, Means, layout
 
@@ -33,7 +34,8 @@ class Forecast:
     On the device: the flow's `weights`, the deep block's keys and values (`cache`), the `activations` of the largest
     step of sampling, and those of denoising where that comes after it (`denoise`); the `text` encoder, which is freed
     before the flow starts, and the `vae` with its step, which is there all the time or in its turn. `host` stays in
-    main memory. `text` and `vae` are 0 where they aren't counted.
+    main memory. `text` and `vae` are 0 where they aren't counted. Where the deep block is spread over processes, this
+    is the leader's device, and `others` is what each of the others takes on its own.
     """
 
     weights: int
@@ -44,6 +46,7 @@ class Forecast:
     text: int = 0
     host: int = 0
     in_turn: bool = False
+    others: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
@@ -68,7 +71,7 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PL
     """What a job needs in the compute type `dtype`, fitted by `means`. Raises InputError for an impossible job."""
     plan, item = layout(config, job), dtype.itemsize
     tokens = (job.height // config.cell) * (job.width // config.cell)
-    shape = cache_shape(config, job)
+    shape = cache_shape(config, job, means.mesh)
     cache, cache_away = shape.bytes(means.cache, item)
     weights, weights_away = _weights(config, dtype, means)
     angles = 3 * 4 * config.head_dim * shape.slots
@@ -81,17 +84,21 @@ def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PL
     held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens, means)
     denoise = held + step + vectors if job.denoise else 0
     sample = max(deep, shallow) + vectors
+    follower = Team(means.mesh, means.mesh.count - 1)
+    others = 0 if follower.leads else weight_bytes(config, dtype, means.int8, follower) + cache + deep + vectors
     if job.denoise and config.denoiser and not means.in_turn:
         sample, denoise = max(deep, shallow, step) + held + vectors, 0
-    return Forecast(weights, cache, sample, denoise, host=cache_away + weights_away, in_turn=means.in_turn)
+    away = cache_away + weights_away
+    return Forecast(weights, cache, sample, denoise, host=away, in_turn=means.in_turn, others=others)
 
 
-def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
-    """Of the deep block's cache. Raises InputError for an impossible job."""
+def cache_shape(config: FlowConfig, job: Job, mesh: Mesh = ONE) -> CacheShape:
+    """Of the deep block's cache, or of each process's of a mesh. Raises InputError for an impossible job."""
     plan, prefix = layout(config, job), config.prompt.tokens
     frame_tokens = (job.height // config.cell) * (job.width // config.cell)
     slots = prefix + min(plan.window, plan.total) * frame_tokens
-    rows, heads = job.batch * (2 if job.guidance else 1), config.deep_width // config.head_dim
+    rows = job.batch * (2 if job.guidance else 1) // mesh.guidance
+    heads = config.deep_width // config.head_dim // mesh.tensor
     widest = min(job.solver.widest, slots)
     return CacheShape(config.layers[-1], rows, heads, slots, config.head_dim, prefix, widest)
 
@@ -117,7 +124,7 @@ def _brought(width: int, item: int, means: Means) -> int:
 
 def _weights(config: FlowConfig, dtype: torch.dtype, means: Means) -> tuple[int, int]:
     """The flow's weights that are on the device all the time, and those in main memory."""
-    total = weight_bytes(config, dtype, means.int8)
+    total = weight_bytes(config, dtype, means.int8, Team(means.mesh))
     if not means.streamed:
         return total, 0
     widths = [config.width] * sum(config.layers[:-1]) + [config.deep_width] * config.layers[-1]

@@ -24,10 +24,12 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.int8 import Int8Linear, replace_linear
+from ..model.parallel import ALONE, Team
 from ..model.placement import Placement
 from ..model.schema import read_json
 from . import INT8, WEIGHT_TYPES, int8
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
+from .shares import own_columns, own_rows
 from .tensorfiles import (
     DTYPES,
     INDEX,
@@ -105,9 +107,10 @@ def config_file(checkpoint: TensorFile) -> Path:
     return checkpoint.path.with_name(f"{stem}.json")
 
 
-def expected_shapes(config: FlowConfig) -> Shapes:
-    """Names and shapes of the model's weights."""
-    return module_shapes(Flow(config, device="meta"))
+def expected_shapes(config: FlowConfig, team: Team = ALONE) -> Shapes:
+    """Names and shapes of the model's weights, or of what a process of a team has of them."""
+    shapes = module_shapes(Flow(config, device="meta", team=team))
+    return {name: shape for name, shape in shapes.items() if team.leads or _is_deep(name, config)}
 
 
 def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
@@ -120,9 +123,10 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
 
 
 @lru_cache
-def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) -> int:
-    """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit."""
-    return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
+def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False, team: Team = ALONE) -> int:
+    """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit; what a process of a team has of
+    them."""
+    return int8.weight_bytes(expected_shapes(config, team), dtype, QUANTISED if in_int8 else None)
 
 
 def in_int8(checkpoint: TensorFile) -> bool:
@@ -144,34 +148,42 @@ def load_flow(
     progress: Report | None = None,
     quantise: bool = False,
     int8_linear: type[nn.Module] | None = Int8Linear,
+    team: Team = ALONE,
 ) -> Flow:
     """A flow with a checkpoint's weights, frozen and in eval mode, never twice in memory.
 
     `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
     weights that aren't in 8 bit. `quantise` brings the large weights to 8 bit while they are loaded; those that are in
     8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None no weight is kept in 8 bit.
-    `progress` counts bytes of the file; it may raise to stop. Raises CheckpointError, InputError for an unusable type
-    or device, and NonFiniteError naming the first tensor with NaN or infinity.
+    `progress` counts bytes of the file; it may raise to stop. Each process of a `team` reads what it needs: the leader
+    all but the others' shares of the deep block, the others nothing but theirs. Raises CheckpointError, InputError for
+    an unusable type or device, and NonFiniteError naming the first tensor with NaN or infinity.
     """
-    checkpoint, config, expected = resolve(source, config)
+    file = source if isinstance(source, TensorFile) else TensorFile.open(source)
+    checkpoint, config, expected = resolve(file, config)
     placement = device if isinstance(device, Placement) else Placement.on(device)
     dtype = dtype or _main_dtype(checkpoint, expected)
     if dtype not in DTYPES.values():
         raise InputError(f"weights cannot be loaded as {dtype}; choose bfloat16, float16 or float32")
     for part in {*placement.deep, placement.shallow, placement.denoiser}:
         _check_device(part, dtype)
+    if team.mesh.tensor > 1:
+        checkpoint = int8.joined(own_rows(file, config, team), QUANTISED)
+    expected = expected_shapes(config, team)
     kept = {name for name in expected if int8_linear and _stays_int8(checkpoint.tensors[name], name, quantise)}
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
     with torch.inference_mode(False), torch.no_grad():
-        flow = Flow(config, operations, dtype=dtype, device="meta")
+        flow = Flow(config, operations, dtype=dtype, device="meta", team=team)
         for name in kept:
             replace_linear(flow, name.removesuffix(int8.WEIGHT), int8_linear)
         for name in _counted(checkpoint, expected, "load", progress):
             home = _device_of(name, config, placement)
             if name in kept:
-                int8.put(flow, name, *(part.to(home) for part in int8.int8_weight(checkpoint, name)))
+                values, scale = int8.int8_weight(checkpoint, name)
+                int8.put(flow, name, own_columns(values, name, config, team).to(home), scale.to(home))
             else:
-                weight = cast(checkpoint.tensor(name), dtype, name, checkpoint.path).to(home)
+                weight = own_columns(checkpoint.tensor(name), name, config, team)
+                weight = cast(weight, dtype, name, checkpoint.path).to(home)
                 module, _, attribute = name.rpartition(".")
                 setattr(flow.get_submodule(module), attribute, nn.Parameter(weight, requires_grad=False))
     flow.eval()
@@ -457,8 +469,11 @@ def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.dev
     """Where a weight of that name belongs."""
     if name.startswith(DENOISER):
         return placement.denoiser
-    deep = name.startswith(f"blocks.{len(config.layers) - 1}.")
-    return placement.deep[0] if deep else placement.shallow
+    return placement.deep[0] if _is_deep(name, config) else placement.shallow
+
+
+def _is_deep(name: str, config: FlowConfig) -> bool:
+    return name.startswith(f"blocks.{len(config.layers) - 1}.")
 
 
 def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:
