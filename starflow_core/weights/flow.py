@@ -24,7 +24,7 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.int8 import Int8Linear, replace_linear
-from ..model.placement import Placement
+from ..model.placement import PARTS, Placement
 from ..model.schema import read_json
 from . import INT8, WEIGHT_TYPES, int8
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
@@ -120,9 +120,12 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
 
 
 @lru_cache
-def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False) -> int:
-    """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit."""
-    return int8.weight_bytes(expected_shapes(config), dtype, QUANTISED if in_int8 else None)
+def weight_bytes(
+    config: FlowConfig, dtype: torch.dtype, in_int8: bool = False, parts: tuple[str, ...] = PARTS
+) -> int:  # fmt: skip
+    """Memory that the weights of some of a flow's parts take in `dtype`, or with the large ones in 8 bit."""
+    shapes = {name: shape for name, shape in expected_shapes(config).items() if part_of(name, config) in parts}
+    return int8.weight_bytes(shapes, dtype, QUANTISED if in_int8 else None)
 
 
 def in_int8(checkpoint: TensorFile) -> bool:
@@ -453,12 +456,17 @@ def _held(flow: Flow, names: Iterable[str]) -> dict[str, StoredTensor]:
     return found
 
 
+def part_of(name: str, config: FlowConfig) -> str:
+    """Which of a flow's `PARTS` a weight of that name is of."""
+    if name.startswith(DENOISER):
+        return "denoiser"
+    return "deep" if name.startswith(f"blocks.{len(config.layers) - 1}.") else "shallow"
+
+
 def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.device:
     """Where a weight of that name belongs."""
-    if name.startswith(DENOISER):
-        return placement.denoiser
-    deep = name.startswith(f"blocks.{len(config.layers) - 1}.")
-    return placement.deep[0] if deep else placement.shallow
+    part = part_of(name, config)
+    return placement.deep[0] if part == "deep" else getattr(placement, part)
 
 
 def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:
