@@ -19,7 +19,7 @@ from .control import Control, Progress
 from .errors import InputError
 from .jobs import memory
 from .jobs.build import default_job, job_with_context
-from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose
+from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose, spread
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
 from .jobs.timeline import Caption, timed
@@ -128,24 +128,31 @@ class Pipeline:
 
     def plan_for(self, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
         """The pipeline's plan, or else one for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
-        device = self.placement.deep[0]
 
-        def need(job: Job, means: Means) -> memory.Forecast:
-            return self._beside(memory.forecast(self.config, job, self.dtype, means), keep_text_encoder)
+        def needs(job: Job, means: Means) -> dict[torch.device, memory.Forecast]:
+            found = memory.forecasts(self.config, job, self.dtype, self.placement, means)
+            return {device: self._beside(need, device, keep_text_encoder) for device, need in found.items()}
 
-        if self.plan is None:
-            return choose(job, device, MemoryOptions(offload="none"), (has_int8(self.flow),), need)
-        memory.require(need(job, self.plan.means).total, device, "this job")
-        return self.plan
+        home, weights = self.placement.deep[0], (has_int8(self.flow),)
+        if self.plan:
+            for device, need in needs(job, self.plan.means).items():
+                memory.require(need.total, device, "this job")
+            return self.plan
+        if self.placement.several:
+            return spread(job, MemoryOptions(), weights, needs)
+        return choose(
+            job, home, MemoryOptions(offload="none"), weights, lambda job, means: needs(job, means)[home]
+        )  # fmt: skip
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
-        memory.require(self._beside(need).total, self.placement.deep[0], what)
+        home = self.placement.deep[0]
+        memory.require(self._beside(need, home).total, home, what)
 
-    def _beside(self, need: memory.Forecast, keep_text_encoder: bool = False) -> memory.Forecast:
-        """What is needed on the deep block's device beside the weights that are there."""
+    def _beside(self, need: memory.Forecast, device: torch.device, keep_text_encoder: bool = False) -> memory.Forecast:
+        """What is needed on a device beside the weights that are there."""
         need = replace(need, weights=0)
-        if self._encoder is not None or self.placement.text != self.placement.deep[0]:
+        if self._encoder is not None or self.placement.text != device:
             return need
         return need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
 
@@ -324,14 +331,30 @@ class Parts:
         return self.quantise or in_int8(self.checkpoint)
 
     def plan(
-        self, job: Job, dtype: torch.dtype, device: torch.device, options: MemoryOptions = AUTO,
+        self, job: Job, dtype: torch.dtype, placement: Placement, options: MemoryOptions = AUTO,
         may_quantise: bool = False, tile: int | None = None, keep_text_encoder: bool = False,
     ) -> MemoryPlan:  # fmt: skip
-        """The means to fit a job to one device; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
+        """The means to fit a job to its devices; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
         bit if nothing else fits. Raises OutOfMemoryForecast for a job that can't be made to fit."""
-        weights = (self.in_int8, True) if may_quantise else (self.in_int8,)
-        need = partial(self.forecast, dtype=dtype, tile=tile, keep_text_encoder=keep_text_encoder)
-        return choose(job, device, options, tuple(dict.fromkeys(weights)), need)
+        weights = tuple(dict.fromkeys((self.in_int8, True) if may_quantise else (self.in_int8,)))
+        others = {"dtype": dtype, "tile": tile, "keep_text_encoder": keep_text_encoder}
+        if placement.several:
+            return spread(job, options, weights, partial(self.forecasts, placement=placement, **others))
+        return choose(job, placement.deep[0], options, weights, partial(self.forecast, **others))
+
+    def forecasts(
+        self, job: Job, means: Means, *, placement: Placement, dtype: torch.dtype, tile: int | None = None,
+        keep_text_encoder: bool = False,
+    ) -> dict[torch.device, memory.Forecast]:  # fmt: skip
+        """What a job needs on each device."""
+        needs = memory.forecasts(self.config, job, dtype, placement, means)
+        home = self.with_others(memory.Forecast(0, 0, 0), job, dtype, tile)  # text encoder, VAE and LoRAs alone
+        for device, need in needs.items():
+            loras = home.weights if device in placement.deep else 0
+            needs[device] = replace(need, weights=need.weights + loras, vae=home.vae * (device == placement.vae))
+        text = needs[placement.text]
+        needs[placement.text] = text.with_text(self.text.weight_bytes(dtype), keep_text_encoder)
+        return needs
 
     def forecast(
         self, job: Job, means: Means | None = None, *, dtype: torch.dtype, tile: int | None = None,

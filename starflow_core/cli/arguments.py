@@ -101,6 +101,11 @@ def _generate(command: argparse.ArgumentParser) -> None:
 
     _add_solver(command, "balanced")
     _add_model(command)
+    command.add_argument(
+        "--devices", metavar="A,B[,C]",
+        help="several devices for one result, as cuda:0,cuda:1: with guidance its two halves are on the first two, "
+        "without it the deep block is on the first; all else is on the last",
+    )  # fmt: skip
     _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)
     command.add_argument(

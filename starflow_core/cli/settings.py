@@ -36,14 +36,22 @@ class Setup:
     """What a run will use: the configuration is known, the weights are not loaded yet."""
 
     parts: Parts
-    device: torch.device
+    placement: Placement
     dtype: torch.dtype
 
     @classmethod
     def find(cls, args: Namespace) -> Setup:
-        device = pick_device(args.device)
+        devices = pick_devices(args)
         parts = find_parts(args.model, args.text_encoder, args.vae, quantise=args.dtype == INT8, loras=args.lora)
-        return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
+        guidance = getattr(args, "guidance", None)
+        guidance = parts.config.defaults.guidance if guidance is None else guidance
+        placement = Placement.over(devices, guided=bool(guidance))
+        return cls(parts, placement, DTYPES.get(args.dtype, default_dtype(devices[0])))
+
+    @property
+    def device(self) -> torch.device:
+        """The deep block's, or the first of its two."""
+        return self.placement.deep[0]
 
     @property
     def config(self) -> FlowConfig:
@@ -59,7 +67,7 @@ class Setup:
         """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
         options = MemoryOptions(args.memory, args.cache, args.offload)
         may_quantise = args.dtype == "auto"
-        plan = self.parts.plan(job, self.dtype, self.device, options, may_quantise, args.tile, keep_text_encoder)
+        plan = self.parts.plan(job, self.dtype, self.placement, options, may_quantise, args.tile, keep_text_encoder)
         return plan.timed(self.pace(job, plan))
 
     def pace(self, job: Job, plan: MemoryPlan) -> Pace:
@@ -71,7 +79,7 @@ class Setup:
         memory.require(need.total, self.device, what)
 
     def load(self, meter: Meter, plan: MemoryPlan | None = None) -> Pipeline:
-        placement = Placement.on(self.device)
+        placement = self.placement
         if plan and plan.text_away:
             placement = replace(placement, text=torch.device("cpu"))
         for doubt in self.parts.doubts(meter.bytes):
@@ -79,6 +87,19 @@ class Setup:
         pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan)
         meter.close()
         return pipeline
+
+
+def pick_devices(args: Namespace) -> list[torch.device]:
+    """Those of --devices, or the one of --device. Raises InputError for one that isn't there."""
+    names = getattr(args, "devices", None)
+    if names is None:
+        return [pick_device(args.device)]
+    if args.device is not None:
+        raise InputError("--device and --devices say the same; give one")
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len(set(devices)) < len(devices):
+        raise InputError(f"--devices {names} names a device twice; name each once")
+    return devices
 
 
 def solver(args: Namespace) -> SolverSettings:

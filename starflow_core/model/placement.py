@@ -9,6 +9,8 @@ import torch
 
 from ..errors import InputError
 
+PARTS = ("deep", "shallow", "denoiser")  # of a flow
+
 
 @dataclass(frozen=True)
 class Placement:
@@ -58,6 +60,16 @@ class Placement:
     def devices(self) -> tuple[torch.device, ...]:
         """All that are used, once each."""
         return tuple(dict.fromkeys((*self.deep, self.shallow, self.denoiser, self.text, self.vae)))
+
+    @property
+    def several(self) -> bool:
+        """Whether the flow's parts are on more than one device."""
+        return len({*self.deep, self.shallow, self.denoiser}) > 1
+
+    def parts_on(self, device: torch.device) -> tuple[str, ...]:
+        """Which of a flow's parts compute on a device."""
+        places = {"deep": self.deep, "shallow": (self.shallow,), "denoiser": (self.denoiser,)}
+        return tuple(part for part, devices in places.items() if device in devices)
 
     def __post_init__(self):
         if len(self.deep) not in (1, 2):

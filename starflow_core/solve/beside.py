@@ -1,4 +1,4 @@
-"""Computing in a second thread: PyTorch's modes are a thread's own, and nothing may go on when the caller has failed."""
+"""Computing in a second thread: PyTorch's modes are a thread's own, and nothing goes on when the caller has failed."""
 
 from __future__ import annotations
 

@@ -24,8 +24,8 @@ from ..errors import CheckpointError, InputError
 from ..model.config import KNOWN_MODELS, FlowConfig
 from ..model.flow import Flow
 from ..model.int8 import Int8Linear, replace_linear
-from ..model.parallel import ALONE, Team
-from ..model.placement import Placement
+from ..model.parallel import ALONE, ONE, Mesh, Team
+from ..model.placement import PARTS, Placement
 from ..model.schema import read_json
 from . import INT8, WEIGHT_TYPES, int8
 from .keys import Shapes, check_tensors, loading_dtype, module_shapes
@@ -107,10 +107,9 @@ def config_file(checkpoint: TensorFile) -> Path:
     return checkpoint.path.with_name(f"{stem}.json")
 
 
-def expected_shapes(config: FlowConfig, team: Team = ALONE) -> Shapes:
-    """Names and shapes of the model's weights, or of what a process of a team has of them."""
-    shapes = module_shapes(Flow(config, device="meta", team=team))
-    return {name: shape for name, shape in shapes.items() if team.leads or _is_deep(name, config)}
+def expected_shapes(config: FlowConfig, mesh: Mesh = ONE) -> Shapes:
+    """Names and shapes of the model's weights; of the deep block's, what each process of a mesh has."""
+    return module_shapes(Flow(config, device="meta", team=Team(mesh)))
 
 
 def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
@@ -123,10 +122,16 @@ def check_keys(checkpoint: TensorFile, config: FlowConfig) -> Shapes:
 
 
 @lru_cache
-def weight_bytes(config: FlowConfig, dtype: torch.dtype, in_int8: bool = False, team: Team = ALONE) -> int:
-    """Memory that a flow's weights take in `dtype`, or with the large ones in 8 bit; what a process of a team has of
-    them."""
-    return int8.weight_bytes(expected_shapes(config, team), dtype, QUANTISED if in_int8 else None)
+def weight_bytes(
+    config: FlowConfig, dtype: torch.dtype, in_int8: bool = False, parts: tuple[str, ...] = PARTS, mesh: Mesh = ONE
+) -> int:  # fmt: skip
+    """Memory that the weights of some of a flow's parts take in `dtype`, or with the large ones in 8 bit; of the deep
+    block what each process of a mesh has."""
+    shapes = expected_shapes(config, mesh)
+    return int8.weight_bytes(
+        {name: shape for name, shape in shapes.items() if part_of(name, config) in parts}, dtype,
+        QUANTISED if in_int8 else None,
+    )  # fmt: skip
 
 
 def in_int8(checkpoint: TensorFile) -> bool:
@@ -155,9 +160,9 @@ def load_flow(
     `device` may be a `Placement`, for parts on different devices. With `dtype` None the type is that of most
     weights that aren't in 8 bit. `quantise` brings the large weights to 8 bit while they are loaded; those that are in
     8 bit stay so. Their layers are made by `int8_linear`, a host's or ours; with None no weight is kept in 8 bit.
-    `progress` counts bytes of the file; it may raise to stop. Each process of a `team` reads what it needs: the leader
-    all but the others' shares of the deep block, the others nothing but theirs. Raises CheckpointError, InputError for
-    an unusable type or device, and NonFiniteError naming the first tensor with NaN or infinity.
+    `progress` counts bytes of the file; it may raise to stop. A process of a `team` has its share of the deep block;
+    parts whose device is meta aren't read. Raises CheckpointError, InputError for an unusable type or device, and
+    NonFiniteError naming the first tensor with NaN or infinity.
     """
     file = source if isinstance(source, TensorFile) else TensorFile.open(source)
     checkpoint, config, expected = resolve(file, config)
@@ -169,14 +174,14 @@ def load_flow(
         _check_device(part, dtype)
     if team.mesh.tensor > 1:
         checkpoint = int8.joined(own_rows(file, config, team), QUANTISED)
-    expected = expected_shapes(config, team)
-    kept = {name for name in expected if int8_linear and _stays_int8(checkpoint.tensors[name], name, quantise)}
+    names = [name for name in expected if _device_of(name, config, placement).type != "meta"]
+    kept = {name for name in names if int8_linear and _stays_int8(checkpoint.tensors[name], name, quantise)}
     # Weights outlive the caller's inference mode: a score step or a fine-tune needs gradients later.
     with torch.inference_mode(False), torch.no_grad():
         flow = Flow(config, operations, dtype=dtype, device="meta", team=team)
         for name in kept:
             replace_linear(flow, name.removesuffix(int8.WEIGHT), int8_linear)
-        for name in _counted(checkpoint, expected, "load", progress):
+        for name in _counted(checkpoint, names, "load", progress):
             home = _device_of(name, config, placement)
             if name in kept:
                 values, scale = int8.int8_weight(checkpoint, name)
@@ -465,15 +470,17 @@ def _held(flow: Flow, names: Iterable[str]) -> dict[str, StoredTensor]:
     return found
 
 
+def part_of(name: str, config: FlowConfig) -> str:
+    """Which of a flow's `PARTS` a weight of that name is of."""
+    if name.startswith(DENOISER):
+        return "denoiser"
+    return "deep" if name.startswith(f"blocks.{len(config.layers) - 1}.") else "shallow"
+
+
 def _device_of(name: str, config: FlowConfig, placement: Placement) -> torch.device:
     """Where a weight of that name belongs."""
-    if name.startswith(DENOISER):
-        return placement.denoiser
-    return placement.deep[0] if _is_deep(name, config) else placement.shallow
-
-
-def _is_deep(name: str, config: FlowConfig) -> bool:
-    return name.startswith(f"blocks.{len(config.layers) - 1}.")
+    part = part_of(name, config)
+    return placement.deep[0] if part == "deep" else getattr(placement, part)
 
 
 def _check_device(device: str | torch.device, dtype: torch.dtype) -> None:

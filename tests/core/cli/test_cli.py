@@ -41,8 +41,8 @@ SETTINGS = (
     "text-encoder tokenizer train trigger-words vae warmup weight-decay work"
 )
 FLAGS = {
-    "generate": "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height "
-    "image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
+    "generate": "aspect batch best-of cache change-kept denoise device devices dtype first-span fps frames guidance "
+    "height image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
     "no-denoise offload output preset "
     "prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
@@ -219,6 +219,43 @@ def test_every_task(run, given, case):
     assert read_metadata(out[0])["task"] == task
     assert len(out) == 2
     assert not list(Path().rglob("*.part"))
+
+
+@pytest.fixture
+def three_devices(monkeypatch):
+    """The CPU under three names."""
+    there = {"cpu": torch.device("cpu"), "cpu:0": torch.device("cpu", 0), "cpu:1": torch.device("cpu", 1)}
+
+    def pick(name=None):
+        if name and name not in there:
+            raise settings.InputError(f"device {name!r} isn't there")
+        return there[name or "cpu"]
+
+    monkeypatch.setattr(settings, "pick_device", pick)
+
+
+@pytest.mark.parametrize(("devices", "guidance"), [("cpu,cpu:0", 1.5), ("cpu, cpu:0, cpu:1", 1.5), ("cpu,cpu:1", 0)])
+def test_several_devices_make_the_same(run, three_devices, given, devices, guidance):
+    words = ("a ring", "a square", "--image", given / "image.png", "--guidance", guidance, "--preset", "exact")
+    run("generate", *words, "--batch", 2, "-o", "one.png")
+    run("generate", *words, "--batch", 2, "-o", "two.png", "--devices", devices)
+    for index in range(2):
+        assert torch.equal(pixels(f"one-{index}/"), pixels(f"two-{index}/"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--devices", "cpu,cpu"), "names a device twice"),
+        (("--devices", "cpu,gpu"), "'gpu' isn't there"),
+        (("--devices", "cpu,cpu:0", "--device", "cpu"), "--device and --devices say the same"),
+        (("--devices", "cpu,cpu:0,cpu:1", "--guidance", "0"), "3 devices, but without guidance 2 are used"),
+        (("--devices", "cpu,cpu:0", "--offload", "weights"), "offload is 'weights', but several devices are given"),
+        (("--devices", "cpu,cpu:0", "--memory", "0.00001"), "on cpu, but 10 kB are free there"),
+    ],
+)
+def test_devices_that_cannot_be_used(refused, three_devices, words, message):
+    refused("generate", "x", *words, err=message)
 
 
 def test_the_given_frames_are_shown(run, given):
