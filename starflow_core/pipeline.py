@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .bundled import BUNDLED, FLOW_FILE, TEXT_FILE, VAE_FILE
 from .control import Control, Progress
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 from .jobs import memory
 from .jobs.build import default_job, job_with_context
 from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose, spread
@@ -278,8 +278,9 @@ def follow(flow: Flow, device: torch.device) -> None:
     more."""
     placement = Placement.following(device)
     while told := flow.team.tell(None):
-        text = told.text.to(device)
-        Generation(flow, told.job, text, told.uncond, None, told.noise, placement, told.means).follow()
+        run = Generation(flow, told.job, told.text.to(device), told.uncond, None, told.noise, placement, told.means)
+        with suppress(NonFiniteError):  # the leader finds it, too, and says where; it won't tell anything more
+            run.follow()
 
 
 def _give_back() -> None:

@@ -12,6 +12,7 @@ from ..jobs import CACHES, HOLDS, OFFLOADS
 from ..training.options import NearestNameParser, add_settings, whole
 from ..weights import WEIGHT_TYPES
 
+PARALLEL = ("guidance", "tensor", "guidance,tensor")
 INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
@@ -105,6 +106,11 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "--devices", metavar="A,B[,C]",
         help="several devices for one result, as cuda:0,cuda:1: with guidance its two halves are on the first two, "
         "without it the deep block is on the first; all else is on the last",
+    )  # fmt: skip
+    command.add_argument(
+        "--parallel", choices=PARALLEL,
+        help="each result by all processes that torchrun has started: the two halves of guidance, the heads of the "
+        "deep block (tensor), or both: torchrun --nproc-per-node N -m starflow_core generate ..",
     )  # fmt: skip
     _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
     _add_video_output(command)

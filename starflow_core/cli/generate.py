@@ -23,15 +23,20 @@ from ..solve.solvers import Statistics
 from .plan import Plan
 from .progress import Meter, SamplingBar, warn
 from .settings import tell_plan, warn_of_cut
+from .together import compute, follows, teamed
 
 
 def generate(args: Namespace) -> None:
-    """Check everything, load the model, and make the files."""
+    """Check everything, load the model, and make the files; under `torchrun` with all its processes."""
     began = time.monotonic()
+    if follows(args):
+        compute(args)
+        return
     plan, statistics, told = Plan.make(args), [], []
     tell_plan(plan.memory)
-    with Meter() as meter:
-        pipeline = plan.setup.load(meter, plan.memory)
+    with teamed(args) as team, Meter() as meter:
+        team.tell(plan.memory)
+        pipeline = plan.setup.load(meter, plan.memory, team)
         job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
         together = 1 if args.best_of else job.batch
         for first in range(0, len(plan.captions), together):
@@ -59,6 +64,7 @@ def generate(args: Namespace) -> None:
             if unfinished:
                 remove(path_of(unfinished))
             statistics.append(run.statistics)
+        team.tell(None)
     for line in told:
         print(line)
     report(plan.paths, began, statistics)

@@ -43,7 +43,7 @@ SETTINGS = (
 FLAGS = {
     "generate": "aspect batch best-of cache change-kept denoise device devices dtype first-span fps frames guidance "
     "height image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
-    "no-denoise offload output preset "
+    "no-denoise offload output parallel preset "
     "prompt-file quality resume seed "
     "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
     "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
