@@ -25,7 +25,7 @@ PATIENCE = timedelta(days=7)  # of those that wait while the leader denoises, de
 
 
 def follows(args: Namespace) -> bool:
-    """Whether this process only computes for another. Raises InputError for one of several that make all on their own."""
+    """Whether this process only computes for another. Raises InputError where each of several would make everything."""
     several = started() > 1 and torch.distributed.is_torchelastic_launched()
     if several and not args.parallel:
         raise InputError(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from contextlib import redirect_stderr, redirect_stdout
+import os
+from contextlib import ExitStack, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from importlib import import_module
 from pathlib import Path
 
 import torch
@@ -23,6 +25,10 @@ from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
 from starflow_core.weights.flow import load_flow
 from starflow_core.weights.shares import own_lora
 from tests.core import models
+
+# What commands import takes seconds; so it is done once, for all processes.
+for name in ("starflow_core.cli.generate", "diffusers.models.autoencoders.autoencoder_kl_wan", "transformers"):
+    import_module(name)
 
 CPU = torch.device("cpu")
 SIZE = {"height": 32, "width": 48}  # 2 x 3 tokens
@@ -128,10 +134,10 @@ def _loras(flow: Flow) -> dict[str, Lora]:
 
 def commanded(words: list[str], said: Path) -> None:
     """A command, which is found to say what it says in files of each process."""
-    import os
-
     rank = os.environ["RANK"]
-    with open(said / f"{rank}.out", "w") as out, open(said / f"{rank}.err", "w") as err:
-        with redirect_stdout(out), redirect_stderr(err):
-            code = main(words)
+    with ExitStack() as files:
+        out, err = (files.enter_context(open(said / f"{rank}.{end}", "w", encoding="utf-8")) for end in ("out", "err"))
+        files.enter_context(redirect_stdout(out))
+        files.enter_context(redirect_stderr(err))
+        code = main(words)
     raise SystemExit(code)
