@@ -64,7 +64,7 @@ FAULTS = [
     Fault("starflow_core/pipeline.py", "if self._encoder is not None or self.placement.text",
           "if True or self.placement.text",
           "the text encoder isn't counted", PIPELINE),
-    Fault("starflow_core/pipeline.py", "if self.plan is None:", "if self.plan == 0:",
+    Fault("starflow_core/pipeline.py", '(has_int8(self.flow),)\n        if self.plan:', '(has_int8(self.flow),)\n        if True:',
           "jobs aren't fitted to what is free", PIPELINE),
     Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)",
           "return self.generate(prompt, job)",

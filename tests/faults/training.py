@@ -119,6 +119,31 @@ FAULTS: list[Fault] = [
         "every step rehearses", RUN_TESTS + "test_rehearsals_are_the_models_own_and_come_in_their_share",
     ),
     Fault(
+        REHEARSAL, "given = self.dataset.practice.given(bucket, task)", "given = 0",
+        "a rehearsed edit's source is learned", EDITS,
+    ),
+    Fault(
+        REHEARSAL, "self._key(bucket, self._source(w))", "self._key(bucket, self.texts_alone[0])",
+        "all rehearsed edits change one clip", EDITS,
+    ),
+    Fault(
+        REHEARSAL, "self.parts[bucket, task]", "self.parts[bucket, 'text']",
+        "edits aren't rehearsed", EDITS,
+    ),
+    Fault(
+        RUN, 'name not in (*FREE, "steps")', "name not in FREE",
+        "a finished run takes no more steps", RUN_TESTS + "test_a_finished_run_takes_more_steps_but_not_fewer",
+    ),
+    Fault(
+        LOOP, "if first > total:", "if False:",
+        "fewer steps than there are go on", RUN_TESTS + "test_a_finished_run_takes_more_steps_but_not_fewer",
+    ),
+    Fault(
+        "starflow_core/training/processes.py", "mp_policy=policy, ignored_params=scales)\n        fully_shard(net",
+        "mp_policy=policy)\n        fully_shard(net",
+        "scales of 8-bit weights are rounded", STATE_TESTS + "test_weights_in_8_bit_are_the_same_when_they_are_spread",
+    ),
+    Fault(
         RUN, "with self._naming(index, seen, plan), ", "with ",
         "numbers that go bad aren't named", RUN_TESTS + "test_numbers_that_go_bad_are_named",
     ),
