@@ -15,6 +15,8 @@ LOOP, OPTIMISER, OBJECTIVES, STATES, PROCESSES, RUN, WATCH, FORECAST, SETTINGS =
 CLIPS, VAE, BANK, BATCHES, FLOW, BUNDLE, MAIN = (
     f"starflow_core/training/demo/{name}.py" for name in ("clips", "vae", "bank", "batches", "flow", "bundle", "recipe")
 )
+REHEARSAL = "starflow_core/training/rehearsal.py"
+EDITS = RUN_TESTS + "test_edits_and_last_frames_are_rehearsed_as_they_are_learned"
 
 FAULTS: list[Fault] = [
     # The loop
