@@ -27,12 +27,14 @@ from .jobs.unfinished import Unfinished, identity
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.lora import attach
+from .model.parallel import ALONE, Team
 from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
 from .weights.flow import find_config, has_int8, in_int8, load_flow
 from .weights.lora import Chosen, LoraPath
+from .weights.shares import own_lora
 from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
@@ -112,14 +114,16 @@ class Pipeline:
         OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
         captions, job = timed(captions, job)
         plan = self.plan_for(job, keep_text_encoder)
-        kept = {}
+        team, kept = self.flow.team, {}
         if unfinished:
             file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
             kept = {"settled": file.load(), "on_window": file.save}
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        run = Generation(
-            self.flow, job, text, uncond, control, noise, self.placement, plan.means, plan.fallbacks, **kept
-        )  # fmt: skip
+        fallbacks = plan.fallbacks
+        if team.mesh.count > 1:
+            fallbacks = ()  # memory may run out in one process alone
+            team.tell(Told.of(job, text, uncond, noise, plan.means))
+        run = Generation(self.flow, job, text, uncond, control, noise, self.placement, plan.means, fallbacks, **kept)
         return run, cut
 
     def plan_for(self, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
@@ -250,6 +254,34 @@ class Pipeline:
                 self.vae.module.to("cpu")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the leader of a team tells the others of a generation, all on the CPU. Of given frames they need to know how
+    many there are: the job's have no values."""
+
+    job: Job
+    text: Tensor
+    uncond: Tensor | None
+    noise: Tensor | None
+    means: Means
+
+    @classmethod
+    def of(cls, job: Job, text: Tensor, uncond: Tensor | None, noise: Tensor | None, means: Means) -> Told:
+        if job.context:
+            job = replace(job, context=replace(job.context, latents=job.context.latents.to("meta")))
+        return cls(job, *(part if part is None else part.cpu() for part in (text, uncond, noise)), means)
+
+
+@torch.no_grad()
+def follow(flow: Flow, device: torch.device) -> None:
+    """Compute this process's share of each generation that the leader of the flow's team starts, until it tells no
+    more."""
+    placement = Placement.following(device)
+    while told := flow.team.tell(None):
+        text = told.text.to(device)
+        Generation(flow, told.job, text, told.uncond, None, told.noise, placement, told.means).follow()
+
+
 def _give_back() -> None:
     """Return freed main memory to the system. glibc may keep that of tensors below 32 MB: 0.8 GB of a T5-XL's 2.4."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -353,19 +385,27 @@ class Parts:
 
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None,
-        plan: MemoryPlan | None = None,
+        plan: MemoryPlan | None = None, team: Team = ALONE,
     ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
         wanted, cpu = plan.means if plan else Means(self.in_int8), Placement.on("cpu")
-        adapters = [chosen.load() for chosen in self.loras]
         vae = self.vae.load(dtype, cpu.vae if wanted.in_turn else placement.vae)
         home = cpu if wanted.streamed else placement
-        flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=wanted.int8)
-        for loras in adapters:
-            attach(flow, loras)
+        flow = self.load_flow(home, dtype, wanted, progress, team)
         if wanted.streamed:
             stream_layers(flow, placement)
         return Pipeline(flow, vae, self.text, placement, dtype, plan)
+
+    def load_flow(
+        self, placement: Placement, dtype: torch.dtype, means: Means,
+        progress: Callable[[Progress], None] | None = None, team: Team = ALONE,
+    ) -> Flow:  # fmt: skip
+        """The flow alone, with its LoRAs, or what a process of a team has of them."""
+        adapters = [chosen.load() for chosen in self.loras]
+        flow = load_flow(self.checkpoint, dtype, placement, progress=progress, quantise=means.int8, team=team)
+        for loras in adapters:
+            attach(flow, {layer: own_lora(lora, layer, self.config, team) for layer, lora in loras.items()})
+        return flow
 
 
 def find_parts(

@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError, OutOfMemoryForecast
 from ..model.cache import CacheSettings
+from ..model.parallel import ONE, Mesh
 from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
 from .pace import Pace, about
@@ -43,14 +44,18 @@ def _check(options: Any, **known: dict) -> None:
 @dataclass(frozen=True)
 class MemoryOptions:
     """What a user fixes; the planner chooses the rest. `budget` is in bytes (None: what is free), `cache` one of CACHES
-    and `offload` one of OFFLOADS. Raises InputError for other values."""
+    and `offload` one of OFFLOADS; over the processes of a `mesh` nothing is offloaded. Raises InputError for other
+    values."""
 
     budget: int | None = None
     cache: str = "auto"
     offload: str = "auto"
+    mesh: Mesh = ONE
 
     def __post_init__(self):
         _check(self, cache=CACHES, offload=OFFLOADS)
+        if self.mesh.count > 1 and self.offload not in ("auto", "none"):
+            raise InputError(f"offload is {self.offload!r}, but over several processes all stays on their devices")
 
     def means(self, device: torch.device, weights: tuple[bool, ...]) -> Iterator[Means]:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
@@ -58,7 +63,7 @@ class MemoryOptions:
             for int8 in sorted(weights, reverse=streamed):  # half as much to bring in
                 for quantised in sorted(CACHES[self.cache], reverse=away):
                     for in_turn in (False, True):
-                        yield Means(int8, streamed, CacheSettings(quantised, away), in_turn)
+                        yield Means(int8, streamed, CacheSettings(quantised, away), in_turn, self.mesh)
 
     def _offloads(self, device: torch.device) -> tuple[tuple[bool, bool], ...]:
         wanted = self.offload not in ("auto", "none")
@@ -66,7 +71,8 @@ class MemoryOptions:
             raise InputError(f"offload is {self.offload!r}, but everything is in main memory: the device is the CPU")
         if wanted and not can_stream():
             raise InputError(f"offload {self.offload!r} needs the package accelerate: pip install accelerate")
-        return OFFLOADS[self.offload] if device.type != "cpu" and can_stream() else (NOWHERE,)
+        stays = device.type == "cpu" or self.mesh.count > 1 or not can_stream()
+        return (NOWHERE,) if stays else OFFLOADS[self.offload]
 
 
 AUTO = MemoryOptions()
@@ -161,6 +167,7 @@ class MemoryPlan:
     def __str__(self) -> str:
         words = f"{self.means}{'; text encoder on the CPU' if self.text_away else ''}"
         away = f"; {readable(self.need.host)} in main memory" if self.need.host else ""
+        away += f"; {readable(self.need.others)} on each other device" if self.need.others else ""
         long = f". Takes {about(self.seconds)}, going by the last such job here" if self.seconds else ""
         needs = [f"{_told(need)} on {device}" for device, need in (self.spread or {}).items()] or [_told(self.need)]
         return f"{words}. Needs {', '.join(needs)}{away}{long}"

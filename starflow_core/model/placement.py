@@ -50,6 +50,12 @@ class Placement:
         last = devices[-1]
         return cls(tuple(devices[:halves]), last, last, last, last)
 
+    @classmethod
+    def following(cls, device: torch.device) -> Placement:
+        """The deep block on a device, and nothing else anywhere, as in a process that follows a leader."""
+        nowhere = torch.device("meta")
+        return cls((device,), nowhere, nowhere, nowhere, nowhere)
+
     @property
     def devices(self) -> tuple[torch.device, ...]:
         """All that are used, once each."""

@@ -97,6 +97,7 @@ class Sampler:
         self._check()
 
     def _check(self) -> None:
+        self.flow.team.mesh.check(self.flow.config, self.guidance)
         if self.given > self.window:
             raise InputError(f"a context of {self.given} latent frames is longer than the window of {self.window}")
         if any(not self.given < start < self.frames for start in self.prompts.starts[1:]):
@@ -148,6 +149,11 @@ class Sampler:
         latents = torch.cat([*self._context(), *done, self.through_shallow(tokens, self.given + len(done))], 1)
         return Sample(latents, self.statistics)
 
+    def follow(self) -> None:
+        """Compute along with the leader of the flow's team, which alone has what comes after the deep block."""
+        for _ in self._solved():
+            pass
+
     def stream(self, first: int = 0) -> Iterator[Tensor]:
         """Latents (B, n, C, H, W) from frame `first` on, given frames first, each frame as soon as it is settled."""
         if first < self.given:
@@ -182,10 +188,11 @@ class Sampler:
 
     def _known(self) -> Tensor:
         """The context as the deep block takes it, (B, given, N, c)."""
-        block, home = self.flow.deep, self.placement.deep[0]
+        block, home, team = self.flow.deep, self.placement.deep[0], self.flow.team
         if self.context is None:
             return self.flow.tokens(self.noise[:, :0]).to(home)
-        return block.ordered(self.flow.encode_shallow(*self._context())[0]).to(home)
+        known = block.ordered(self.flow.encode_shallow(*self._context())[0]).cpu() if team.leads else None
+        return team.tell(known).to(home)
 
     def _solved(self) -> Iterator[int]:
         """Which of the sampled frames have tokens, but no latents yet: those that are settled, then the others as they

@@ -1,4 +1,4 @@
-"""The processes that train together: under `torchrun` several, otherwise one.
+"""The processes that train together: under `torchrun` several, otherwise one; see `starflow_core.processes`.
 
 Each step has one batch, of which every process takes equally many rows; so all make the same calls of layers, which
 sharded weights need. Where the rows don't go round, some are taken twice and count once.
@@ -6,17 +6,13 @@ sharded weights need. Where the rows don't go round, some are taken twice and co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..model.flow import Flow
-from ..model.placement import pick_device
 
 
 @dataclass(frozen=True)
@@ -77,43 +73,6 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
-
-
-@contextmanager
-def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that `torchrun` has started, each with a device of its own."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        yield Processes(), pick_device(device)
-        return
-    if "RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
-    chosen = _own_device(pick_device(device))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    # What is said and saved goes over gloo, also where the weights go over another.
-    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_backend(chosen)}"
-    torch.distributed.init_process_group(backend)
-    try:
-        yield Processes(torch.distributed.get_rank(), count), chosen
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _backend(device: torch.device) -> str:
-    if not hasattr(torch.distributed, "get_default_backend_for_device"):
-        raise InputError("training with several processes needs PyTorch 2.7 or newer")
-    return torch.distributed.get_default_backend_for_device(device)
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """The process's own of this machine's devices."""
-    if device.type == "cpu":
-        return device
-    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.get_device_module(device).device_count()
-    if local >= there:
-        raise InputError(f"process {local} has no device: there are {there} of {device.type}; start as many processes")
-    return torch.device(device.type, local)
 
 
 def shard(flow: Flow, dtype: torch.dtype) -> None:

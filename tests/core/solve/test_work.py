@@ -52,6 +52,9 @@ class Linear:
     def horizon(self, start):
         return 1 << 30
 
+    def agree(self, leading, residual):
+        return leading, residual
+
 
 def test_a_residual_is_the_largest_change_of_its_sweep():
     window, statistics = Window(models.randn(1, 12, 3), frame_tokens=4, width=2), Statistics()
