@@ -236,6 +236,8 @@ def copy_deep(handle, device: torch.device) -> None:
         own = load_flow(source_of(handle), flow.compute_dtype, place, quantise=has_int8(flow))
         for name, weight in own.deep.named_parameters(f"{PREFIX}blocks.{own.deep.index}"):
             if name in handle.patches:
+                if not weight.is_floating_point():
+                    raise InputError(f"{name} is in 8 bit, where ComfyUI's own LoRAs are lost; use STARFlow Load LoRA")
                 changed = comfy.lora.calculate_weight(handle.patches[name], weight.float(), name)
                 weight.data = changed.to(weight)
         last = f"blocks.{own.deep.index}."
@@ -247,7 +249,7 @@ def copy_deep(handle, device: torch.device) -> None:
 
 def _copied_as(handle) -> tuple:
     """What tells a copy from one with other additions."""
-    return handle.patches_uuid, tuple(map(id, _beside(handle).values()))
+    return handle.patches_uuid, *(lora for loras in _beside(handle).values() for lora in loras)
 
 
 class _Kept(nn.Module):
