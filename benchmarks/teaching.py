@@ -49,7 +49,7 @@ COMMON = {
 SUBJECTS = {
     "cross": Subject(
         clips.NEW_KINDS, tuple(clips.DIRECTIONS),
-        COMMON | {"steps": 1000, "batch": 12, "blocks": "all", "rehearsal": 0.4},
+        COMMON | {"steps": 1200, "batch": 12, "blocks": "all", "rehearsal": 0.5},
     ),
     "diagonal": Subject(clips.KINDS, tuple(clips.DIAGONALS), COMMON | {"steps": 400, "batch": 20}),
 }  # fmt: skip
@@ -87,10 +87,16 @@ def write_clips(folder: Path, drawn: Sequence[clips.Scene], seed: int) -> None:
         path.with_suffix(".txt").write_text(clips.caption(one, rng), encoding="utf-8")
 
 
-def rehearsed(seed: int, count: int = 64) -> tuple[str, ...]:
-    """Captions of what the demo knows."""
+def rehearsed(seed: int, count: int = 48) -> tuple[str, ...]:
+    """Captions of what the demo knows, and half as many each of edits and of clips with a last frame."""
     rng = random.Random(seed)
-    return tuple(clips.caption(clips.random_scene(rng, SIDE, SIDE), rng) for _ in range(count))
+
+    def captions(number: int) -> list[str]:
+        return [clips.caption(clips.random_scene(rng, SIDE, SIDE), rng) for _ in range(number)]
+
+    edits = [clips.edit_caption(rng.choice(list(clips.COLOURS)), rng) for _ in range(count // 2)]
+    lasts = captions(count // 2)
+    return (*captions(count), *(f"(v2v) {text}" for text in edits), *(f"(last) {text}" for text in lasts))
 
 
 def taught(subject: Subject, folder: Path, **changes) -> Path:

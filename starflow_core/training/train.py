@@ -132,7 +132,6 @@ def train(
         subject = _subject(settings, sources, dtype, torch.device("cpu") if spread and not rehearsal else device)
         if rehearsal:
             rehearsal.draw(subject.module, device, processes, progress)
-            processes.wait()
         if spread:
             shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)

@@ -56,7 +56,7 @@ FAULTS: list[Fault] = [
         "a preset's numbers can't be overridden", TESTS + "test_choices_are_the_cores",
     ),
     Fault(
-        SETTINGS, "DTYPES.get(args.dtype, default_dtype(device))", "default_dtype(device)",
+        SETTINGS, "DTYPES.get(args.dtype, default_dtype(devices[0]))", "default_dtype(devices[0])",
         "--dtype is ignored", TESTS + "test_model_is_found_before_it_is_loaded",
     ),
     Fault(

@@ -235,12 +235,19 @@ def three_devices(monkeypatch):
 
 
 @pytest.mark.parametrize(("devices", "guidance"), [("cpu,cpu:0", 1.5), ("cpu, cpu:0, cpu:1", 1.5), ("cpu,cpu:1", 0)])
-def test_several_devices_make_the_same(run, three_devices, given, devices, guidance):
-    words = ("a ring", "a square", "--image", given / "image.png", "--guidance", guidance, "--preset", "exact")
-    run("generate", *words, "--batch", 2, "-o", "one.png")
-    run("generate", *words, "--batch", 2, "-o", "two.png", "--devices", devices)
+def test_several_devices_make_the_same(run, three_devices, given, devices, guidance, monkeypatch):
+    placements, load = [], pipeline.Parts.load
+    monkeypatch.setattr(
+        pipeline.Parts,
+        "load",
+        lambda self, placement, *rest: placements.append(placement) or load(self, placement, *rest),
+    )
+    words = ("a ring", "a square", "--image", given / "picture.png", "--guidance", guidance, "--preset", "exact")
+    run("generate", *words, "--batch", 2, "-o", "one/")
+    run("generate", *words, "--batch", 2, "-o", "two/", "--devices", devices)
+    assert [len(placement.devices) for placement in placements] == [1, devices.count(",") + 1]
     for index in range(2):
-        assert torch.equal(pixels(f"one-{index}/"), pixels(f"two-{index}/"))
+        torch.testing.assert_close(pixels(f"one-{index}/"), pixels(f"two-{index}/"), atol=2.1 / 255, rtol=0)  # in 8 bit
 
 
 @pytest.mark.parametrize(
@@ -251,7 +258,7 @@ def test_several_devices_make_the_same(run, three_devices, given, devices, guida
         (("--devices", "cpu,cpu:0", "--device", "cpu"), "--device and --devices say the same"),
         (("--devices", "cpu,cpu:0,cpu:1", "--guidance", "0"), "3 devices, but without guidance 2 are used"),
         (("--devices", "cpu,cpu:0", "--offload", "weights"), "offload is 'weights', but several devices are given"),
-        (("--devices", "cpu,cpu:0", "--memory", "0.00001"), "on cpu, but 10 kB are free there"),
+        (("--devices", "cpu,cpu:0", "--memory", "0.00001GB"), "on cpu, but 10 kB are free there"),
     ],
 )
 def test_devices_that_cannot_be_used(refused, three_devices, words, message):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.meter import Meter
+from starflow_core.jobs import memory
+from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast, forecast_encode
 from starflow_core.jobs.tasks import Generation, Job, layout
 from starflow_core.model.cache import Cache
-from starflow_core.model.config import Denoiser
+from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B, Denoiser
+from starflow_core.model.placement import Placement
 from starflow_core.solve.inverting import invert
 from tests.core import models
 
@@ -101,7 +106,7 @@ def test_what_each_of_several_devices_holds(config):
     assert first.weights > third.weights
     assert first.cache == whole.cache / 2
     assert third.cache == 0
-    assert first.activations + third.activations < 1.3 * whole.activations
+    assert max(first.activations, third.activations) <= whole.activations
     together = memory.forecasts(config, job, torch.bfloat16, Placement.over(APART.deep, True))
     assert list(together.values()) == [first, memory.forecast(config, replace(job, guidance=0.0), torch.bfloat16)]
 

@@ -9,9 +9,18 @@ import torch
 
 from benchmarks.dryrun import CUDA, GIB, DryJob, image, planned, video
 from starflow_core.errors import InputError, OutOfMemoryForecast
-from starflow_core.jobs import planner
+from starflow_core.jobs import memory, planner
 from starflow_core.jobs.memory import Forecast
-from starflow_core.jobs.planner import STREAMED_SPAN, HostedOptions, MemoryOptions, Room, choose, choose_hosted
+from starflow_core.jobs.planner import (
+    AUTO,
+    STREAMED_SPAN,
+    HostedOptions,
+    MemoryOptions,
+    Room,
+    choose,
+    choose_hosted,
+    spread,
+)
 from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means
 from starflow_core.model.cache import CacheSettings
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
@@ -289,7 +298,7 @@ def test_means_change_when_things_happen_but_no_result(kind, denoise):
 # Several devices
 
 
-def spread_by(rooms: dict[str, int], monkeypatch, options: MemoryOptions = MemoryOptions(), weights=(False, True)):
+def spread_by(rooms: dict[str, int], monkeypatch, options: MemoryOptions = AUTO, weights=(False, True)):
     """A plan for devices with so much room, where a job takes 100 of each, or 40 less with weights in 8 bit and 20 less
     with such a cache."""
     there = {torch.device(name): size for name, size in rooms.items()}
