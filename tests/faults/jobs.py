@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Fault
 
 JOBS = "starflow_core/jobs"
+SHARES = "tests/core/parallel/test_shares.py"
 TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
 PIPELINE = "tests/core/test_pipeline.py"
 PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
@@ -152,4 +153,9 @@ FAULTS = [
           "a given frame is judged", DECIDING),
     Fault(LIKELIHOOD, "max(scores, key=scores.__getitem__)", "min(scores, key=scores.__getitem__)",
           "the least likely is kept", DECIDING),
+    Fault(f"{JOBS}/memory.py", "config.deep_width // config.head_dim // mesh.tensor",
+          "config.deep_width // config.head_dim",
+          "each process has all keys and values", SHARES),
+    Fault(f"{JOBS}/memory.py", 'means.mesh.count == 1 or "shallow" not in parts', "True",
+          "what follows is said to need nothing", SHARES),
 ]  # fmt: skip

@@ -17,7 +17,7 @@ from starflow_core.model.parallel import ALONE, Mesh, Team
 from starflow_core.model.placement import Placement
 from starflow_core.weights.flow import load_flow, save_flow
 from starflow_core.weights.shares import own_lora
-from starflow_core.weights.tensorfiles import StoredTensor
+from starflow_core.weights.tensorfiles import StoredTensor, TensorFile
 from tests.core import models
 
 CPU = torch.device("cpu")
@@ -69,8 +69,13 @@ def test_weights_brought_to_8_bit_are_those_of_one_process(tmp_path):
         assert all(torch.equal(layer.weight_scale, whole.get_submodule(name).weight_scale) for layer in layers)
 
 
-def test_who_follows_has_nothing_but_its_share_of_the_deep_block(model):
+def test_who_follows_has_nothing_but_its_share_of_the_deep_block(model, monkeypatch):
+    """And reads nothing else."""
+    read, tensor = [], TensorFile.tensor
+    monkeypatch.setattr(TensorFile, "tensor", lambda file, name: (read.append(name), tensor(file, name))[1])
     flow = load_flow(model, device=Placement.following(CPU), team=Team(Mesh(1, 3), 2))
+    assert read
+    assert all(name.startswith("blocks.2.") for name in read)
     for name, weight in flow.named_parameters():
         assert weight.is_meta != name.startswith("blocks.2."), name
     assert flow.deep.heads == 2

@@ -106,6 +106,19 @@ class Recorded(Linear):
         return super().__call__(before, start)
 
 
+class Careful(Linear):
+    """Of several processes the other one would commit one token a sweep."""
+
+    def agree(self, leading, residual):
+        return 1, residual
+
+
+def test_what_is_committed_is_agreed_on():
+    window = Window(models.randn(1, 12, 3), frame_tokens=4, width=2)
+    settled = [settled for settled, _ in solve_span(Careful(), window, PRESETS["exact"], Statistics())]
+    assert settled == list(range(1, 13))
+
+
 def test_tokens_that_enter_the_span_are_warm_started():
     """After a known frame the first sweep sees tokens with the frame's shift, not bare noise."""
     window, block = Window(models.randn(1, 8, 3), frame_tokens=4, width=2, known=4), Recorded()
