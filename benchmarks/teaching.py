@@ -49,7 +49,7 @@ COMMON = {
 SUBJECTS = {
     "cross": Subject(
         clips.NEW_KINDS, tuple(clips.DIRECTIONS),
-        COMMON | {"steps": 1200, "batch": 12, "blocks": "all", "rehearsal": 0.5},
+        COMMON | {"steps": 1600, "batch": 12, "blocks": "all", "rehearsal": 0.5},
     ),
     "diagonal": Subject(clips.KINDS, tuple(clips.DIAGONALS), COMMON | {"steps": 400, "batch": 20}),
 }  # fmt: skip
@@ -87,16 +87,15 @@ def write_clips(folder: Path, drawn: Sequence[clips.Scene], seed: int) -> None:
         path.with_suffix(".txt").write_text(clips.caption(one, rng), encoding="utf-8")
 
 
-def rehearsed(seed: int, count: int = 48) -> tuple[str, ...]:
-    """Captions of what the demo knows, and half as many each of edits and of clips with a last frame."""
+def rehearsed(seed: int, texts: int = 32, edits: int = 48, lasts: int = 16) -> tuple[str, ...]:
+    """Captions of what the demo knows, edits, which suffer most, and clips with a last frame."""
     rng = random.Random(seed)
 
     def captions(number: int) -> list[str]:
         return [clips.caption(clips.random_scene(rng, SIDE, SIDE), rng) for _ in range(number)]
 
-    edits = [clips.edit_caption(rng.choice(list(clips.COLOURS)), rng) for _ in range(count // 2)]
-    lasts = captions(count // 2)
-    return (*captions(count), *(f"(v2v) {text}" for text in edits), *(f"(last) {text}" for text in lasts))
+    wishes = [clips.edit_caption(rng.choice(list(clips.COLOURS)), rng) for _ in range(edits)]
+    return (*captions(texts), *(f"(v2v) {wish}" for wish in wishes), *(f"(last) {text}" for text in captions(lasts)))
 
 
 def taught(subject: Subject, folder: Path, **changes) -> Path:

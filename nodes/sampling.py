@@ -174,7 +174,9 @@ class STARFlowSampler(io.ComfyNode):
                     tooltip="Latent frames kept when the window slides; 0 keeps about three quarters of the window.",
                 ),
                 OptionsType.Input(
-                    "options", optional=True, tooltip="From STARFlow Memory or Devices. Without it, the fastest way that fits."
+                    "options",
+                    optional=True,
+                    tooltip="From STARFlow Memory or Devices. Without it, the fastest way that fits.",
                 ),
                 NoiseType.Input(
                     "noise",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
-from starflow_core.weights.lora import save_lora
 from tests.core.models import relative_error
 
 from . import pack
@@ -74,8 +75,6 @@ def test_a_copy_is_kept_until_a_lora_changes(demo, two, tmp_path, monkeypatch):
 def lora_of(demo):
     """The model with a LoRA on all blocks."""
     adapt = pack.module("starflow_core.model.lora").adapt
-    import copy
-
     loras = adapt(copy.deepcopy(demo.flow), 2, 2.0, blocks="all", generator=torch.Generator().manual_seed(1))
     for lora in loras.values():
         with torch.no_grad():
