@@ -10,6 +10,7 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from torch import Tensor, nn
 from ..errors import InputError
 from ..model.flow import Flow
 from ..model.placement import pick_device
+
+PATIENCE = timedelta(days=20)  # in ms, 24 days are too many for gloo
 
 
 @dataclass(frozen=True)
@@ -73,29 +76,49 @@ class Processes:
         """Another group of all processes, for messages over gloo beside the others; None for one process."""
         return torch.distributed.new_group(backend="gloo") if self.count > 1 else None
 
+    def gathered(self, found: list) -> list:
+        """What each process that isn't joined has found, one after the other. All wait for the last, however long."""
+        if self.count == 1:
+            return found
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        try:
+            parts = [None] * self.count
+            torch.distributed.all_gather_object(parts, found)
+        finally:
+            torch.distributed.destroy_process_group()
+        return [each for part in parts for each in part]
+
     def wait(self) -> None:
         """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
 
 
-@contextmanager
-def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that `torchrun` has started, each with a device of its own."""
+def placed(device: str | None) -> tuple[Processes, torch.device]:
+    """What `torchrun` has made this process: its number of how many, with a device of its own. They aren't joined."""
     count = int(os.environ.get("WORLD_SIZE", 1))
     if count == 1:
-        yield Processes(), pick_device(device)
-        return
+        return Processes(), pick_device(device)
     if "RANK" not in os.environ:
         raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
     chosen = _own_device(pick_device(device))
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    return Processes(int(os.environ["RANK"]), count), chosen
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
+    """Join the processes that `torchrun` has started, each with a device of its own."""
+    processes, chosen = placed(device)
+    if processes.count == 1:
+        yield processes, chosen
+        return
     # What is said and saved goes over gloo, also where the weights go over another.
     backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_backend(chosen)}"
     torch.distributed.init_process_group(backend)
     try:
-        yield Processes(torch.distributed.get_rank(), count), chosen
+        yield processes, chosen
     finally:
         torch.distributed.destroy_process_group()
 
