@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-ROOMS = ("model", "solve", "jobs", "applications", "weights", "media", "training", "data", "cli", "nodes")
+ROOMS = ("model", "solve", "jobs", "applications", "weights", "media", "training", "data", "cli", "batch", "nodes")
 
 
 @dataclass(frozen=True)
