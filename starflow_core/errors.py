@@ -25,6 +25,10 @@ class Cancelled(StarflowError):
     """The caller cancelled the job. Nothing was written."""
 
 
+class JobsFailed(StarflowError):
+    """Some of several jobs failed. The others are done."""
+
+
 def ran_out(error: BaseException) -> bool:
     """Whether an exception means that a device ran out of memory."""
     text = str(error).lower()

@@ -19,7 +19,7 @@ from .control import Control, Progress
 from .errors import InputError, NonFiniteError
 from .jobs import memory
 from .jobs.build import default_job, job_with_context
-from .jobs.planner import AUTO, MemoryOptions, MemoryPlan, choose, spread
+from .jobs.planner import AUTO, Free, MemoryOptions, MemoryPlan, choose, spread
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
 from .jobs.timeline import Caption, timed
@@ -326,6 +326,13 @@ class Parts:
     quantise: bool = False
     loras: tuple[Chosen, ...] = ()
 
+    def with_loras(self, loras: Iterable[LoraPath]) -> Parts:
+        """The same with these LoRAs. Raises CheckpointError for one that doesn't fit."""
+        chosen = tuple(map(Chosen.open, loras))
+        for each in chosen:
+            each.file.check(self.config)
+        return replace(self, loras=chosen)
+
     @property
     def in_int8(self) -> bool:
         """Whether the flow's large weights will be in 8 bit."""
@@ -333,15 +340,16 @@ class Parts:
 
     def plan(
         self, job: Job, dtype: torch.dtype, placement: Placement, options: MemoryOptions = AUTO,
-        may_quantise: bool = False, tile: int | None = None, keep_text_encoder: bool = False,
+        may_quantise: bool = False, tile: int | None = None, keep_text_encoder: bool = False, free: Free | None = None,
     ) -> MemoryPlan:  # fmt: skip
         """The means to fit a job to its devices; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
-        bit if nothing else fits. Raises OutOfMemoryForecast for a job that can't be made to fit."""
+        bit if nothing else fits; `free` as of `choose`, for one device. Raises OutOfMemoryForecast for a job that can't
+        be made to fit."""
         weights = tuple(dict.fromkeys((self.in_int8, True) if may_quantise else (self.in_int8,)))
         others = {"dtype": dtype, "tile": tile, "keep_text_encoder": keep_text_encoder}
         if placement.several:
             return spread(job, options, weights, partial(self.forecasts, placement=placement, **others))
-        return choose(job, placement.deep[0], options, weights, partial(self.forecast, **others))
+        return choose(job, placement.deep[0], options, weights, partial(self.forecast, **others), free=free)
 
     def forecasts(
         self, job: Job, means: Means, *, placement: Placement, dtype: torch.dtype, tile: int | None = None,
@@ -422,10 +430,7 @@ def find_parts(
     model, text_encoder, vae = _find_paths(model, text_encoder, vae)
     checkpoint = TensorFile.open(model)
     text = find_text_encoder(text_encoder, tokenizer, quantise)
-    config, chosen = find_config(checkpoint), tuple(map(Chosen.open, loras))
-    for each in chosen:
-        each.file.check(config)
-    parts = Parts(checkpoint, config, text, find_vae(vae), quantise, chosen)
+    parts = Parts(checkpoint, find_config(checkpoint), text, find_vae(vae), quantise).with_loras(loras)
     parts.config.check_text_encoder(parts.text.dim)
     outline = parts.vae.outline
     parts.config.check_vae(outline.channels, outline.spatial, outline.temporal)

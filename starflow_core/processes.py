@@ -18,24 +18,30 @@ def started() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def placed(device: str | None) -> tuple[int, int, torch.device]:
+    """This process's number, how many there are, and its device. They aren't joined."""
+    count = started()
+    if count > 1 and "RANK" not in os.environ:
+        raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
+    chosen = own_device(device) if count > 1 else pick_device(device)
+    if count > 1 and chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    return int(os.environ["RANK"]) if count > 1 else 0, count, chosen
+
+
 @contextmanager
 def joined(device: str | None, patience: timedelta | None = None) -> Iterator[tuple[int, int, torch.device]]:
     """Join the others; gives this process's number, how many there are, and its device. One waits for another as long
     as `patience`, by default PyTorch's own."""
-    count = started()
+    rank, count, chosen = placed(device)
     if count == 1:
-        yield 0, 1, pick_device(device)
+        yield rank, count, chosen
         return
-    if "RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
-    chosen = own_device(device)
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
     # What is said and saved goes over gloo, also where the weights go over another.
     backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_backend(chosen)}"
     torch.distributed.init_process_group(backend, timeout=patience)
     try:
-        yield torch.distributed.get_rank(), count, chosen
+        yield rank, count, chosen
     finally:
         torch.distributed.destroy_process_group()
 

@@ -10,10 +10,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
-from ..errors import StarflowError, ran_out
+from ..errors import JobsFailed, StarflowError, ran_out
 from .arguments import parser
 
-BAD_INPUT, INTERRUPTED, TERMINATED = 2, 130, 143  # exit codes; the last two are a shell's for SIGINT and SIGTERM
+# Exit codes; the last two are a shell's for SIGINT and SIGTERM.
+BAD_INPUT, SOME_FAILED, INTERRUPTED, TERMINATED = 2, 3, 130, 143
 SOON = 0.05  # seconds, until a finaliser is over
 OUT_OF_MEMORY_ADVICE = (
     "out of memory; use fewer frames, a smaller size or batch, guidance 0, a 16-bit --dtype, or --tile for the VAE"
@@ -44,7 +45,8 @@ def exit_code_of(act: Callable[[], object]) -> int:
         with _stoppable():
             act()
     except StarflowError as error:
-        return _fail(str(error))
+        _fail(str(error))
+        return SOME_FAILED if isinstance(error, JobsFailed) else BAD_INPUT
     except ModuleNotFoundError as error:
         return _fail(f"the package {error.name} is missing; run pip install -r requirements.txt")
     except KeyboardInterrupt as error:

@@ -7,7 +7,9 @@ import math
 import os
 import re
 from fractions import Fraction
+from typing import NoReturn
 
+from ..errors import InputError
 from ..jobs import CACHES, HOLDS, OFFLOADS
 from ..training.options import NearestNameParser, add_settings, whole
 from ..weights import WEIGHT_TYPES
@@ -36,6 +38,53 @@ def _generate(command: argparse.ArgumentParser) -> None:
         "prompt", nargs="*", metavar="PROMPT", help="what to show; several prompts make one result each"
     )
     command.add_argument("--prompt-file", metavar="FILE", help="prompts, one per line, instead of PROMPT")
+    _add_job(command)
+    _add_spread(command.add_argument_group("several devices"))
+    _add_video_output(command)
+    _add_resume(command)
+
+
+def _batch(command: argparse.ArgumentParser) -> None:
+    command.usage = "%(prog)s JOBS.jsonl -o FOLDER [--OPTION VALUE ..]"  # all of them would fill a page
+    command.description = (
+        "Makes a result for each row of JOBS.jsonl, a JSON object whose fields are options of `generate`, such as "
+        '{"prompt": "a red circle", "frames": 17, "seed": 3, "output": "a.mp4"}; options given here count for rows '
+        "that say nothing else. What is in FOLDER already is left alone, so that the same command goes on where it "
+        "was stopped. Several devices: torchrun --nproc-per-node N -m starflow_core batch .., or --ray. Exits with 3 "
+        "if rows failed; FOLDER/failed.jsonl lists them."
+    )
+    command.add_argument("jobs", metavar="JOBS.jsonl", help="a file, or an address that fsspec reads, as s3://..")
+    command.add_argument(
+        "-o", "--output", dest="folder", required=True, metavar="FOLDER",
+        help="where results go; names in rows are relative to it. An address that fsspec writes works, too",
+    )  # fmt: skip
+    command.add_argument(
+        "--retries", type=whole, default=2, metavar="N", help="how often a row that fails is tried again (default: 2)"
+    )
+    command.add_argument(
+        "--ray", metavar="ADDRESS", help="share rows out by Ray: auto, local, or a cluster's address (needs ray[data])"
+    )
+    command.add_argument(
+        "--workers", type=_positive, metavar="N", help="of Ray (default: one for each GPU; without GPUs one)"
+    )
+    _add_job(command)
+    _add_quality(command.add_argument_group("output"))
+    _add_resume(command)
+
+
+class RowParser(argparse.ArgumentParser):
+    """Reads the fields of a batch's row as options of `generate`. Raises InputError in place of leaving."""
+
+    def __init__(self):
+        super().__init__(add_help=False, allow_abbrev=False)
+        _generate(self)
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(message)
+
+
+def _add_job(command: argparse.ArgumentParser) -> None:
+    """All of `generate` but its prompts and where its results go."""
     command.add_argument(
         "--timeline", metavar="TEXT",
         help="instead of PROMPT: prompts that change in the clip, as '0s: a red circle moving right | 2s: a red circle "
@@ -102,22 +151,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
 
     _add_solver(command, "balanced")
     _add_model(command)
-    command.add_argument(
-        "--devices", metavar="A,B[,C]",
-        help="several devices for one result, as cuda:0,cuda:1: with guidance its two halves are on the first two, "
-        "without it the deep block is on the first; all else is on the last",
-    )  # fmt: skip
-    command.add_argument(
-        "--parallel", choices=PARALLEL,
-        help="each result by all processes that torchrun has started: the two halves of guidance, the heads of the "
-        "deep block (tensor), or both: torchrun --nproc-per-node N -m starflow_core generate ..",
-    )  # fmt: skip
     _add_memory(command.add_argument_group("memory", "The fastest way that fits is chosen, and told before it starts."))
-    _add_video_output(command)
-    command.add_argument(
-        "--resume", action="store_true",
-        help="long clips: keep complete windows in OUTPUT.unfinished.safetensors, and go on from it if it is there",
-    )  # fmt: skip
 
 
 def _encode(command: argparse.ArgumentParser) -> None:
@@ -135,6 +169,19 @@ def _encode(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--output", metavar="FILE", help=".safetensors file (default: outputs/INPUT.safetensors)"
     )
+
+
+def _add_spread(group) -> None:
+    group.add_argument(
+        "--devices", metavar="A,B[,C]",
+        help="several devices for one result, as cuda:0,cuda:1: with guidance its two halves are on the first two, "
+        "without it the deep block is on the first; all else is on the last",
+    )  # fmt: skip
+    group.add_argument(
+        "--parallel", choices=PARALLEL,
+        help="each result by all processes that torchrun has started: the two halves of guidance, the heads of the "
+        "deep block (tensor), or both: torchrun --nproc-per-node N -m starflow_core generate ..",
+    )  # fmt: skip
 
 
 def _add_windows(command: argparse.ArgumentParser) -> None:
@@ -310,6 +357,7 @@ def _train(command: argparse.ArgumentParser) -> None:
 
 COMMANDS = {
     "generate": ("generate", _generate, "make images or clips from text, pictures and clips"),
+    "batch": ("batch", _batch, "make many results, one for each row of a file, on one device or many"),
     "encode": ("invert", _encode, "turn a picture or clip into the noise that makes it"),
     "decode": ("invert", _decode, "turn encoded noise back into its picture or clip"),
     "mix": ("invert", _mix, "vary a noise, or mix two"),
@@ -384,8 +432,19 @@ def _add_video_output(command: argparse.ArgumentParser) -> None:
         help=".mp4, .webm, .gif, .webp, .png, .jpg, or a folder/ of pictures (default: in outputs/). "
         "Several results are called NAME-0, NAME-1, ..",
     )  # fmt: skip
+    _add_quality(group)
+
+
+def _add_quality(group) -> None:
     group.add_argument("--quality", type=whole, default=90, metavar="N", help="0 to 100 (default: 90)")
     group.add_argument("--tile", type=whole, metavar="N", help="decode in tiles of N x N latent cells, to save memory")
+
+
+def _add_resume(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--resume", action="store_true",
+        help="long clips: keep complete windows in OUTPUT.unfinished.safetensors, and go on from it if it is there",
+    )  # fmt: skip
 
 
 def _add_memory(group) -> None:

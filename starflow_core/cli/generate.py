@@ -6,7 +6,7 @@ import sys
 import time
 from argparse import Namespace
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor
@@ -32,42 +32,54 @@ def generate(args: Namespace) -> None:
     if follows(args):
         compute(args)
         return
-    plan, statistics, told = Plan.make(args), [], []
+    plan = Plan.make(args)
     tell_plan(plan.memory)
     with teamed(args) as team, Meter() as meter:
         team.tell(plan.memory)
-        pipeline = plan.setup.load(meter, plan.memory, team)
-        job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
-        together = 1 if args.best_of else job.batch
-        for first in range(0, len(plan.captions), together):
-            chunk = slice(first, first + together)
-            captions, writers = plan.captions[chunk], plan.writers[chunk]
-            part = replace(job, seed=plan.seeds[first])
-            sampling = meter.sampling(job.frames)
-            control = Control(sampling, warn=warn)
-            if args.best_of:
-                best = best_of(pipeline, captions[0], part, args.best_of, negative=args.negative, control=control)
-                part = replace(part, seed=best.seed)
-                statistics += best.statistics
-                told += _figures(best)
-                writers[0].tell(seed=best.seed, best_of=_record(best))
-            part = replace(part, batch=len(captions))
-            more = chunk.stop < len(plan.captions)
-            unfinished = plan.paths[first] if args.resume else None
-            run = start(
-                pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished
-            )  # fmt: skip
-            whole, started = run.sampler.done == run.layout.given, time.monotonic()
-            write(pipeline, run, writers, sampling, plan.source, args.tile)
-            if whole and run.means == plan.memory.means:
-                plan.setup.pace(part, plan.memory).note(time.monotonic() - started)
-            if unfinished:
-                remove(path_of(unfinished))
-            statistics.append(run.statistics)
+        made = make(args, plan, plan.setup.load(meter, plan.memory, team), meter)
         team.tell(None)
-    for line in told:
+    for line in made.told:
         print(line)
-    report(plan.paths, began, statistics)
+    report(plan.paths, began, made.statistics)
+
+
+@dataclass(frozen=True)
+class Made:
+    """What making a plan's files took, and what there is to tell of it."""
+
+    statistics: list[Statistics]
+    told: list[str]
+
+
+def make(args: Namespace, plan: Plan, pipeline: Pipeline, meter: Meter) -> Made:
+    """Make a plan's files with a pipeline that is loaded as it says."""
+    statistics, told = [], []
+    job = pipeline.with_context(**plan.settings, control=Control(meter.encoding))
+    together = 1 if args.best_of else job.batch
+    for first in range(0, len(plan.captions), together):
+        chunk = slice(first, first + together)
+        captions, writers = plan.captions[chunk], plan.writers[chunk]
+        part = replace(job, seed=plan.seeds[first])
+        sampling = meter.sampling(job.frames)
+        control = Control(sampling, warn=warn)
+        if args.best_of:
+            best = best_of(pipeline, captions[0], part, args.best_of, negative=args.negative, control=control)
+            part = replace(part, seed=best.seed)
+            statistics += best.statistics
+            told += _figures(best)
+            writers[0].tell(seed=best.seed, best_of=_record(best))
+        part = replace(part, batch=len(captions))
+        more = plan.keep_text_encoder or chunk.stop < len(plan.captions)
+        unfinished = plan.paths[first] if args.resume else None
+        run = start(pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished)
+        whole, started = run.sampler.done == run.layout.given, time.monotonic()
+        write(pipeline, run, writers, sampling, plan.source, args.tile)
+        if whole and run.means == plan.memory.means:
+            plan.setup.pace(part, plan.memory).note(time.monotonic() - started)
+        if unfinished:
+            remove(path_of(unfinished))
+        statistics.append(run.statistics)
+    return Made(statistics, told)
 
 
 def _record(best: Best) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from .together import check_parallel
 class Plan:
     """A run that is ready to start: `settings` for `Pipeline.with_context`, how it is fitted to the device, and the
     caption, first seed, path and writer of each result. If there is a `source` (F, 3, H, W), the results are joined to
-    it."""
+    it. `keep_text_encoder` has it stay after the last one."""
 
     setup: Setup
     settings: dict[str, Any]
@@ -41,10 +41,12 @@ class Plan:
     paths: list[str]
     writers: list[VideoWriter]
     source: Tensor | None
+    keep_text_encoder: bool
 
     @classmethod
-    def make(cls, args: Namespace) -> Plan:
-        """Raises a StarflowError for anything that cannot work; warns of anything that may not."""
+    def make(cls, args: Namespace, setup: Setup | None = None, keep_text_encoder: bool = False) -> Plan:
+        """With a `setup` that is known already, or the one that the options name. Raises a StarflowError for anything
+        that cannot work; warns of anything that may not."""
         captions = read_captions(args)
         candidates = args.best_of or 1
         if args.best_of is not None:
@@ -52,7 +54,7 @@ class Plan:
         if len(captions) == 1 and candidates == 1:
             captions = captions * (args.batch or 1)
         check_tile(args.tile)
-        setup = Setup.find(args)
+        setup = setup or Setup.find(args)
         given = read_given(args, setup.config)
         settings = {**given.settings, **job_settings(args, setup, given, args.best_of or len(captions))}
         settings |= change_settings(args, captions)
@@ -60,7 +62,7 @@ class Plan:
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch
         check_parallel(args, setup, job)
-        plan = setup.plan(args, job, several)
+        plan = setup.plan(args, job, several or keep_text_encoder)
         job = plan.fitted(job, widen=args.span is None)
         settings["solver"] = job.solver
         source = given.pixels["clip"] if args.join else None
@@ -72,7 +74,7 @@ class Plan:
         ]
         if job.task not in setup.config.tasks:
             warn_of_task(setup, job.task)
-        return cls(setup, settings, plan, captions, seeds, paths, writers, source)
+        return cls(setup, settings, plan, captions, seeds, paths, writers, source, keep_text_encoder)
 
 
 def check_best_of(args: Namespace) -> None:

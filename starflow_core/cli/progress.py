@@ -11,9 +11,10 @@ from ..control import Progress
 
 
 class Meter:
-    """Shows how far a run is, and clears the line at the end. Silent if stderr is not a terminal."""
+    """Shows how far a run is, and clears the line at the end. Silent if stderr is not a terminal, or `quiet`."""
 
-    def __init__(self):
+    def __init__(self, quiet: bool = False):
+        self._quiet = quiet
         self._bar: tqdm | None = None
         self._key = None
 
@@ -54,7 +55,8 @@ class Meter:
         if (key, total) != self._key:
             self.close()
             self._key = (key, total)
-            self._bar = tqdm(total=total, initial=done, disable=None, leave=False, dynamic_ncols=True, **style)
+            shown = {"disable": self._quiet or None, "leave": False, "dynamic_ncols": True}
+            self._bar = tqdm(total=total, initial=done, **shown, **style)
         self._bar.set_description_str(phase or key, refresh=False)
         self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)

@@ -15,7 +15,7 @@ import torch
 from ..errors import InputError
 from ..jobs import memory
 from ..jobs.pace import Pace
-from ..jobs.planner import MemoryOptions, MemoryPlan
+from ..jobs.planner import Free, MemoryOptions, MemoryPlan
 from ..jobs.tasks import Job
 from ..media import STILLS
 from ..model.config import FlowConfig
@@ -35,12 +35,14 @@ OUTPUTS = Path("outputs")
 
 @dataclass(frozen=True)
 class Setup:
-    """What a run will use: the configuration is known, the weights are not loaded yet."""
+    """What a run will use: the configuration is known, the weights are not loaded yet. `free` are the bytes that count
+    as free on the device and in main memory (None: those that are free now)."""
 
     parts: Parts
     placement: Placement
     dtype: torch.dtype
     mesh: Mesh = ONE
+    free: Free | None = None
 
     @classmethod
     def find(cls, args: Namespace) -> Setup:
@@ -71,7 +73,9 @@ class Setup:
         """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
         options = MemoryOptions(args.memory, args.cache, args.offload, self.mesh)
         may_quantise = args.dtype == "auto"
-        plan = self.parts.plan(job, self.dtype, self.placement, options, may_quantise, args.tile, keep_text_encoder)
+        plan = self.parts.plan(
+            job, self.dtype, self.placement, options, may_quantise, args.tile, keep_text_encoder, self.free
+        )
         return plan.timed(self.pace(job, plan))
 
     def pace(self, job: Job, plan: MemoryPlan) -> Pace:
@@ -136,7 +140,12 @@ def chosen(args: Namespace, *names: str) -> dict:
 
 
 def default_output(name: str, frames: int) -> str:
-    return str(OUTPUTS / f"{name}{'.png' if frames == 1 else '.mp4'}")
+    return str(OUTPUTS / with_ending(name, frames))
+
+
+def with_ending(name: str, frames: int) -> str:
+    """A file name for that many frames."""
+    return f"{name}{'.png' if frames == 1 else '.mp4'}"
 
 
 def slug(text: str, longest: int = 40) -> str:

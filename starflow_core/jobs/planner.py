@@ -24,6 +24,7 @@ from .tasks import Job, Means
 
 REMEDY = "use a smaller size, guidance 0, or another device"
 MAIN = torch.device("cpu")  # main memory
+Free = dict[torch.device, int | None]  # bytes by place; None where they are unknown
 STREAMED_SPAN = 512  # tokens: every sweep brings all weights in, so that fewer, larger ones are faster
 
 
@@ -210,16 +211,22 @@ def _within(budget: int | None, free: int | None) -> int | None:
 
 def choose(
     job: Job, device: torch.device, options: MemoryOptions, weights: tuple[bool, ...],
-    forecast: Callable[[Job, Means], Forecast], what: str = "this job",
+    forecast: Callable[[Job, Means], Forecast], what: str = "this job", free: Free | None = None,
 ) -> MemoryPlan:  # fmt: skip
     """The first allowed means with which a job fits; `weights` says whether they may be in 8 bit or not, the preferred
     first.
 
-    `forecast` tells what a job needs with some means. Raises OutOfMemoryForecast that names the nearest job that fits.
+    `forecast` tells what a job needs with some means; `free` is as of `free_for` (None: as it is now). Raises
+    OutOfMemoryForecast that names the nearest job that fits.
     """
-    allowed, free = options.means(device, weights), memory.free(device)
+    allowed, free = options.means(device, weights), free or free_for(device)
     remedy = REMEDY if can_stream() else f"{REMEDY}, or install accelerate, to keep weights in main memory"
     return _first(job, allowed, device, free, options.budget, forecast, what, remedy)
+
+
+def free_for(device: torch.device) -> Free:
+    """What is free now for jobs on a device: there, and in main memory."""
+    return {place: memory.free(place) for place in (MAIN, device)}
 
 
 def choose_hosted(
@@ -230,16 +237,17 @@ def choose_hosted(
     def need(job: Job, means: Means) -> Forecast:
         return room.need(forecast(job, means), means)
 
-    return _first(job, options.means(room), room.device, room.free, options.budget, need, what, REMEDY)
+    free = {MAIN: memory.free(MAIN)} | {room.device: room.free}
+    return _first(job, options.means(room), room.device, free, options.budget, need, what, REMEDY)
 
 
 def _first(
-    job: Job, allowed: Iterable[Means], device: torch.device, free: int | None, budget: int | None,
+    job: Job, allowed: Iterable[Means], device: torch.device, room: Free, budget: int | None,
     forecast: Callable[[Job, Means], Forecast], what: str, remedy: str,
 ) -> MemoryPlan:  # fmt: skip
-    """The first means with which a job fits into its budget and what is free, both in bytes or None."""
-    free = _within(budget, free)
-    room = {MAIN: memory.free(MAIN)} | {device: free}
+    """The first means with which a job fits into its budget, in bytes or None, and what is free."""
+    free = _within(budget, room[device])
+    room = room | {device: free}
     allowed, plans = iter(allowed), []
     for means in allowed:
         plan = _plan(forecast(job, means), means, free, device)
@@ -255,7 +263,7 @@ def _first(
     )
 
 
-def _lacks(need: Forecast, device: torch.device, room: dict[torch.device, int | None]) -> torch.device | None:
+def _lacks(need: Forecast, device: torch.device, room: Free) -> torch.device | None:
     """Where there is too little room for a job on a device, there or in main memory; None where there is enough. Room
     of None is unknown."""
     needs = {MAIN: need.host} | {device: need.total}

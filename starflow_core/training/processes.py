@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
 from ..model.flow import Flow
+
+PATIENCE = timedelta(days=20)  # in ms, 24 days are too many for gloo
 
 
 @dataclass(frozen=True)
@@ -68,6 +71,18 @@ class Processes:
     def group(self):
         """Another group of all processes, for messages over gloo beside the others; None for one process."""
         return torch.distributed.new_group(backend="gloo") if self.count > 1 else None
+
+    def gathered(self, found: list) -> list:
+        """What each process that isn't joined has found, one after the other. All wait for the last, however long."""
+        if self.count == 1:
+            return found
+        torch.distributed.init_process_group("gloo", timeout=PATIENCE)
+        try:
+            parts = [None] * self.count
+            torch.distributed.all_gather_object(parts, found)
+        finally:
+            torch.distributed.destroy_process_group()
+        return [each for part in parts for each in part]
 
     def wait(self) -> None:
         """Until all processes are here."""

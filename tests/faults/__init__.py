@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from importlib import import_module
 
 ROOMS = (
-    "model", "solve", "jobs", "devices", "applications", "weights", "media", "training", "data", "cli", "nodes",
+    "model", "solve", "jobs", "devices", "applications", "weights", "media", "training", "data", "cli", "batch",
+    "nodes",
 )  # fmt: skip
 
 

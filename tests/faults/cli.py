@@ -78,7 +78,7 @@ FAULTS: list[Fault] = [
         "every batch goes to the first files", TESTS + "test_prompt_file",
     ),
     Fault(
-        GENERATE, "more = chunk.stop < len(plan.captions)", "more = chunk.stop <= len(plan.captions)",
+        GENERATE, "or chunk.stop < len(plan.captions)", "or chunk.stop <= len(plan.captions)",
         "the text encoder stays for the last frames", TESTS + "test_the_text_encoder_stays_until_the_last_batch",
     ),
     Fault(

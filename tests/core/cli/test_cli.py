@@ -40,12 +40,16 @@ SETTINGS = (
     "optimizer output prompts rank recompute rehearsal rehearse sample-every save-every seed size steps stride tasks "
     "text-encoder tokenizer train trigger-words vae warmup weight-decay work"
 )
+# What to make and how, of `generate` and of `batch`.
+JOB = (
+    "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height image "
+    "image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept no-denoise "
+    "offload output preset quality resume seed shallow-tolerance size solver span task text-encoder tile timeline "
+    "tolerance vae video width window"
+)
 FLAGS = {
-    "generate": "aspect batch best-of cache change-kept denoise device devices dtype first-span fps frames guidance "
-    "height image image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept "
-    "no-denoise offload output parallel preset "
-    "prompt-file quality resume seed "
-    "shallow-tolerance size solver span task text-encoder tile timeline tolerance vae video width window",
+    "generate": f"{JOB} devices parallel prompt-file",
+    "batch": f"{JOB} ray retries workers",
     "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
     "text-encoder vae width window",
     "mix": "amount keep-frames output seed",
