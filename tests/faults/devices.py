@@ -73,7 +73,7 @@ FAULTS = [
     ),
     Fault(
         MEMORY,
-        "weight_bytes(config, dtype, means.int8, parts)",
+        "weight_bytes(config, dtype, means.int8, parts, means.mesh)",
         "weight_bytes(config, dtype, means.int8)",
         "every device has all weights",
         MEMORY_TESTS,
