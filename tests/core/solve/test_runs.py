@@ -148,9 +148,10 @@ def test_copies_have_what_the_deep_block_has(tmp_path):
     """A LoRA that comes later, or is taken off."""
     flow = models.flow()
     flow.copy_deep([CPU_0])
-    loras = adapt(flow, 2, 2.0)
+    loras = adapt(flow, 2, 2.0, generator=torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(0)
     for lora in loras.values():
-        torch.nn.init.normal_(lora.lora_B)
+        torch.nn.init.normal_(lora.lora_B, std=0.2, generator=generator)
     detach(flow)
     attach(flow, loras)
     flow.requires_grad_(False).copy_deep(flow.copies)
