@@ -100,10 +100,9 @@ class Batch:
         self.command = [sys.executable, *command, *after, "--device", "cpu"]
 
     def start(self) -> subprocess.Popen:
-        """Workers of one thread each, as nice as they are here: by itself, Ray's would yield to all others."""
+        """With workers of one thread each."""
         quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        settings = {"OMP_NUM_THREADS": "1", "RAY_worker_niceness": "0"}
-        return subprocess.Popen(self.command, env={**os.environ, **settings}, **quiet)
+        return subprocess.Popen(self.command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
 
     def run(self, look: Callable[[subprocess.Popen], None] = lambda process: None, every: float = EVERY) -> int:
         """Run it to its end, with a `look` at it again and again; gives the exit status."""

@@ -20,6 +20,9 @@ from .workers import Outcome, Worker
 
 MOST_BLOCKS = 10_000  # a row each, if there are no more: what a killed actor has in hand is made again
 
+# Read when Ray starts a cluster: nothing is reported to its makers, and workers are no nicer than the command is.
+SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
+
 
 class Actor:
     """A worker in a process of Ray's, which gives it a GPU of its own where there are any."""
@@ -51,7 +54,8 @@ def made(rows: list[Row], args: Namespace) -> Iterator[Outcome]:
 
 
 def _imported() -> ModuleType:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # read when it is imported
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     try:
         import ray.data
     except ModuleNotFoundError as error:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from starflow_core import pipeline
 from starflow_core.cli import generate, main
 from starflow_core.cli.folders import folder_of
+from starflow_core.jobs import memory
 from starflow_core.media import read_metadata, read_video, write_video
 from starflow_core.weights.lora import LoraFile
 from starflow_core.weights.tensorfiles import TensorFile
@@ -130,6 +131,23 @@ def test_loras_come_and_go_beside_one_model(batch, demo, counted):
     same = [[j for j in range(len(loras)) if torch.equal(shown[i], shown[j])] for i in range(len(loras))]
     assert same == [[0, 2, 5], [1, 6], [0, 2, 5], [3], [4], [0, 2, 5], [1, 6]]
     assert [read_metadata(f"out/{i}.png").get("loras") for i in (0, 1, 2)] == [None, "a.safetensors:1", None]
+
+
+def test_jobs_are_fitted_as_if_nothing_were_loaded(batch, monkeypatch):
+    """To what was free before, whatever the model takes of it."""
+    free, told = iter(range(10**12, 0, -(10**9))), []
+    monkeypatch.setattr(memory, "free", lambda device: next(free))
+    plan = pipeline.Parts.plan
+
+    def planning(*args):
+        told.append(plan(*args).free)
+        return plan(*args)
+
+    monkeypatch.setattr(pipeline.Parts, "plan", planning)
+    batch(*(STILL | {"seed": seed} for seed in range(3)))
+    checked, made = told[:3], told[3:]
+    assert len(set(checked)) == 3
+    assert len(set(made)) == 1
 
 
 def test_rows_may_name_another_model(batch, tmp_path, counted):

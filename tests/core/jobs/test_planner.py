@@ -89,6 +89,13 @@ def test_the_fastest_means_that_fit_are_chosen(budget, means):
     assert choose(JOB, torch.device("lazy"), MemoryOptions(budget), (False, True), by_means()).means == means
 
 
+def test_what_counts_as_free_can_be_told():
+    lazy = torch.device("lazy")
+    for size, means in ((104, PLAIN), (83, Means(cache=INT8_CACHE))):
+        options = MemoryOptions(200), (False, True), by_means()
+        assert choose(JOB, lazy, *options, free={CPU: None, lazy: size}).means == means
+
+
 def test_what_a_user_fixes_is_kept():
     def means(**options):
         weights = options.pop("weights", (False, True))
