@@ -75,12 +75,9 @@ def main(argv: list[str] | None = None) -> None:
         for engine in options.engine if part in JOBS else ():
             jobs = options.jobs or JOBS[part]
             for row in PARTS[part](engine, jobs, options):
-                found[part].append(row)
-                print(
-                    f"{part}, {engine}:",
-                    ", ".join(f"{name} {_shown(value)}" for name, value in row.items()),
-                    flush=True,
-                )
+                found[part].append({"engine": engine, **row})
+                told = ", ".join(f"{name} {_shown(value)}" for name, value in row.items())
+                print(f"{part}, {engine}: {told}", flush=True)
     if options.json:
         write_json(options.json, {**machine(), "seed": options.seed, **found})
 
@@ -89,7 +86,7 @@ class Batch:
     """A batch in a folder of its own, run as often as it takes."""
 
     def __init__(self, folder: Path, engine: str, jobs: int, workers: int):
-        self.engine, self.jobs, self.out = engine, jobs, folder / "out"
+        self.engine, self.out, self.said = engine, folder / "out", folder / "said.txt"
         self.rows = [
             {"prompt": f"a {COLOURS[i % 8]} {SHAPES[i % 4]}", "seed": i, "output": f"{i:05}.mp4", **SMALL}
             for i in range(jobs)
@@ -101,20 +98,26 @@ class Batch:
 
     def start(self) -> subprocess.Popen:
         """With workers of one thread each."""
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        return subprocess.Popen(self.command, env={**os.environ, "OMP_NUM_THREADS": "1"}, **quiet)
+        with open(self.said, "wb") as said:
+            settings = {**os.environ, "OMP_NUM_THREADS": "1"}
+            return subprocess.Popen(self.command, env=settings, stdout=said, stderr=subprocess.STDOUT)
 
-    def run(self, look: Callable[[subprocess.Popen], None] = lambda process: None, every: float = EVERY) -> int:
+    def run(self, look: Callable[[subprocess.Popen], None]) -> int:
         """Run it to its end, with a `look` at it again and again; gives the exit status."""
         process = self.start()
         try:
             while process.poll() is None:
                 look(process)
-                time.sleep(every)
+                time.sleep(EVERY)
         finally:
             process.terminate()
             process.wait()
         return process.returncode
+
+    def must_run(self, look: Callable[[subprocess.Popen], None] = lambda process: None) -> None:
+        """The same, to a good end; otherwise shows what it said."""
+        if status := self.run(look):
+            raise SystemExit(f"{self.said.read_text(errors='replace')}\nexit status {status}")
 
     def workers(self, process: subprocess.Popen) -> list[int]:
         """Processes that make rows: they have loaded what that takes."""
@@ -159,7 +162,7 @@ def many(engine: str, jobs: int, options: argparse.Namespace) -> Iterator[dict]:
 
     with tempfile.TemporaryDirectory() as folder:
         batch = Batch(Path(folder), engine, jobs, 2)
-        assert batch.run(look, 1.0) == 0
+        batch.must_run(look)
         check_whole(batch)
         rng = random.Random(options.seed)
         worst = max(difference(batch, row) for row in rng.sample(batch.rows, min(COMPARED, jobs)))
@@ -180,7 +183,7 @@ def throughput(engine: str, jobs: int, options: argparse.Namespace) -> Iterator[
         with tempfile.TemporaryDirectory() as folder:
             batch = Batch(Path(folder), engine, jobs, workers)
             began = time.time()
-            assert batch.run() == 0
+            batch.must_run()
             check_whole(batch)
             times = sorted(path.stat().st_mtime for path in batch.made())
         rate = 60 * (jobs - 1) / (times[-1] - times[0])
@@ -264,11 +267,9 @@ def read(pid: int, name: str) -> bytes:
 
 
 def _shown(value) -> str:
-    return f"{value:.2f}" if isinstance(value, float) else str(value) if not _long(value) else f"({len(value)})"
-
-
-def _long(value) -> bool:
-    return isinstance(value, list) and len(value) > 20
+    if isinstance(value, list):
+        return f"({len(value)})"
+    return f"{value:.2f}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":
