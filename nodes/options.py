@@ -101,7 +101,7 @@ class STARFlowDevices(io.ComfyNode):
                     options=[NONE, *host.devices()],
                     default=NONE,
                     tooltip="Device of the half without the prompt, beside the one that ComfyUI uses. A second copy of "
-                    "the flow's deep block is held there until the model is unloaded.",
+                    "the flow's deep block is held there until this is none, or the model is freed.",
                 ),
                 OptionsType.Input("options", optional=True, tooltip="From STARFlow Memory; for the first device."),
             ],
@@ -129,7 +129,7 @@ def fitted(model, job: Job, options: Options, widen: bool, split: bool = False) 
     """
     fixed = options.memory
     job = fixed.spanned(job)
-    second = second_of(job, options) if split else None
+    second = second_of(model, job, options) if split else None
     half = replace(job, guidance=0.0) if second else job  # its rows
     plan, work = planned(model, half, options, memory.forecast, "this job")
     if second:
@@ -137,13 +137,14 @@ def fitted(model, job: Job, options: Options, widen: bool, split: bool = False) 
         need = memory.forecast(flow.config, half, flow.compute_dtype, plan.means, ("deep",))
         weights = 0 if host.has_copy(model, second) else need.weights
         memory.require(need.total - need.weights + weights, second, "guidance's second half")
-    plan = plan.timed(pace(model, job, plan))
+    plan = plan.timed(pace(model, job, plan, second))
     return plan.fitted(job, widen and fixed.span is None), plan, work
 
 
-def second_of(job: Job, options: Options) -> torch.device | None:
-    """The device of guidance's second half, if there is one."""
-    return torch.device(options.second) if job.guidance and options.second != NONE else None
+def second_of(model, job: Job, options: Options) -> torch.device | None:
+    """The device of guidance's second half, if there is one beside the host's."""
+    second = torch.device(options.second) if job.guidance and options.second != NONE else None
+    return None if second == model.load_device else second
 
 
 def planned(
@@ -160,6 +161,7 @@ def planned(
     return plan, room.work(plan)
 
 
-def pace(model, job: Job, plan: MemoryPlan) -> Pace:
+def pace(model, job: Job, plan: MemoryPlan, second: torch.device | None = None) -> Pace:
     """How long such jobs take here."""
-    return Pace(host.flow_of(model).config, job, model.load_device, host.flow_of(model).compute_dtype, plan.means)
+    flow, others = host.flow_of(model), (second,) if second else ()
+    return Pace(flow.config, job, model.load_device, flow.compute_dtype, plan.means, others)

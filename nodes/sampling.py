@@ -235,7 +235,7 @@ class STARFlowSampler(io.ComfyNode):
         began = time.monotonic()
         options = options or Options()
         job, plan, work = fitted(model, job, options, settings is None, split=True)
-        second = second_of(job, options)
+        second = second_of(model, job, options)
         samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise, second)
         report = _report(statistics, job, plan, time.monotonic() - began, noise)
         report += _changes(flow.config, job)
@@ -269,6 +269,7 @@ def _sample(
     watch.bar.say(str(plan))
     host.load(model, work, "this job")
     placement = Placement.on(device)
+    flow.copies = {} if second is None else flow.copies  # the second device is free again
     if second:
         host.copy_deep(model, second)
         placement = replace(placement, deep=(device, second))
@@ -291,7 +292,7 @@ def _sample(
             final.append(piece.latents.to(host.result_device()))
     watch.finished()
     if generation.means == plan.means:
-        pace(model, job, plan).note(time.monotonic() - began)
+        pace(model, job, plan, second).note(time.monotonic() - began)
     samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 

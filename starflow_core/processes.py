@@ -12,6 +12,9 @@ import torch
 from .errors import InputError, StarflowError
 from .model.placement import pick_device
 
+LEAST = (2, 7)  # PyTorch's version
+PATIENCE = timedelta(days=20)  # for others, which may have more to do. In ms, 24 days are too many for gloo
+
 
 def started() -> int:
     """How many processes there are, of which this is one."""
@@ -30,16 +33,23 @@ def placed(device: str | None) -> tuple[int, int, torch.device]:
 
 
 @contextmanager
-def joined(device: str | None, patience: timedelta | None = None) -> Iterator[tuple[int, int, torch.device]]:
-    """Join the others; gives this process's number, how many there are, and its device. One waits for another as long
-    as `patience`, by default PyTorch's own."""
+def joined(device: str | None) -> Iterator[tuple[int, int, torch.device]]:
+    """Join the others; gives this process's number, how many there are, and its device."""
     rank, count, chosen = placed(device)
     if count == 1:
         yield rank, count, chosen
         return
+    if tuple(map(int, torch.__version__.split(".")[:2])) < LEAST:
+        raise InputError(
+            f"several processes need PyTorch {'.'.join(map(str, LEAST))} or newer, not {torch.__version__}"
+        )
     # What is said and saved goes over gloo, also where the weights go over another.
-    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_backend(chosen)}"
-    torch.distributed.init_process_group(backend, timeout=patience)
+    backend = (
+        "gloo"
+        if chosen.type == "cpu"
+        else f"cpu:gloo,{chosen.type}:{torch.distributed.get_default_backend_for_device(chosen)}"
+    )
+    torch.distributed.init_process_group(backend, timeout=PATIENCE)
     try:
         yield rank, count, chosen
     finally:
@@ -66,9 +76,3 @@ def own_device(device: str | None) -> torch.device:
     if local >= there:
         raise InputError(f"process {local} has no device: there are {there} of {kind.type}; start as many processes")
     return torch.device(kind.type, local)
-
-
-def _backend(device: torch.device) -> str:
-    if not hasattr(torch.distributed, "get_default_backend_for_device"):
-        raise InputError("several processes need PyTorch 2.7 or newer")
-    return torch.distributed.get_default_backend_for_device(device)

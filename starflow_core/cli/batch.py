@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Generator
@@ -73,7 +74,8 @@ def _made_here(
 ) -> list[Outcome]:
     """This process's share, counted among all rows: what is left changes while others work."""
     lines = {row.line for row in rows[processes.rank :: processes.count]}
-    worker = Worker(args.folder, device, args.retries, quiet=processes.count > 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
+    worker = Worker(args.folder, device, args.retries, here, quiet=processes.count > 1)
     return _told((worker(row) for row in left if row.line in lines), folder)
 
 

@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from ..errors import InputError, OutOfMemoryForecast, StarflowError
@@ -69,10 +70,24 @@ def read_rows(path: str, defaults: Namespace, folder: Folder, models: Models) ->
             first = lines.setdefault(folder.key(row.name), line)
             if first != line:
                 raise InputError(f"the output {row.name} is that of line {first}, too; give each row its own")
+            if args.resume and not folder.keeps:
+                raise InputError(f"resume needs a folder of this machine, and {folder} is none; leave it out")
         rows.append(row)
+    _check_nested(path, lines)
     if not rows:
         raise InputError(f"{path} has no rows; write a JSON object into each line")
     return rows
+
+
+def _check_nested(path: str, lines: dict[PurePath, int]) -> None:
+    """Raise InputError for a result in what is another row's folder of pictures."""
+    for place, line in lines.items():
+        for outer in place.parents:
+            if outer in lines:
+                raise InputError(
+                    f"{path}, line {line}: the output is in the folder of pictures of line {lines[outer]}; give each "
+                    "row its own"
+                )
 
 
 def check_row(row: Row, path: str, models: Models, here: bool) -> None:

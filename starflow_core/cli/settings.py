@@ -80,7 +80,8 @@ class Setup:
 
     def pace(self, job: Job, plan: MemoryPlan) -> Pace:
         """How long such jobs take here."""
-        return Pace(self.config, job, self.device, self.dtype, plan.means)
+        others = self.placement.devices[1:] if self.placement.several else ()
+        return Pace(self.config, job, self.device, self.dtype, plan.means, others)
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""

@@ -7,7 +7,6 @@ import signal
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import timedelta
 
 import torch
 
@@ -20,8 +19,6 @@ from ..model.placement import Placement
 from ..pipeline import follow
 from ..processes import joined, started, telling
 from .settings import Setup
-
-PATIENCE = timedelta(days=7)  # of those that wait while the leader denoises, decodes and writes
 
 
 def follows(args: Namespace) -> bool:
@@ -55,7 +52,7 @@ def teamed(args: Namespace) -> Iterator[Team]:
     if not args.parallel:
         yield ALONE
         return
-    with telling(), joined(args.device, PATIENCE) as (_, count, device):
+    with telling(), joined(args.device) as (_, count, device):
         yield Team.join(Mesh.of(args.parallel, count), device)
 
 

@@ -328,7 +328,7 @@ class Generation:
                 for frames in self.sampler.stream(done):
                     done += frames.shape[1]
                     if done > known and self.sampler.ends_window(done):
-                        self.on_window(self.sampler.settled)
+                        self.on_window(self.sampler.finished)
                     yield frames
 
     @contextmanager

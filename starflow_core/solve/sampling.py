@@ -132,6 +132,12 @@ class Sampler:
         return Settled(torch.cat([tokens, *self._tokens], 1), torch.cat([latents, *self._latents], 1))
 
     @property
+    def finished(self) -> Settled:
+        """Of what is sampled so far the frames that have latents: the deep block may be ahead of them."""
+        settled = self.settled
+        return Settled(settled.tokens[:, : settled.latents.shape[1]], settled.latents)
+
+    @property
     def done(self) -> int:
         """How many frames have latents, given ones included."""
         return self.given + len(self._latents)
@@ -212,6 +218,7 @@ class Sampler:
         """As `_solved`; where the shallow blocks have a device of their own, the deep block goes on meanwhile."""
         if self.placement.shallow in self.placement.deep:
             return self._solved()
+        self._stop = Event()
         return ahead(self._solved(), self._stop)
 
     def _deep(self, z: Tensor, known: Tensor) -> Iterator[Tensor]:

@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
 from ..model.flow import Flow
-
-PATIENCE = timedelta(days=20)  # in ms, 24 days are too many for gloo
+from ..processes import PATIENCE
 
 
 @dataclass(frozen=True)

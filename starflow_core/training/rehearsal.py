@@ -6,7 +6,7 @@ Without it a model that learns one new thing soon takes everything for that (`be
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -126,8 +126,7 @@ class Rehearsal:
         together = min(self.settings.micro_batch or self.settings.batch, AT_ONCE)
         for first in (True, False):
             parts = [part for part in self.parts if (part[1] == "text") is first]
-            groups = [(part, self.parts[part][i : i + together]) for part in parts
-                      for i in range(0, len(self.parts[part]), together)]  # fmt: skip
+            groups = [(part, some) for part in parts for some in _chunks(self.parts[part], together)]
             missing = [
                 (bucket, some)
                 for (bucket, _), some in groups[processes.rank :: processes.count]
@@ -220,3 +219,13 @@ class Rehearsal:
         uncond = embedding(self._empty(bucket))[None].to(device) if job.guidance else None
         with torch.no_grad():
             return Generation(flow, job, text, uncond, placement=Placement.on(device)).run().float().cpu()
+
+
+def _chunks(wishes: Sequence[Wish], most: int) -> Iterator[Sequence[Wish]]:
+    """At most so many at once, whose numbers follow one another, as the seeds of a batch do."""
+    first = 0
+    for place in range(1, len(wishes) + 1):
+        ends = place == len(wishes) or wishes[place].number != wishes[place - 1].number + 1
+        if ends or place - first == most:
+            yield wishes[first:place]
+            first = place

@@ -54,8 +54,10 @@ def test_the_halves_of_guidance_are_on_two_devices(demo, two, placements):
 
 def test_without_guidance_or_a_device_all_is_on_one(demo, two, placements):
     sampled(demo, guidance=0.0, options=run("STARFlowDevices", second="cpu:0")[0])
+    sampled(demo, options=run("STARFlowDevices", second="cpu")[0])  # the host's own
     sampled(demo, options=run("STARFlowDevices")[0])
-    assert [len(placement.deep) for placement in placements] == [1, 1]
+    assert [len(placement.deep) for placement in placements] == [1, 1, 1]
+    assert demo.flow.copies == {}  # the second device is free again
 
 
 def test_a_copy_is_kept_until_a_lora_changes(demo, two, tmp_path, monkeypatch):

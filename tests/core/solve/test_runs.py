@@ -217,6 +217,34 @@ def test_the_deep_block_goes_on_while_frames_are_used():
     assert len(list(frames)) == 4
 
 
+def test_what_is_kept_ends_with_what_is_finished():
+    """However far the deep block is ahead: from there a job goes on to the same clip, to the bit."""
+    flow, options = models.flow(), {"settings": PRESETS["exact"], "window": 3, "keep": 1, "placement": BEHIND}
+    noise, text = models.randn(1, 7, 4, 2, 3), models.text(flow)
+    sampler = Sampler(flow, noise, text, **options)
+    frames = sampler.stream()
+    made = [next(frames) for _ in range(3)]
+    began = time.monotonic()
+    while sampler.settled.tokens.shape[1] < 7:
+        time.sleep(0.01)
+        assert time.monotonic() - began < 60
+    kept = sampler.finished
+    assert kept.tokens.shape[1] == kept.latents.shape[1] == 3
+    assert sampler.ends_window(3)
+    wanted = torch.cat([*made, *frames], 1)
+    found = torch.cat(list(Sampler(flow, noise, text, settled=kept, **options).stream()), 1)
+    assert torch.equal(found, wanted)
+
+
+def test_frames_can_be_asked_for_again():
+    flow = models.flow()
+    sampler = Sampler(flow, models.randn(1, 5, 4, 2, 3), models.text(flow), placement=BEHIND, settings=AUTOREGRESSIVE)
+    frames = sampler.stream()
+    next(frames)
+    frames.close()
+    assert torch.cat(list(sampler.stream()), 1).shape[1] == 5
+
+
 def test_who_wants_no_more_frames_stops_the_deep_block():
     flow, seen = models.flow(), []
     control = Control(lambda progress: (time.sleep(0.02), seen.append(progress.settled)))

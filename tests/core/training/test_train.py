@@ -204,6 +204,19 @@ def test_edits_and_last_frames_are_rehearsed_as_they_are_learned(folders, tmp_pa
     assert seen[2][1].shape[0] == 1 + 3
 
 
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_what_is_drawn_at_once_has_seeds_that_follow_one_another(most):
+    from starflow_core.training import rehearsal
+
+    wishes = [rehearsal.Wish("text", "", number) for number in (0, 1, 2, 4, 5, 9)]
+    chunks = list(rehearsal._chunks(wishes, most))
+    assert [wish for chunk in chunks for wish in chunk] == wishes
+    for chunk in chunks:
+        assert len(chunk) <= most
+        assert [wish.number - chunk[0].number for wish in chunk] == list(range(len(chunk)))
+    assert len(chunks) == {1: 6, 2: 4, 3: 3, 8: 3}[most]
+
+
 @pytest.mark.parametrize(
     ("kind", "captions", "message"),
     [
