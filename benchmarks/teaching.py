@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import adherence
 from benchmarks.judge import look, verdict
-from benchmarks.solver import write_json
+from benchmarks.solver import machine, write_json
 from starflow_core.media import write_video
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
@@ -172,7 +172,7 @@ def main() -> None:
               f"known: at most {loss:+.1%} less ({where}); {row['cpu_seconds']:.0f} s of CPU")  # fmt: skip
         print(json.dumps(row["after"]["new"]), flush=True)
         if options.json:
-            write_json(options.json, rows)
+            write_json(options.json, {**machine(), "subjects": rows})
         if options.sheet:
             frames = torch.cat([torch.cat(list(clip[[0, FRAMES // 2, FRAMES - 1]]), -1) for clip in shown], -2)
             write_video(options.sheet, frames[None], 1)
