@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from threading import Event
 from types import SimpleNamespace
 
 import pytest
@@ -247,16 +248,23 @@ def test_frames_can_be_asked_for_again():
 
 def test_who_wants_no_more_frames_stops_the_deep_block():
     flow, seen = models.flow(), []
-    control = Control(lambda progress: (time.sleep(0.02), seen.append(progress.settled)))
-    frames = Sampler(
-        flow, models.randn(1, 5, 4, 2, 3), models.text(flow), placement=BEHIND, settings=AUTOREGRESSIVE, control=control
-    ).stream()
+    control = Control(lambda progress: seen.append(progress.settled) if progress.phase == "deep" else None)
+    noise, text = models.randn(1, 5, 4, 2, 3), models.text(flow)
+    sampler = Sampler(flow, noise, text, placement=BEHIND, settings=AUTOREGRESSIVE, control=control)
+    report, waiting = sampler._report, Event()
+
+    def slow(settled, residual):
+        if settled == 20:
+            waiting.set()
+            assert sampler._stop.wait(60)
+        report(settled, residual)
+
+    sampler._report = slow
+    frames = sampler.stream()
     next(frames)
+    assert waiting.wait(60)
     frames.close()
-    count = len(seen)
-    time.sleep(0.2)
-    assert len(seen) == count
-    assert max(seen) < 30
+    assert seen[-1] == 19
 
 
 def test_cancelling_reaches_a_deep_block_that_is_ahead():
