@@ -20,7 +20,10 @@ from ..parts import clear_stale, remove
 
 
 class Folder(Protocol):
-    """A folder, in which results are whole or not there. Names in it are relative and use /."""
+    """A folder, in which results are whole or not there. Names in it are relative and use /. `local` says whether what
+    is unfinished stays there."""
+
+    local: bool
 
     def key(self, name: str) -> Hashable:
         """What two names for the same result have in common. Raises InputError for a name that leads elsewhere."""
@@ -63,6 +66,8 @@ def read_text(path: str) -> str:
 
 
 class LocalFolder:
+    local = True
+
     def __init__(self, root: str, given: str):
         self._root, self._given = root, given.rstrip("/")
 
@@ -91,6 +96,8 @@ class LocalFolder:
 
 
 class RemoteFolder:
+    local = False
+
     def __init__(self, system: fsspec.AbstractFileSystem, root: str, given: str):
         self._system, self._root, self._given = system, root.rstrip("/"), given.rstrip("/")
 

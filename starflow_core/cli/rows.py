@@ -63,6 +63,8 @@ def read_rows(path: str, defaults: Namespace, folder: Folder, models: Models) ->
         with naming(path, line):
             fields = _fields(text, parser)
             args = _parsed(parser, fields, defaults)
+            if args.resume and not folder.local:
+                raise InputError(f"resume keeps windows beside the result, which {folder} can't; leave it out")
             row = Row(line, fields, args, args.output or _name(args, line, models))
             first = lines.setdefault(folder.key(row.name), line)
             if first != line:

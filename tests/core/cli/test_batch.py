@@ -347,9 +347,12 @@ def test_failures_are_listed_in_such_a_folder(batch, bucket, demo):
     assert bucket.find("/b") == ["/b/0001-a-red-circle.png"]
 
 
-def test_a_folder_of_pictures_cannot_be_renamed_elsewhere(batch, bucket):
-    _, errors = batch({"prompt": "x", "output": "x/"}, folder="memory://b", code=2)
-    assert "line 1: x/ is a folder of pictures" in errors
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"output": "x/"}, "x/ is a folder of pictures"), ({"resume": True}, "resume keeps windows beside the result"),
+])  # fmt: skip
+def test_what_such_a_folder_cannot_do(batch, bucket, fields, message):
+    _, errors = batch(STILL | fields, folder="memory://b", code=2)
+    assert f"line 1: {message}" in errors
 
 
 def test_a_local_address_is_a_folder(tmp_path):
