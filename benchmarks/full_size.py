@@ -262,9 +262,9 @@ def run_watched(target: Path, command: list[str]) -> int:
             super()._show(key, done, total, phase, *more, **style)
             watch.enter(phase.strip() or key)
 
-    def loaded(setup, meter: Meter, plan: MemoryPlan | None = None):
+    def loaded(setup, meter: Meter, plan: MemoryPlan | None = None, *rest):
         watch.plan = plan
-        pipeline = load(setup, meter, plan)
+        pipeline = load(setup, meter, plan, *rest)
         watch.enter("text")
         return pipeline
 

@@ -1,6 +1,6 @@
 """Many jobs over several workers: nothing half-written when they are killed, memory that stays flat, throughput.
 
-    python -m benchmarks.scale [--parts killed many throughput] [--engine ray|torchrun ..] [--jobs N] [--kills 10]
+    python -m benchmarks.scale [--parts killed many throughput cards] [--engine ray|torchrun ..] [--jobs N] [--kills 10]
                                [--workers 1 2] [--seed S] [--json PATH]
 
 Runs `python -m starflow_core batch` on small jobs of the bundled demo: clips of 5 frames of 64 x 64. Linux only.
@@ -11,6 +11,8 @@ there.
 many: 1,000 jobs on two workers. The memory of each (RssAnon) over the rows that are made, and the pixels of twenty
 clips against what `generate` writes with the same seed.
 throughput: jobs a minute, from the first file to the last, for each number of workers.
+cards: one clip on one, two and eight cards, by arithmetic: no card has seen it. What each holds, what it reads in a
+sweep of the deep block, and what it sends and receives.
 """
 
 from __future__ import annotations
@@ -30,9 +32,17 @@ from contextlib import suppress
 from pathlib import Path
 from statistics import mean
 
+import torch
+
+from benchmarks.dryrun import SPAN, image, video
 from benchmarks.solver import machine, write_json
 from starflow_core.cli import main as starflow
+from starflow_core.jobs import memory
+from starflow_core.jobs.tasks import Means
 from starflow_core.media import read_video
+from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
+from starflow_core.model.parallel import Mesh
+from starflow_core.model.placement import Placement
 
 SMALL = {"frames": 5, "size": 64, "preset": "fast"}
 SHAPES = ("circle", "square", "triangle", "ring")
@@ -48,7 +58,7 @@ COMPARED, EVERY, KEPT = 20, 0.5, 50  # clips; seconds between looks; samples of 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--parts", nargs="+", choices=[*JOBS, "cards"], default=[*JOBS, "cards"])
     parser.add_argument("--engine", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--jobs", type=int, help=f"in each part (default: {JOBS})")
     parser.add_argument("--kills", type=int, default=10)
@@ -57,8 +67,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args(argv)
     found = defaultdict(list)
+    if "cards" in options.parts:
+        for row in cards():
+            found["cards"].append(row)
+            print("cards:", ", ".join(f"{name} {_shown(value)}" for name, value in row.items()))
     for part in options.parts:
-        for engine in options.engine:
+        for engine in options.engine if part in JOBS else ():
             jobs = options.jobs or JOBS[part]
             for row in PARTS[part](engine, jobs, options):
                 found[part].append({"engine": engine, **row})
@@ -177,6 +191,31 @@ def throughput(engine: str, jobs: int, options: argparse.Namespace) -> Iterator[
 
 
 PARTS = {"killed": killed, "many": many, "throughput": throughput}
+
+
+def cards() -> Iterator[dict]:
+    """GB of the fullest card, and by sweep: GB that each reads (the deep block's weights, and keys and values as they
+    are on average, half filled), MB that the heads' shares sum, and kB that guidance's halves exchange."""
+    two = Placement.over([torch.device("cuda", index) for index in range(2)], True)
+    for name, config, job in (
+        ("7B, 81 frames 480 x 848", STARFLOW_V_7B, video()),
+        ("3B, 256 x 256", STARFLOW_3B, image()),
+    ):
+        span, width, channels = SPAN, config.deep_width, config.token_channels
+        for count, mesh in ((1, Mesh()), (2, Mesh(2)), (8, Mesh(2, 4))):
+            means = Means(mesh=mesh)
+            needs = (
+                memory.forecasts(config, job, torch.bfloat16, two).values() if count == 2
+                else [memory.forecast(config, job, torch.bfloat16, means)]
+            )  # fmt: skip
+            rows = 2 // mesh.guidance
+            deep = memory.forecast(config, job, torch.bfloat16, means, ("deep",))
+            summed = 2 * config.layers[-1] * rows * span * width * 2 if mesh.tensor > 1 else 0
+            yield {
+                "job": name, "cards": count, "largest_GB": max(need.total for need in needs) / 1e9,
+                "read_GB": (deep.weights + deep.cache / 2) / 1e9, "summed_MB": summed / 1e6,
+                "exchanged_kB": 2 * span * channels * 4 / 1e3 if mesh.guidance > 1 else 0.0,
+            }  # fmt: skip
 
 
 def check_whole(batch: Batch) -> None:

@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import adherence
 from benchmarks.judge import look, verdict
-from benchmarks.solver import write_json
+from benchmarks.solver import machine, write_json
 from starflow_core.media import write_video
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
@@ -49,7 +49,7 @@ COMMON = {
 SUBJECTS = {
     "cross": Subject(
         clips.NEW_KINDS, tuple(clips.DIRECTIONS),
-        COMMON | {"steps": 1000, "batch": 12, "blocks": "all", "rehearsal": 0.4},
+        COMMON | {"steps": 1600, "batch": 12, "blocks": "all", "rehearsal": 0.5},
     ),
     "diagonal": Subject(clips.KINDS, tuple(clips.DIAGONALS), COMMON | {"steps": 400, "batch": 20}),
 }  # fmt: skip
@@ -87,10 +87,15 @@ def write_clips(folder: Path, drawn: Sequence[clips.Scene], seed: int) -> None:
         path.with_suffix(".txt").write_text(clips.caption(one, rng), encoding="utf-8")
 
 
-def rehearsed(seed: int, count: int = 64) -> tuple[str, ...]:
-    """Captions of what the demo knows."""
+def rehearsed(seed: int, texts: int = 32, edits: int = 48, lasts: int = 16) -> tuple[str, ...]:
+    """Captions of what the demo knows, edits, which suffer most, and clips with a last frame."""
     rng = random.Random(seed)
-    return tuple(clips.caption(clips.random_scene(rng, SIDE, SIDE), rng) for _ in range(count))
+
+    def captions(number: int) -> list[str]:
+        return [clips.caption(clips.random_scene(rng, SIDE, SIDE), rng) for _ in range(number)]
+
+    wishes = [clips.edit_caption(rng.choice(list(clips.COLOURS)), rng) for _ in range(edits)]
+    return (*captions(texts), *(f"(v2v) {wish}" for wish in wishes), *(f"(last) {text}" for text in captions(lasts)))
 
 
 def taught(subject: Subject, folder: Path, **changes) -> Path:
@@ -167,7 +172,7 @@ def main() -> None:
               f"known: at most {loss:+.1%} less ({where}); {row['cpu_seconds']:.0f} s of CPU")  # fmt: skip
         print(json.dumps(row["after"]["new"]), flush=True)
         if options.json:
-            write_json(options.json, rows)
+            write_json(options.json, {**machine(), "subjects": rows})
         if options.sheet:
             frames = torch.cat([torch.cat(list(clip[[0, FRAMES // 2, FRAMES - 1]]), -1) for clip in shown], -2)
             write_video(options.sheet, frames[None], 1)

@@ -6,6 +6,7 @@ The host rebinds some of these names after start-up, so they are looked up when 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import re
@@ -33,9 +34,10 @@ from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.planner import Room
 from ..starflow_core.model.flow import Flow
-from ..starflow_core.model.lora import Lora, added
+from ..starflow_core.model.lora import Lora, added, attach
+from ..starflow_core.model.placement import Placement
 from ..starflow_core.parts import replacing
-from ..starflow_core.weights.flow import has_int8
+from ..starflow_core.weights.flow import has_int8, load_flow
 from ..starflow_core.weights.lora import ALPHA, DOWN, PREFIX, UP
 
 log = logging.getLogger("starflow")
@@ -62,6 +64,14 @@ def vae_device() -> torch.device:
 def result_device() -> torch.device:
     """Where latents and images wait between nodes."""
     return management.intermediate_device()
+
+
+def devices() -> list[str]:
+    """The names of all devices that can compute."""
+    found = management.get_all_torch_devices() if hasattr(management, "get_all_torch_devices") else []
+    if not found and torch.cuda.is_available():
+        found = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
+    return list(dict.fromkeys([*map(str, found), "cpu"]))
 
 
 def best_dtype(device: torch.device) -> torch.dtype:
@@ -206,6 +216,40 @@ def has_lora(handle) -> bool:
 
 def _beside_bytes(handle) -> int:
     return sum(weight.nbytes for loras in _beside(handle).values() for lora in loras for weight in lora.parameters())
+
+
+def has_copy(handle, device: torch.device) -> bool:
+    """Whether `copy_deep` has been here."""
+    return _copied_as(handle) == getattr(handle.model, "copied", None) and device in flow_of(handle).copies
+
+
+def copy_deep(handle, device: torch.device) -> None:
+    """Have a second copy of the deep block on a device, with what was added to its weights, of which the host knows
+    nothing. It is read from the flow's own file: what the host has may be in part elsewhere, or be paged."""
+    flow = flow_of(handle)
+    if has_copy(handle, device) or device == handle.load_device:
+        return
+    flow.copies = {}  # another one makes room first
+    nowhere = torch.device("meta")
+    place = Placement((device,), nowhere, nowhere, nowhere, nowhere)
+    with torch.inference_mode(False), torch.no_grad():
+        own = load_flow(source_of(handle), flow.compute_dtype, place, quantise=has_int8(flow))
+        for name, weight in own.deep.named_parameters(f"{PREFIX}blocks.{own.deep.index}"):
+            if name in handle.patches:
+                if not weight.is_floating_point():
+                    raise InputError(f"{name} is in 8 bit, where ComfyUI's own LoRAs are lost; use STARFlow Load LoRA")
+                changed = comfy.lora.calculate_weight(handle.patches[name], weight.float(), name)
+                weight.data = changed.to(weight)
+        last = f"blocks.{own.deep.index}."
+        for name, loras in _beside(handle).items():
+            for lora in copy.deepcopy(loras) if name.startswith(last) else ():
+                attach(own, {name: lora})
+    flow.copies, handle.model.copied = {device: own.deep}, _copied_as(handle)
+
+
+def _copied_as(handle) -> tuple:
+    """What tells a copy from one with other additions."""
+    return handle.patches_uuid, *(lora for loras in _beside(handle).values() for lora in loras)
 
 
 class _Kept(nn.Module):

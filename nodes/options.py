@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from comfy_api.latest import io
 
 from ..starflow_core.jobs import CACHE_PLACES, CACHES, memory
@@ -15,6 +16,7 @@ from . import host
 from .types import CATEGORY, SEARCH, OptionsType
 
 GB = 10**9
+NONE = "none"
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Options:
     """What the sampler's input of that name carries: a field for each node that makes it."""
 
     memory: HostedOptions = field(default_factory=HostedOptions)
+    second: str = NONE  # device of guidance's second half
 
 
 class STARFlowMemory(io.ComfyNode):
@@ -82,19 +85,66 @@ class STARFlowMemory(io.ComfyNode):
         return io.NodeOutput(Options(fixed))
 
 
-NODES = [STARFlowMemory]
+class STARFlowDevices(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowDevices",
+            display_name="STARFlow Devices",
+            category=CATEGORY,
+            **SEARCH,
+            description="Shares a job out over two devices: guidance's two halves are computed at the same time, each "
+            "with half of the keys and values. Takes effect with guidance.",
+            inputs=[
+                io.Combo.Input(
+                    "second",
+                    options=[NONE, *host.devices()],
+                    default=NONE,
+                    tooltip="Device of the half without the prompt, beside the one that ComfyUI uses. A second copy of "
+                    "the flow's deep block is held there until this is none, or the model is freed.",
+                ),
+                OptionsType.Input("options", optional=True, tooltip="From STARFlow Memory; for the first device."),
+            ],
+            outputs=[OptionsType.Output(display_name="options", tooltip="For the sampler.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, second: str = NONE) -> bool | str:
+        known = (NONE, *host.devices())
+        return second in known or f"second is {second!r}, which isn't there; this machine has {', '.join(known)}"
+
+    @classmethod
+    def execute(cls, second: str, options: Options | None = None) -> io.NodeOutput:
+        return io.NodeOutput(replace(options or Options(), second=second))
 
 
-def fitted(model, job: Job, options: Options, widen: bool) -> tuple[Job, MemoryPlan, int]:
+NODES = [STARFlowMemory, STARFlowDevices]
+
+
+def fitted(model, job: Job, options: Options, widen: bool, split: bool = False) -> tuple[Job, MemoryPlan, int]:
     """A job as it fits the host, its means, and the bytes that the host has to leave free of weights.
 
-    `widen` allows a larger span. Raises OutOfMemoryForecast if nothing fits.
+    `widen` allows a larger span, `split` that guidance's second half is elsewhere. Raises OutOfMemoryForecast if
+    nothing fits.
     """
     fixed = options.memory
     job = fixed.spanned(job)
-    plan, work = planned(model, job, options, memory.forecast, "this job")
-    plan = plan.timed(pace(model, job, plan))
+    second = second_of(model, job, options) if split else None
+    half = replace(job, guidance=0.0) if second else job  # its rows
+    plan, work = planned(model, half, options, memory.forecast, "this job")
+    if second:
+        flow = host.flow_of(model)
+        need = memory.forecast(flow.config, half, flow.compute_dtype, plan.means, ("deep",))
+        weights = 0 if host.has_copy(model, second) else need.weights
+        memory.require(need.total - need.weights + weights, second, "guidance's second half")
+    plan = plan.timed(pace(model, job, plan, second))
     return plan.fitted(job, widen and fixed.span is None), plan, work
+
+
+def second_of(model, job: Job, options: Options) -> torch.device | None:
+    """The device of guidance's second half, if there is one beside the host's."""
+    second = torch.device(options.second) if job.guidance and options.second != NONE else None
+    return None if second == model.load_device else second
 
 
 def planned(
@@ -111,6 +161,7 @@ def planned(
     return plan, room.work(plan)
 
 
-def pace(model, job: Job, plan: MemoryPlan) -> Pace:
+def pace(model, job: Job, plan: MemoryPlan, second: torch.device | None = None) -> Pace:
     """How long such jobs take here."""
-    return Pace(host.flow_of(model).config, job, model.load_device, host.flow_of(model).compute_dtype, plan.means)
+    flow, others = host.flow_of(model), (second,) if second else ()
+    return Pace(flow.config, job, model.load_device, flow.compute_dtype, plan.means, others)

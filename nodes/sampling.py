@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from dataclasses import replace
 
 import torch
 from comfy_api.latest import io
@@ -19,7 +20,7 @@ from ..starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, Statistics
 from . import host
 from .conditioning import at_rate_of, changing_as, embeddings_for, job_of, texts_for
 from .noise import job_from
-from .options import Options, fitted, pace
+from .options import Options, fitted, pace, second_of
 from .plot import convergence
 from .preview import Preview
 from .types import CATEGORY, KEY, SEARCH, ContextType, ModelType, NoiseType, OptionsType, SolverType
@@ -173,7 +174,9 @@ class STARFlowSampler(io.ComfyNode):
                     tooltip="Latent frames kept when the window slides; 0 keeps about three quarters of the window.",
                 ),
                 OptionsType.Input(
-                    "options", optional=True, tooltip="From STARFlow Memory. Without it, the fastest way that fits."
+                    "options",
+                    optional=True,
+                    tooltip="From STARFlow Memory or Devices. Without it, the fastest way that fits.",
                 ),
                 NoiseType.Input(
                     "noise",
@@ -230,8 +233,10 @@ class STARFlowSampler(io.ComfyNode):
         if job.task not in flow.config.tasks:
             host.log.warning("%s wasn't trained for %s; the result may ignore it", flow.config.name, job.task)
         began = time.monotonic()
-        job, plan, work = fitted(model, job, options or Options(), settings is None)
-        samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise)
+        options = options or Options()
+        job, plan, work = fitted(model, job, options, settings is None, split=True)
+        second = second_of(model, job, options)
+        samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise, second)
         report = _report(statistics, job, plan, time.monotonic() - began, noise)
         report += _changes(flow.config, job)
         overlap = job.context.overlap(flow.config.latent) if job.context else 0
@@ -254,13 +259,20 @@ def _job(config: FlowConfig, samples: torch.Tensor, noise: Noise | None, seed: i
 
 
 def _sample(
-    model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id, noise: Noise | None
+    model, job: Job, text, uncond, plan: MemoryPlan, work: int, node_id, noise: Noise | None,
+    second: torch.device | None,
 ) -> tuple[torch.Tensor, Statistics]:  # fmt: skip
-    """The host's latents, streamed so that finished frames can be shown; `work` bytes stay free of weights."""
+    """The host's latents, streamed so that finished frames can be shown; `work` bytes stay free of weights. Guidance's
+    second half may be on a `second` device."""
     flow, device = host.flow_of(model), model.load_device
     watch = Watch(node_id, Preview(flow.config))
     watch.bar.say(str(plan))
     host.load(model, work, "this job")
+    placement = Placement.on(device)
+    flow.copies = {} if second is None else flow.copies  # the second device is free again
+    if second:
+        host.copy_deep(model, second)
+        placement = replace(placement, deep=(device, second))
     generation = Generation(
         flow,
         job,
@@ -268,7 +280,7 @@ def _sample(
         None if uncond is None else uncond.to(flow.compute_dtype),
         Control(watch.progress, warn=host.log.warning),
         noise and noise.noise,
-        placement=Placement.on(device),
+        placement=placement,
         means=plan.means,
         fallbacks=plan.fallbacks,
     )
@@ -280,7 +292,7 @@ def _sample(
             final.append(piece.latents.to(host.result_device()))
     watch.finished()
     if generation.means == plan.means:
-        pace(model, job, plan).note(time.monotonic() - began)
+        pace(model, job, plan, second).note(time.monotonic() - began)
     samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import RLock
 
 from .errors import Cancelled
 
@@ -31,9 +32,11 @@ class Control:
     progress: Callable[[Progress], None] = lambda progress: None
     cancelled: Callable[[], bool] = lambda: False
     warn: Callable[[str], None] = warnings.warn
+    _one: RLock = field(default_factory=RLock, repr=False, compare=False)  # at a time, of the threads that report
 
     def report(self, progress: Progress) -> None:
         """Raises Cancelled if the caller wants to stop."""
-        if self.cancelled():
-            raise Cancelled("cancelled")
-        self.progress(progress)
+        with self._one:
+            if self.cancelled():
+                raise Cancelled("cancelled")
+            self.progress(progress)

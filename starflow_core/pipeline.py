@@ -16,10 +16,10 @@ from torch import Tensor
 
 from .bundled import BUNDLED, FLOW_FILE, TEXT_FILE, VAE_FILE
 from .control import Control, Progress
-from .errors import InputError
+from .errors import InputError, NonFiniteError
 from .jobs import memory
 from .jobs.build import default_job, job_with_context
-from .jobs.planner import AUTO, Free, MemoryOptions, MemoryPlan, choose
+from .jobs.planner import AUTO, Free, MemoryOptions, MemoryPlan, choose, spread
 from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
 from .jobs.timeline import Caption, timed
@@ -27,12 +27,14 @@ from .jobs.unfinished import Unfinished, identity
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.lora import attach
+from .model.parallel import ALONE, Team
 from .model.placement import Placement, default_dtype, pick_device
 from .model.text import TextEncoder
 from .model.vae.codec import VAE
 from .solve.solvers import Statistics
 from .weights.flow import find_config, has_int8, in_int8, load_flow
 from .weights.lora import Chosen, LoraPath
+from .weights.shares import own_lora
 from .weights.streaming import stream_layers
 from .weights.tensorfiles import TensorFile
 from .weights.text import TextEncoderFiles, find_text_encoder
@@ -112,36 +114,45 @@ class Pipeline:
         OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
         captions, job = timed(captions, job)
         plan = self.plan_for(job, keep_text_encoder)
-        kept = {}
+        team, kept = self.flow.team, {}
         if unfinished:
             file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
             kept = {"settled": file.load(), "on_window": file.save}
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
-        run = Generation(
-            self.flow, job, text, uncond, control, noise, self.placement, plan.means, plan.fallbacks, **kept
-        )  # fmt: skip
+        fallbacks = plan.fallbacks
+        if team.mesh.count > 1:
+            fallbacks = ()  # memory may run out in one process alone
+            team.tell(Told.of(job, text, uncond, noise, plan.means))
+        run = Generation(self.flow, job, text, uncond, control, noise, self.placement, plan.means, fallbacks, **kept)
         return run, cut
 
     def plan_for(self, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
         """The pipeline's plan, or else one for this job, whose weights stay as they are. Raises OutOfMemoryForecast."""
-        device = self.placement.deep[0]
 
-        def need(job: Job, means: Means) -> memory.Forecast:
-            return self._beside(memory.forecast(self.config, job, self.dtype, means), keep_text_encoder)
+        def needs(job: Job, means: Means) -> dict[torch.device, memory.Forecast]:
+            found = memory.forecasts(self.config, job, self.dtype, self.placement, means)
+            return {device: self._beside(need, device, keep_text_encoder) for device, need in found.items()}
 
-        if self.plan is None:
-            return choose(job, device, MemoryOptions(offload="none"), (has_int8(self.flow),), need)
-        memory.require(need(job, self.plan.means).total, device, "this job")
-        return self.plan
+        home, weights = self.placement.deep[0], (has_int8(self.flow),)
+        if self.plan:
+            for device, need in needs(job, self.plan.means).items():
+                memory.require(need.total, device, "this job")
+            return self.plan
+        if self.placement.several:
+            return spread(job, MemoryOptions(), weights, needs)
+        return choose(
+            job, home, MemoryOptions(offload="none"), weights, lambda job, means: needs(job, means)[home]
+        )  # fmt: skip
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless the job fits next to the flow and the VAE, which are loaded."""
-        memory.require(self._beside(need).total, self.placement.deep[0], what)
+        home = self.placement.deep[0]
+        memory.require(self._beside(need, home).total, home, what)
 
-    def _beside(self, need: memory.Forecast, keep_text_encoder: bool = False) -> memory.Forecast:
-        """What is needed on the deep block's device beside the weights that are there."""
+    def _beside(self, need: memory.Forecast, device: torch.device, keep_text_encoder: bool = False) -> memory.Forecast:
+        """What is needed on a device beside the weights that are there."""
         need = replace(need, weights=0)
-        if self._encoder is not None or self.placement.text != self.placement.deep[0]:
+        if self._encoder is not None or self.placement.text != device:
             return need
         return need.with_text(self.text.weight_bytes(self.dtype), keep_text_encoder)
 
@@ -243,6 +254,35 @@ class Pipeline:
                 self.vae.module.to("cpu")
 
 
+@dataclass(frozen=True)
+class Told:
+    """What the leader of a team tells the others of a generation, all on the CPU. Of given frames they need to know how
+    many there are: the job's have no values."""
+
+    job: Job
+    text: Tensor
+    uncond: Tensor | None
+    noise: Tensor | None
+    means: Means
+
+    @classmethod
+    def of(cls, job: Job, text: Tensor, uncond: Tensor | None, noise: Tensor | None, means: Means) -> Told:
+        if job.context:
+            job = replace(job, context=replace(job.context, latents=job.context.latents.to("meta")))
+        return cls(job, *(part if part is None else part.cpu() for part in (text, uncond, noise)), means)
+
+
+@torch.no_grad()
+def follow(flow: Flow, device: torch.device) -> None:
+    """Compute this process's share of each generation that the leader of the flow's team starts, until it tells no
+    more."""
+    placement = Placement.following(device)
+    while told := flow.team.tell(None):
+        run = Generation(flow, told.job, told.text.to(device), told.uncond, None, told.noise, placement, told.means)
+        with suppress(NonFiniteError):  # the leader finds it, too, and says where; it won't tell anything more
+            run.follow()
+
+
 def _give_back() -> None:
     """Return freed main memory to the system. glibc may keep that of tensors below 32 MB: 0.8 GB of a T5-XL's 2.4."""
     with suppress(OSError, AttributeError, TypeError):  # another C library
@@ -299,15 +339,31 @@ class Parts:
         return self.quantise or in_int8(self.checkpoint)
 
     def plan(
-        self, job: Job, dtype: torch.dtype, device: torch.device, options: MemoryOptions = AUTO,
+        self, job: Job, dtype: torch.dtype, placement: Placement, options: MemoryOptions = AUTO,
         may_quantise: bool = False, tile: int | None = None, keep_text_encoder: bool = False, free: Free | None = None,
     ) -> MemoryPlan:  # fmt: skip
-        """The means to fit a job to one device; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
-        bit if nothing else fits; `free` as of `choose`. Raises OutOfMemoryForecast for a job that can't be made to
-        fit."""
-        weights = (self.in_int8, True) if may_quantise else (self.in_int8,)
-        need = partial(self.forecast, dtype=dtype, tile=tile, keep_text_encoder=keep_text_encoder)
-        return choose(job, device, options, tuple(dict.fromkeys(weights)), need, free=free)
+        """The means to fit a job to its devices; `tile` is the VAE's when decoding. `may_quantise` allows weights in 8
+        bit if nothing else fits; `free` as of `choose`, for one device. Raises OutOfMemoryForecast for a job that can't
+        be made to fit."""
+        weights = tuple(dict.fromkeys((self.in_int8, True) if may_quantise else (self.in_int8,)))
+        others = {"dtype": dtype, "tile": tile, "keep_text_encoder": keep_text_encoder}
+        if placement.several:
+            return spread(job, options, weights, partial(self.forecasts, placement=placement, **others))
+        return choose(job, placement.deep[0], options, weights, partial(self.forecast, **others), free=free)
+
+    def forecasts(
+        self, job: Job, means: Means, *, placement: Placement, dtype: torch.dtype, tile: int | None = None,
+        keep_text_encoder: bool = False,
+    ) -> dict[torch.device, memory.Forecast]:  # fmt: skip
+        """What a job needs on each device."""
+        needs = memory.forecasts(self.config, job, dtype, placement, means)
+        home = self.with_others(memory.Forecast(0, 0, 0), job, dtype, tile)  # text encoder, VAE and LoRAs alone
+        for device, need in needs.items():
+            loras = home.weights if device in placement.deep else 0
+            needs[device] = replace(need, weights=need.weights + loras, vae=home.vae * (device == placement.vae))
+        text = needs[placement.text]
+        needs[placement.text] = text.with_text(self.text.weight_bytes(dtype), keep_text_encoder)
+        return needs
 
     def forecast(
         self, job: Job, means: Means | None = None, *, dtype: torch.dtype, tile: int | None = None,
@@ -338,19 +394,27 @@ class Parts:
 
     def load(
         self, placement: Placement, dtype: torch.dtype, progress: Callable[[Progress], None] | None = None,
-        plan: MemoryPlan | None = None,
+        plan: MemoryPlan | None = None, team: Team = ALONE,
     ) -> Pipeline:  # fmt: skip
         """Read the weights, the flow's last, so that trouble with a smaller file shows at once."""
         wanted, cpu = plan.means if plan else Means(self.in_int8), Placement.on("cpu")
-        adapters = [chosen.load() for chosen in self.loras]
         vae = self.vae.load(dtype, cpu.vae if wanted.in_turn else placement.vae)
         home = cpu if wanted.streamed else placement
-        flow = load_flow(self.checkpoint, dtype, home, progress=progress, quantise=wanted.int8)
-        for loras in adapters:
-            attach(flow, loras)
+        flow = self.load_flow(home, dtype, wanted, progress, team)
         if wanted.streamed:
             stream_layers(flow, placement)
         return Pipeline(flow, vae, self.text, placement, dtype, plan)
+
+    def load_flow(
+        self, placement: Placement, dtype: torch.dtype, means: Means,
+        progress: Callable[[Progress], None] | None = None, team: Team = ALONE,
+    ) -> Flow:  # fmt: skip
+        """The flow alone, with its LoRAs, or what a process of a team has of them."""
+        adapters = [chosen.load() for chosen in self.loras]
+        flow = load_flow(self.checkpoint, dtype, placement, progress=progress, quantise=means.int8, team=team)
+        for loras in adapters:
+            attach(flow, {layer: own_lora(lora, layer, self.config, team) for layer, lora in loras.items()})
+        return flow
 
 
 def find_parts(

@@ -27,10 +27,10 @@ SETTINGS = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_worker_niceness": "0"}
 class Actor:
     """A worker in a process of Ray's, which gives it a GPU of its own where there are any."""
 
-    def __init__(self, folder: str, device: str | None, retries: int, home: str):
+    def __init__(self, folder: str, device: str | None, retries: int, workers: int, home: str):
         with suppress(OSError):  # another machine may lack it, and needs it for relative paths alone
             os.chdir(home)
-        self._worker = Worker(folder, pick_device(device), retries)
+        self._worker = Worker(folder, pick_device(device), retries, workers)
 
     def __call__(self, item: dict) -> dict:
         return asdict(self._worker(pickle.loads(item["row"])))
@@ -45,7 +45,7 @@ def made(rows: list[Row], args: Namespace) -> Iterator[Outcome]:
         items = [{"row": pickle.dumps(row)} for row in rows]
         outcomes = ray.data.from_items(items, override_num_blocks=min(len(items), MOST_BLOCKS)).map(
             Actor,
-            fn_constructor_args=(args.folder, args.device, args.retries, os.getcwd()),
+            fn_constructor_args=(args.folder, args.device, args.retries, -(-workers // len(ray.nodes())), os.getcwd()),
             compute=ray.data.ActorPoolStrategy(size=workers),
             num_gpus=1 if gpus else None,
         )

@@ -14,6 +14,7 @@ from ..jobs import CACHES, HOLDS, OFFLOADS
 from ..training.options import NearestNameParser, add_settings, whole
 from ..weights import WEIGHT_TYPES
 
+PARALLEL = ("guidance", "tensor", "guidance,tensor")
 INT8_HELP = "int8: the large weights in 8 bit"
 DEVICE_HELP = "cpu, cuda, cuda:1, mps, .. (default: the best available)"
 
@@ -38,6 +39,7 @@ def _generate(command: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--prompt-file", metavar="FILE", help="prompts, one per line, instead of PROMPT")
     _add_job(command)
+    _add_spread(command.add_argument_group("several devices"))
     _add_video_output(command)
     _add_resume(command)
 
@@ -167,6 +169,19 @@ def _encode(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "-o", "--output", metavar="FILE", help=".safetensors file (default: outputs/INPUT.safetensors)"
     )
+
+
+def _add_spread(group) -> None:
+    group.add_argument(
+        "--devices", metavar="A,B[,C]",
+        help="several devices for one result, as cuda:0,cuda:1: with guidance its two halves are on the first two, "
+        "without it the deep block is on the first; all else is on the last",
+    )  # fmt: skip
+    group.add_argument(
+        "--parallel", choices=PARALLEL,
+        help="each result by all processes that torchrun has started: the two halves of guidance, the heads of the "
+        "deep block (tensor), or both: torchrun --nproc-per-node N -m starflow_core generate ..",
+    )  # fmt: skip
 
 
 def _add_windows(command: argparse.ArgumentParser) -> None:

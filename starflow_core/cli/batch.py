@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from argparse import Namespace
 from collections.abc import Generator
@@ -13,7 +14,8 @@ import torch
 
 from ..errors import InputError, JobsFailed
 from ..parts import replacing
-from ..training.processes import Processes, placed
+from ..processes import placed
+from ..training.processes import Processes
 from .folders import Folder, folder_of
 from .progress import warn
 from .rows import Models, Row, check_row, naming, read_rows
@@ -61,10 +63,10 @@ def _placed(args: Namespace) -> tuple[Processes, torch.device]:
         raise InputError(f"--retries is {args.retries}; the minimum is 0")
     if args.workers and not args.ray:
         raise InputError("--workers is for --ray; torchrun has --nproc-per-node")
-    processes, device = placed("cpu" if args.ray else args.device)
-    if args.ray and processes.count > 1:
+    rank, count, device = placed("cpu" if args.ray else args.device)
+    if args.ray and count > 1:
         raise InputError("--ray starts its own workers; run the command once, without torchrun")
-    return processes, device
+    return Processes(rank, count), device
 
 
 def _made_here(
@@ -72,7 +74,8 @@ def _made_here(
 ) -> list[Outcome]:
     """This process's share, counted among all rows: what is left changes while others work."""
     lines = {row.line for row in rows[processes.rank :: processes.count]}
-    worker = Worker(args.folder, device, args.retries, quiet=processes.count > 1)
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", processes.count))
+    worker = Worker(args.folder, device, args.retries, here, quiet=processes.count > 1)
     return _told((worker(row) for row in left if row.line in lines), folder)
 
 

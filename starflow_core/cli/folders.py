@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cached_property
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath, PureWindowsPath
 from typing import Protocol
 
 import fsspec
@@ -20,12 +20,11 @@ from ..parts import clear_stale, remove
 
 
 class Folder(Protocol):
-    """A folder, in which results are whole or not there. Names in it are relative and use /. `local` says whether what
-    is unfinished stays there."""
+    """A folder, in which results are whole or not there. Names in it are relative and use /."""
 
-    local: bool
+    keeps: bool  # whether what is beside an unfinished result is there at the next try
 
-    def key(self, name: str) -> Hashable:
+    def key(self, name: str) -> PurePath:
         """What two names for the same result have in common. Raises InputError for a name that leads elsewhere."""
 
     def has(self, name: str) -> bool:
@@ -66,14 +65,17 @@ def read_text(path: str) -> str:
 
 
 class LocalFolder:
-    local = True
+    keeps = True
 
     def __init__(self, root: str, given: str):
         self._root, self._given = root, given.rstrip("/")
 
     def key(self, name: str) -> Path:
         _check(name)
-        return target_of(self.path(name)).path
+        path = target_of(self.path(name)).path
+        if os.path.abspath(path) == os.path.abspath(self._root):
+            raise InputError(f"{name} would fill the batch's own folder; give pictures one, such as shots/%05d.png")
+        return path
 
     def has(self, name: str) -> bool:
         return os.path.exists(self.key(name))
@@ -96,7 +98,7 @@ class LocalFolder:
 
 
 class RemoteFolder:
-    local = False
+    keeps = False
 
     def __init__(self, system: fsspec.AbstractFileSystem, root: str, given: str):
         self._system, self._root, self._given = system, root.rstrip("/"), given.rstrip("/")
@@ -168,5 +170,5 @@ def _telling(what: str) -> Iterator[None]:
 
 def _check(name: str) -> None:
     path = PurePosixPath(name)
-    if not path.name or path.is_absolute() or ".." in path.parts:
+    if not path.name or path.is_absolute() or ".." in path.parts or "\\" in name or PureWindowsPath(name).drive:
         raise InputError(f"output is {name!r}; give a name inside the batch's folder, such as a.mp4")

@@ -23,15 +23,21 @@ from ..solve.solvers import Statistics
 from .plan import Plan
 from .progress import Meter, SamplingBar, warn
 from .settings import tell_plan, warn_of_cut
+from .together import compute, follows, teamed
 
 
 def generate(args: Namespace) -> None:
-    """Check everything, load the model, and make the files."""
+    """Check everything, load the model, and make the files; under `torchrun` with all its processes."""
     began = time.monotonic()
+    if follows(args):
+        compute(args)
+        return
     plan = Plan.make(args)
     tell_plan(plan.memory)
-    with Meter() as meter:
-        made = make(args, plan, plan.setup.load(meter, plan.memory), meter)
+    with teamed(args) as team, Meter() as meter:
+        team.tell(plan.memory)
+        made = make(args, plan, plan.setup.load(meter, plan.memory, team), meter)
+        team.tell(None)
     for line in made.told:
         print(line)
     report(plan.paths, began, made.statistics)

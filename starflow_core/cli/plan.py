@@ -24,6 +24,7 @@ from ..solve import noise
 from ..weights import INT8
 from .progress import warn
 from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver
+from .together import check_parallel
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ class Plan:
         shapes = {name: pixels.to("meta") for name, pixels in given.pixels.items()}  # scaled at no cost
         job = job_with_context(setup.config, shapes_only(setup.config.latent), **{**settings, **shapes})
         several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch
+        check_parallel(args, setup, job)
         plan = setup.plan(args, job, several or keep_text_encoder)
         job = plan.fitted(job, widen=args.span is None)
         settings["solver"] = job.solver

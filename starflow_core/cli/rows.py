@@ -9,6 +9,7 @@ from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 from ..errors import InputError, OutOfMemoryForecast, StarflowError
@@ -20,6 +21,8 @@ from .settings import Setup, slug, with_ending
 
 NOT_IN_ROWS = {
     "device": "each worker has its own; give --device to the command",
+    "devices": "a row is made on one device",
+    "parallel": "a row is made on one device",
     "prompt_file": "give each prompt a row of its own",
 }
 ANYWHERE = {"device": "cpu", "offload": "auto", "memory": None}  # in place of what is known only where a row is made
@@ -63,16 +66,28 @@ def read_rows(path: str, defaults: Namespace, folder: Folder, models: Models) ->
         with naming(path, line):
             fields = _fields(text, parser)
             args = _parsed(parser, fields, defaults)
-            if args.resume and not folder.local:
-                raise InputError(f"resume keeps windows beside the result, which {folder} can't; leave it out")
             row = Row(line, fields, args, args.output or _name(args, line, models))
             first = lines.setdefault(folder.key(row.name), line)
             if first != line:
                 raise InputError(f"the output {row.name} is that of line {first}, too; give each row its own")
+            if args.resume and not folder.keeps:
+                raise InputError(f"resume needs a folder of this machine, and {folder} is none; leave it out")
         rows.append(row)
+    _check_nested(path, lines)
     if not rows:
         raise InputError(f"{path} has no rows; write a JSON object into each line")
     return rows
+
+
+def _check_nested(path: str, lines: dict[PurePath, int]) -> None:
+    """Raise InputError for a result in what is another row's folder of pictures."""
+    for place, line in lines.items():
+        for outer in place.parents:
+            if outer in lines:
+                raise InputError(
+                    f"{path}, line {line}: the output is in the folder of pictures of line {lines[outer]}; give each "
+                    "row its own"
+                )
 
 
 def check_row(row: Row, path: str, models: Models, here: bool) -> None:

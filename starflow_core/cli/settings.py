@@ -19,9 +19,11 @@ from ..jobs.planner import Free, MemoryOptions, MemoryPlan
 from ..jobs.tasks import Job
 from ..media import STILLS
 from ..model.config import FlowConfig
+from ..model.parallel import ALONE, ONE, Mesh, Team
 from ..model.placement import Placement, default_dtype, pick_device
 from ..model.vae.tiles import LEAST_TILE
 from ..pipeline import Parts, Pipeline, find_parts
+from ..processes import own_device, started
 from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
 from ..weights import INT8
 from ..weights.tensorfiles import DTYPES
@@ -37,15 +39,25 @@ class Setup:
     as free on the device and in main memory (None: those that are free now)."""
 
     parts: Parts
-    device: torch.device
+    placement: Placement
     dtype: torch.dtype
+    mesh: Mesh = ONE
     free: Free | None = None
 
     @classmethod
     def find(cls, args: Namespace) -> Setup:
-        device = pick_device(args.device)
+        mesh = Mesh.of(args.parallel, started()) if getattr(args, "parallel", None) else ONE
+        devices = pick_devices(args)
         parts = find_parts(args.model, args.text_encoder, args.vae, quantise=args.dtype == INT8, loras=args.lora)
-        return cls(parts, device, DTYPES.get(args.dtype, default_dtype(device)))
+        guidance = getattr(args, "guidance", None)
+        guidance = parts.config.defaults.guidance if guidance is None else guidance
+        placement = Placement.over(devices, guided=bool(guidance))
+        return cls(parts, placement, DTYPES.get(args.dtype, default_dtype(devices[0])), mesh)
+
+    @property
+    def device(self) -> torch.device:
+        """The deep block's, or the first of its two."""
+        return self.placement.deep[0]
 
     @property
     def config(self) -> FlowConfig:
@@ -59,30 +71,47 @@ class Setup:
 
     def plan(self, args: Namespace, job: Job, keep_text_encoder: bool = False) -> MemoryPlan:
         """How a job is fitted to the device. Raises OutOfMemoryForecast if it can't be."""
-        options = MemoryOptions(args.memory, args.cache, args.offload)
+        options = MemoryOptions(args.memory, args.cache, args.offload, self.mesh)
         may_quantise = args.dtype == "auto"
         plan = self.parts.plan(
-            job, self.dtype, self.device, options, may_quantise, args.tile, keep_text_encoder, self.free
+            job, self.dtype, self.placement, options, may_quantise, args.tile, keep_text_encoder, self.free
         )
         return plan.timed(self.pace(job, plan))
 
     def pace(self, job: Job, plan: MemoryPlan) -> Pace:
         """How long such jobs take here."""
-        return Pace(self.config, job, self.device, self.dtype, plan.means)
+        others = self.placement.devices[1:] if self.placement.several else ()
+        return Pace(self.config, job, self.device, self.dtype, plan.means, others)
 
     def require(self, need: memory.Forecast, what: str) -> None:
         """Raise OutOfMemoryForecast unless weights and work will fit."""
         memory.require(need.total, self.device, what)
 
-    def load(self, meter: Meter, plan: MemoryPlan | None = None) -> Pipeline:
-        placement = Placement.on(self.device)
+    def load(self, meter: Meter, plan: MemoryPlan | None = None, team: Team = ALONE) -> Pipeline:
+        placement = self.placement
         if plan and plan.text_away:
             placement = replace(placement, text=torch.device("cpu"))
         for doubt in self.parts.doubts(meter.bytes):
             meter.warn(doubt)
-        pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan)
+        pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan, team)
         meter.close()
         return pipeline
+
+
+def pick_devices(args: Namespace) -> list[torch.device]:
+    """Those of --devices, or the one of --device; of several processes, each one's own. Raises InputError for one that
+    isn't there."""
+    names, parallel = getattr(args, "devices", None), getattr(args, "parallel", None)
+    if names is None:
+        return [own_device(args.device) if parallel else pick_device(args.device)]
+    if parallel:
+        raise InputError("--devices is for one process, --parallel for several; give one")
+    if args.device is not None:
+        raise InputError("--device and --devices say the same; give one")
+    devices = [pick_device(name.strip()) for name in names.split(",")]
+    if len(set(devices)) < len(devices):
+        raise InputError(f"--devices {names} names a device twice; name each once")
+    return devices
 
 
 def solver(args: Namespace) -> SolverSettings:

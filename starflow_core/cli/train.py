@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from ..errors import InputError, StarflowError
+from ..errors import InputError
 from ..training.options import settings_of
 from ..training.settings import Settings, example
 from .progress import Meter
@@ -24,11 +22,13 @@ def train(args: Namespace) -> None:
 
 
 def _train(settings: Settings, dry_run: bool) -> None:
+    from ..processes import joined, telling
     from ..training import train as training
     from ..training.forecast import forecasts
-    from ..training.processes import joined
+    from ..training.processes import Processes
 
-    with joined(settings.device) as (processes, device), Meter() as meter:
+    with joined(settings.device) as (rank, count, device), Meter() as meter:
+        processes = Processes(rank, count)
 
         def log(line: str) -> None:
             if processes.leads:
@@ -42,16 +42,5 @@ def _train(settings: Settings, dry_run: bool) -> None:
                 log(line)
             return
         progress = meter.preparing if processes.leads else None
-        with _alone(processes.count):
+        with telling():
             log(str(training.train(settings, sources, device, processes, log, progress=progress)))
-
-
-@contextmanager
-def _alone(count: int) -> Iterator[None]:
-    """Of several processes the one that fails tells why; the others only that they are alone."""
-    try:
-        yield
-    except RuntimeError as error:
-        if count == 1 or not any(word in str(error) for word in ("gloo", "Connection", "NCCL")):
-            raise
-        raise StarflowError("another process has stopped; it says why") from None

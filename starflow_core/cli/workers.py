@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import StarflowError, ran_out
-from ..jobs.planner import free_for
+from ..errors import CheckpointError, NonFiniteError, StarflowError, ran_out
+from ..jobs.planner import MAIN, free_for
 from ..model.lora import Lora, attach, detach
 from ..pipeline import Parts, Pipeline
 from ..weights.lora import Chosen
@@ -20,6 +20,7 @@ from .progress import Meter
 from .rows import Models, Row
 
 LORAS_KEPT = 16  # in main memory
+SETTLED = (CheckpointError, NonFiniteError)  # come back at every try
 
 
 @dataclass(frozen=True)
@@ -32,31 +33,33 @@ class Outcome:
 
 
 class Worker:
-    """Makes rows on one device, each tried again up to `retries` times. A row's failure is an outcome like another."""
+    """Makes rows on one device, each tried again up to `retries` times; so many `workers` share a machine's main
+    memory. A row's failure is an outcome like another."""
 
-    def __init__(self, folder: str, device: torch.device, retries: int, quiet: bool = False):
+    def __init__(self, folder: str, device: torch.device, retries: int, workers: int = 1, quiet: bool = False):
         self._folder, self._device, self._retries = folder_of(folder), device, retries
         # Jobs are fitted to what is free before anything is loaded, as if each were alone.
-        self._models = Models(free_for(device))
+        free = free_for(device)
+        self._models = Models(free | {MAIN: free[MAIN] and free[MAIN] // workers})
         self._meter, self._model = Meter(quiet), Model()
 
     def __call__(self, row: Row) -> Outcome:
         for _ in range(1 + self._retries):
-            error = self._try(row)
-            if not error:
+            error, again = self._try(row)
+            if not again:
                 break
         return Outcome(row.line, row.name, error)
 
-    def _try(self, row: Row) -> str:
-        """Make a row, and say what went wrong, if anything did."""
+    def _try(self, row: Row) -> tuple[str, bool]:
+        """Make a row; say what went wrong, if anything did, and whether it may go well the next time."""
         try:
             with self._meter:
                 self._make(row)
         except StarflowError as error:
-            return str(error)
+            return str(error), not isinstance(error, SETTLED)
         except Exception as error:  # the other rows have to be made, whatever it is
-            return OUT_OF_MEMORY_ADVICE if ran_out(error) else f"{type(error).__name__}: {error}"
-        return ""
+            return OUT_OF_MEMORY_ADVICE if ran_out(error) else f"{type(error).__name__}: {error}", True
+        return "", False
 
     def _make(self, row: Row) -> None:
         if self._folder.has(row.name):  # made by a worker that was killed before it could say so

@@ -15,6 +15,8 @@ from ..errors import OutOfMemoryForecast
 from ..model.cache import CacheShape
 from ..model.config import FlowConfig
 from ..model.flow import SHALLOW_TOKENS
+from ..model.parallel import ONE, Mesh
+from ..model.placement import PARTS, Placement
 from ..weights.flow import weight_bytes
 from .tasks import PLAIN, Job, Means, layout
 
@@ -33,7 +35,8 @@ class Forecast:
     On the device: the flow's `weights`, the deep block's keys and values (`cache`), the `activations` of the largest
     step of sampling, and those of denoising where that comes after it (`denoise`); the `text` encoder, which is freed
     before the flow starts, and the `vae` with its step, which is there all the time or in its turn. `host` stays in
-    main memory. `text` and `vae` are 0 where they aren't counted.
+    main memory. `text` and `vae` are 0 where they aren't counted. Where the deep block is spread over processes, this
+    is the leader's device, and `others` is what each of the others takes on its own.
     """
 
     weights: int
@@ -44,6 +47,7 @@ class Forecast:
     text: int = 0
     host: int = 0
     in_turn: bool = False
+    others: int = 0
 
     @property
     def phases(self) -> dict[str, int]:
@@ -64,34 +68,53 @@ class Forecast:
         return replace(self, weights=self.weights + text) if kept else replace(self, text=text)
 
 
-def forecast(config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN) -> Forecast:
-    """What a job needs in the compute type `dtype`, fitted by `means`. Raises InputError for an impossible job."""
+def forecast(
+    config: FlowConfig, job: Job, dtype: torch.dtype, means: Means = PLAIN, parts: tuple[str, ...] = PARTS
+) -> Forecast:  # fmt: skip
+    """What a job needs in the compute type `dtype`, fitted by `means`, on a device that has these parts of the flow.
+    Raises InputError for an impossible job."""
     plan, item = layout(config, job), dtype.itemsize
     tokens = (job.height // config.cell) * (job.width // config.cell)
-    shape = cache_shape(config, job)
-    cache, cache_away = shape.bytes(means.cache, item)
-    weights, weights_away = _weights(config, dtype, means)
+    shape = cache_shape(config, job, means.mesh)
+    cache, cache_away = shape.bytes(means.cache, item) if "deep" in parts else (0, 0)
+    weights, weights_away = _weights(config, dtype, means, parts)
     angles = 3 * 4 * config.head_dim * shape.slots
     prompts = item * shape.rows * shape.prefix * config.text_dim * len(plan.starts)
     vectors = angles + prompts + 4 * VECTORS * job.batch * plan.total * math.prod(plan.shape)
     deep = _layer(item, shape.rows * max(shape.widest, shape.prefix), config.deep_width, means)
-    deep += shape.moving(means.cache)
+    deep = deep + shape.moving(means.cache) if "deep" in parts else 0
     frames = min(max(1, SHALLOW_TOKENS // tokens), job.batch * plan.total)
-    shallow = _layer(item, frames * tokens, config.width, means)
-    held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens, means)
-    denoise = held + step + vectors if job.denoise else 0
+    shallow = _layer(item, frames * tokens, config.width, means) if "shallow" in parts else 0
+    denoising = job.denoise and ("denoiser" if config.denoiser else "deep") in parts  # a score is the flow's own
+    held, step = _denoising(config, job, item, min(plan.window, plan.total), tokens, means) if denoising else (0, 0)
+    denoise = held + step + vectors if denoising else 0
     sample = max(deep, shallow) + vectors
-    if job.denoise and config.denoiser and not means.in_turn:
+    if denoising and config.denoiser and not means.in_turn:
         sample, denoise = max(deep, shallow, step) + held + vectors, 0
-    return Forecast(weights, cache, sample, denoise, host=cache_away + weights_away, in_turn=means.in_turn)
+    away, alone = cache_away + weights_away, means.mesh.count == 1 or "shallow" not in parts
+    others = 0 if alone else forecast(config, job, dtype, means, ("deep",)).total
+    return Forecast(weights, cache, sample, denoise, host=away, in_turn=means.in_turn, others=others)
 
 
-def cache_shape(config: FlowConfig, job: Job) -> CacheShape:
-    """Of the deep block's cache. Raises InputError for an impossible job."""
+def forecasts(
+    config: FlowConfig, job: Job, dtype: torch.dtype, placement: Placement, means: Means = PLAIN
+) -> dict[torch.device, Forecast]:  # fmt: skip
+    """What a job needs on each device of a placement. Where guidance is split, each of its devices has half of the
+    rows."""
+    half = replace(job, guidance=0.0) if len(placement.deep) > 1 else job
+    return {
+        device: forecast(config, half if device in placement.deep else job, dtype, means, placement.parts_on(device))
+        for device in placement.devices
+    }
+
+
+def cache_shape(config: FlowConfig, job: Job, mesh: Mesh = ONE) -> CacheShape:
+    """Of the deep block's cache, or of each process's of a mesh. Raises InputError for an impossible job."""
     plan, prefix = layout(config, job), config.prompt.tokens
     frame_tokens = (job.height // config.cell) * (job.width // config.cell)
     slots = prefix + min(plan.window, plan.total) * frame_tokens
-    rows, heads = job.batch * (2 if job.guidance else 1), config.deep_width // config.head_dim
+    rows = job.batch * (2 if job.guidance else 1) // mesh.guidance
+    heads = config.deep_width // config.head_dim // mesh.tensor
     widest = min(job.solver.widest, slots)
     return CacheShape(config.layers[-1], rows, heads, slots, config.head_dim, prefix, widest)
 
@@ -115,9 +138,9 @@ def _brought(width: int, item: int, means: Means) -> int:
     return expanded + (STREAMED_LAYERS * _layer_bytes(width, item, means.int8) if means.streamed else 0)
 
 
-def _weights(config: FlowConfig, dtype: torch.dtype, means: Means) -> tuple[int, int]:
-    """The flow's weights that are on the device all the time, and those in main memory."""
-    total = weight_bytes(config, dtype, means.int8)
+def _weights(config: FlowConfig, dtype: torch.dtype, means: Means, parts: tuple[str, ...]) -> tuple[int, int]:
+    """The weights of a flow's parts that are on the device all the time, and those in main memory."""
+    total = weight_bytes(config, dtype, means.int8, parts, means.mesh)
     if not means.streamed:
         return total, 0
     widths = [config.width] * sum(config.layers[:-1]) + [config.deep_width] * config.layers[-1]

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import platform
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,11 +23,14 @@ from .tasks import Job, Means, layout
 
 
 class Pace:
-    """The pace of jobs with this model, device, type, means and tolerance. A job's other settings scale it."""
+    """The pace of jobs with this model, devices, type, means and tolerance. A job's other settings scale it."""
 
-    def __init__(self, config: FlowConfig, job: Job, device: torch.device, dtype: torch.dtype, means: Means):
+    def __init__(
+        self, config: FlowConfig, job: Job, device: torch.device, dtype: torch.dtype, means: Means,
+        others: Sequence[torch.device] = (),
+    ):  # fmt: skip
         solver = job.solver.method if job.solver.method != "jacobi" else f"{job.solver.tolerance:g}"
-        self.key = ", ".join([config.name, _name(device), str(dtype), str(means), solver])
+        self.key = ", ".join([config.name, *map(_name, (device, *others)), str(dtype), str(means), solver])
         self.work = _work(config, job)
 
     def estimate(self) -> float | None:

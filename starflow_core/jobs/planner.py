@@ -16,6 +16,7 @@ import torch
 
 from ..errors import InputError, OutOfMemoryForecast
 from ..model.cache import CacheSettings
+from ..model.parallel import ONE, Mesh
 from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
 from .pace import Pace, about
@@ -44,14 +45,18 @@ def _check(options: Any, **known: dict) -> None:
 @dataclass(frozen=True)
 class MemoryOptions:
     """What a user fixes; the planner chooses the rest. `budget` is in bytes (None: what is free), `cache` one of CACHES
-    and `offload` one of OFFLOADS. Raises InputError for other values."""
+    and `offload` one of OFFLOADS; over the processes of a `mesh` nothing is offloaded. Raises InputError for other
+    values."""
 
     budget: int | None = None
     cache: str = "auto"
     offload: str = "auto"
+    mesh: Mesh = ONE
 
     def __post_init__(self):
         _check(self, cache=CACHES, offload=OFFLOADS)
+        if self.mesh.count > 1 and self.offload not in ("auto", "none"):
+            raise InputError(f"offload is {self.offload!r}, but over several processes all stays on their devices")
 
     def means(self, device: torch.device, weights: tuple[bool, ...]) -> Iterator[Means]:
         """All means that are allowed, the fastest first; `weights` says whether they may be in 8 bit or not."""
@@ -59,7 +64,7 @@ class MemoryOptions:
             for int8 in sorted(weights, reverse=streamed):  # half as much to bring in
                 for quantised in sorted(CACHES[self.cache], reverse=away):
                     for in_turn in (False, True):
-                        yield Means(int8, streamed, CacheSettings(quantised, away), in_turn)
+                        yield Means(int8, streamed, CacheSettings(quantised, away), in_turn, self.mesh)
 
     def _offloads(self, device: torch.device) -> tuple[tuple[bool, bool], ...]:
         wanted = self.offload not in ("auto", "none")
@@ -67,7 +72,8 @@ class MemoryOptions:
             raise InputError(f"offload is {self.offload!r}, but everything is in main memory: the device is the CPU")
         if wanted and not can_stream():
             raise InputError(f"offload {self.offload!r} needs the package accelerate: pip install accelerate")
-        return OFFLOADS[self.offload] if device.type != "cpu" and can_stream() else (NOWHERE,)
+        stays = device.type == "cpu" or self.mesh.count > 1 or not can_stream()
+        return (NOWHERE,) if stays else OFFLOADS[self.offload]
 
 
 AUTO = MemoryOptions()
@@ -138,7 +144,8 @@ class HostedOptions:
 class MemoryPlan:
     """The means for a job, what it needs with them, and how many bytes are `free` on the device (None: unknown).
     `text_away` says that the text encoder computes on the CPU, `fallbacks` what takes less with weights as they are;
-    `seconds` is about how long it takes, if known."""
+    `seconds` is about how long it takes, if known. Over several devices `spread` has the need of each, and `need` and
+    `free` are the first one's."""
 
     means: Means
     need: Forecast
@@ -146,6 +153,7 @@ class MemoryPlan:
     text_away: bool = False
     fallbacks: tuple[Means, ...] = ()
     seconds: float | None = None
+    spread: dict[torch.device, Forecast] | None = None
 
     def timed(self, pace: Pace) -> MemoryPlan:
         """With what the pace of this machine says."""
@@ -159,10 +167,46 @@ class MemoryPlan:
 
     def __str__(self) -> str:
         words = f"{self.means}{'; text encoder on the CPU' if self.text_away else ''}"
-        phases = ", ".join(f"{phase} {readable(size)}" for phase, size in self.need.phases.items())
         away = f"; {readable(self.need.host)} in main memory" if self.need.host else ""
+        away += f"; {readable(self.need.others)} on each other device" if self.need.others else ""
         long = f". Takes {about(self.seconds)}, going by the last such job here" if self.seconds else ""
-        return f"{words}. Needs {readable(self.need.total)} ({phases}){away}{long}"
+        needs = [f"{_told(need)} on {device}" for device, need in (self.spread or {}).items()] or [_told(self.need)]
+        return f"{words}. Needs {', '.join(needs)}{away}{long}"
+
+
+def _told(need: Forecast) -> str:
+    phases = ", ".join(f"{phase} {readable(size)}" for phase, size in need.phases.items())
+    return f"{readable(need.total)} ({phases})"
+
+
+def spread(
+    job: Job, options: MemoryOptions, weights: tuple[bool, ...],
+    forecasts: Callable[[Job, Means], dict[torch.device, Forecast]],
+) -> MemoryPlan:  # fmt: skip
+    """As `choose`, over several devices; `forecasts` tells the need of each. Nothing is moved to main memory: weights
+    and caches in 8 bit are all that is tried. A budget is each device's."""
+    if options.offload not in ("auto", "none"):
+        raise InputError(f"offload is {options.offload!r}, but several devices are given; leave one of them out")
+    tried = [
+        Means(int8, cache=CacheSettings(quantised)) for int8 in weights for quantised in CACHES[options.cache]
+    ]  # fmt: skip
+    for means in tried:
+        needs = forecasts(job, means)
+        room = {device: _within(options.budget, memory.free(device)) for device in needs}
+        lacking = [device for device, need in needs.items() if not _has_room(room[device], need.total)]
+        if not lacking:
+            first = next(iter(needs))
+            return MemoryPlan(means, needs[first], room[first], spread=needs)
+    device = lacking[0]
+    raise OutOfMemoryForecast(
+        f"this job needs at least {readable(needs[device].total)} on {device}, but {readable(room[device])} are free "
+        f"there; {REMEDY}"
+    )
+
+
+def _within(budget: int | None, free: int | None) -> int | None:
+    """The smaller of a budget and what is free, None where neither is known."""
+    return min((size for size in (budget, free) if size is not None), default=None)
 
 
 def choose(
@@ -202,9 +246,7 @@ def _first(
     forecast: Callable[[Job, Means], Forecast], what: str, remedy: str,
 ) -> MemoryPlan:  # fmt: skip
     """The first means with which a job fits into its budget, in bytes or None, and what is free."""
-    free = room[device]
-    if budget is not None:
-        free = budget if free is None else min(free, budget)
+    free = _within(budget, room[device])
     room = room | {device: free}
     allowed, plans = iter(allowed), []
     for means in allowed:

@@ -21,6 +21,7 @@ from ..model.cache import RESIDENT, CacheSettings
 from ..model.config import FlowConfig
 from ..model.flow import Flow
 from ..model.latent import to_flow_space, to_vae_space
+from ..model.parallel import ONE, Mesh
 from ..model.placement import Placement
 from ..model.schema import check_kinds
 from ..solve import noise
@@ -68,13 +69,14 @@ class Job:
 @dataclass(frozen=True)
 class Means:
     """How a job is fitted to a device: the flow's large weights in 8 bit (`int8`), its layers brought in from main
-    memory one by one (`streamed`), how settled keys and values are kept (`cache`), and whether denoising and decoding
-    wait until all is sampled (`in_turn`)."""
+    memory one by one (`streamed`), how settled keys and values are kept (`cache`), whether denoising and decoding wait
+    until all is sampled (`in_turn`), and over which processes the deep block is spread (`mesh`)."""
 
     int8: bool = False
     streamed: bool = False
     cache: CacheSettings = RESIDENT
     in_turn: bool = False
+    mesh: Mesh = ONE
 
     def __str__(self) -> str:
         cache = self.cache
@@ -84,6 +86,7 @@ class Means:
             f"keys and values {'in 8 bit' if cache.quantised else 'in full'}"
             + (" in main memory" if cache.offloaded else ""),
             *(["denoised and decoded after sampling"] if self.in_turn else []),
+            *([str(self.mesh)] if self.mesh.count > 1 else []),
         ])  # fmt: skip
 
 
@@ -281,6 +284,10 @@ class Generation:
         hidden = self.layout.hidden
         return self._convert(self.denoised(sampled)[:, hidden:], hidden)
 
+    def follow(self) -> None:
+        """Compute along with the leader of the flow's team, which alone has the latents."""
+        self.sampler.follow()
+
     def stream(self) -> Iterator[Piece]:
         """Pieces as they are made. The final ones come in order and add up to what `run` returns; if frames are
         denoised, each comes first as a provisional piece, and so it does if everything waits for its turn."""
@@ -321,7 +328,7 @@ class Generation:
                 for frames in self.sampler.stream(done):
                     done += frames.shape[1]
                     if done > known and self.sampler.ends_window(done):
-                        self.on_window(self.sampler.settled)
+                        self.on_window(self.sampler.finished)
                     yield frames
 
     @contextmanager

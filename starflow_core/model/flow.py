@@ -6,8 +6,9 @@ image has T = 1; tokens are (B, T, N, c) in row-major order, N = H W / patch_siz
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
 from .config import FlowConfig
 from .denoiser import DenoiserNet, DenoiserRun
+from .parallel import ALONE, Team
 from .rope import Rotary, joined, text_rotary, token_rotary
 from .transformer import Attend, FinalNorm, Layer, causal
 
@@ -69,11 +71,13 @@ class Encoding:
 class Block(nn.Module):
     """One autoregressive affine map (STARFlow, section 3.1); the deep block also reads text."""
 
-    def __init__(self, config: FlowConfig, index: int, operations, **factory):
+    def __init__(self, config: FlowConfig, index: int, operations, team: Team = ALONE, **factory):
         super().__init__()
         self.index = index
         deep = index == len(config.layers) - 1
         width = config.deep_width if deep else config.width
+        team = team if deep else ALONE
+        self.heads = width // config.head_dim // team.mesh.tensor  # that are computed here
         channels = config.token_channels
         self.width, self.channels, self.soft_clip = width, channels, config.soft_clip
         self.recompute = False  # for a gradient: keep one hidden state a layer, not its activations
@@ -84,7 +88,7 @@ class Block(nn.Module):
         if deep:
             self.proj_txt = operations.Linear(config.text_dim, width, **factory)
         self.attn_blocks = nn.ModuleList(
-            Layer(width, config.head_dim, operations, **factory) for _ in range(config.layers[index])
+            Layer(width, config.head_dim, operations, team, **factory) for _ in range(config.layers[index])
         )
         self.final_norm = FinalNorm(width, **factory)
 
@@ -124,20 +128,35 @@ class Flow(nn.Module):
 
     `operations` provides the layers with large weights (`torch.nn`, or a host's namespace that casts and offloads).
     `compute_dtype` is the type the network runs in; the affine maps, the noise and the likelihood are always float32.
+    Of the deep block each process of a `team` has a share.
     """
 
-    def __init__(self, config: FlowConfig, operations=torch.nn, dtype=torch.float32, device=None):
+    def __init__(
+        self, config: FlowConfig, operations=torch.nn, dtype=torch.float32, device=None, team: Team = ALONE
+    ):  # fmt: skip
         super().__init__()
-        self.config = config
+        self.config, self.team = config, team
         self.compute_dtype = dtype
         factory = {"dtype": dtype, "device": device}
-        self.blocks = nn.ModuleList(Block(config, i, operations, **factory) for i in range(len(config.layers)))
+        self.blocks = nn.ModuleList(Block(config, i, operations, team, **factory) for i in range(len(config.layers)))
         if config.denoiser:
             self.learnable_self_denoiser = DenoiserNet(config, operations, **factory)
+        self.copies: dict[torch.device, Block] = {}  # of the deep block, which aren't among the flow's modules
 
     @property
     def deep(self) -> Block:
         return self.blocks[-1]
+
+    def copy_deep(self, devices: Iterable[torch.device]) -> None:
+        """Have copies of the deep block, as it is now, on these devices, in place of those there are. One that its own
+        weights are on needs none."""
+        self.copies = {}
+        home = self.deep.sos_embed.device
+        self.copies = {device: _copied(self.deep, device) for device in devices if device != home}
+
+    def deep_on(self, device: torch.device) -> Block:
+        """The deep block, or its copy, for a run on a device."""
+        return self.copies.get(device, self.deep)
 
     @property
     def shallow(self) -> list[Block]:
@@ -261,6 +280,14 @@ class Flow(nn.Module):
         z = encoding.noise[:, given:]
         logdet = sum(d[:, given:].flatten(1).sum(1) for d in encoding.logdets)
         return 0.5 * z.flatten(1).square().mean(1) - logdet / z[0].numel()
+
+
+def _copied(block: Block, device: torch.device) -> Block:
+    """A copy of a block whose weights go to a device one by one, without a second copy of all where they are."""
+    with torch.inference_mode(False), torch.no_grad():
+        moved = {id(weight): nn.Parameter(weight.to(device), weight.requires_grad) for weight in block.parameters()}
+        moved |= {id(buffer): buffer.to(device) for buffer in block.buffers()}
+        return copy.deepcopy(block, moved)
 
 
 def _encoded(block: Block, x: Tensor, affine: tuple[Tensor, Tensor], shape: torch.Size) -> tuple[Tensor, Tensor]:

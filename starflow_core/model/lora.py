@@ -155,12 +155,14 @@ def attach(flow: Flow, loras: dict[str, Lora]) -> None:
             _put(flow, name, layer)
         with torch.inference_mode(False):
             layer.adapters.append(lora.to(layer.weight.device).train(layer.training))
+    flow.copy_deep(flow.copies)
 
 
 def detach(flow: Flow) -> None:
     """Take all adapters off again."""
     for name, layer in _adapted(flow):
         _put(flow, name, layer.base)
+    flow.copy_deep(flow.copies)
 
 
 @torch.no_grad()
@@ -199,7 +201,9 @@ def block_indices(blocks: str | Iterable[int], count: int) -> list[int]:
         raise InputError(f"blocks is {blocks!r}: expected {DEEP}, {ALL}, or numbers such as 4,5") from None
     for block in wanted:
         if block not in range(count):
-            raise InputError(f"there is no block {block}; this flow has the blocks 0 to {count - 1}, the last is deep")
+            raise InputError(
+                f"blocks: there is no block {block}; this flow has the blocks 0 to {count - 1}, the last is deep"
+            )
     return wanted
 
 

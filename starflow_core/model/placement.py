@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from ..errors import InputError
+
+PARTS = ("deep", "shallow", "denoiser")  # of a flow
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,42 @@ class Placement:
         except RuntimeError as error:
             raise InputError(f"device {device} cannot be used: {error}") from None
         return cls((device,), device, device, device, device)
+
+    @classmethod
+    def over(cls, devices: Sequence[torch.device], guided: bool) -> Placement:
+        """The deep block on the first device, or for guidance a half on each of the first two; all else on the last.
+
+        Raises InputError for more devices than there are parts for.
+        """
+        halves = 2 if guided else 1
+        if len(devices) > halves + 1:
+            raise InputError(
+                f"{len(devices)} devices, but {'with' if guided else 'without'} guidance {halves + 1} are used: "
+                f"{'two for its halves' if guided else 'one for the deep block'}, one for all else; name those"
+            )
+        last = devices[-1]
+        return cls(tuple(devices[:halves]), last, last, last, last)
+
+    @classmethod
+    def following(cls, device: torch.device) -> Placement:
+        """The deep block on a device, and nothing else anywhere, as in a process that follows a leader."""
+        nowhere = torch.device("meta")
+        return cls((device,), nowhere, nowhere, nowhere, nowhere)
+
+    @property
+    def devices(self) -> tuple[torch.device, ...]:
+        """All that are used, once each."""
+        return tuple(dict.fromkeys((*self.deep, self.shallow, self.denoiser, self.text, self.vae)))
+
+    @property
+    def several(self) -> bool:
+        """Whether the flow's parts are on more than one device."""
+        return len({*self.deep, self.shallow, self.denoiser}) > 1
+
+    def parts_on(self, device: torch.device) -> tuple[str, ...]:
+        """Which of a flow's parts compute on a device."""
+        places = {"deep": self.deep, "shallow": (self.shallow,), "denoiser": (self.denoiser,)}
+        return tuple(part for part, devices in places.items() if device in devices)
 
     def __post_init__(self):
         if len(self.deep) not in (1, 2):

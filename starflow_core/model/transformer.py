@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from .parallel import ALONE, Team
 from .rope import Rotary
 
 # (queries, keys, values), each (rows, heads, slots, head_dim) -> (rows, heads, slots, head_dim)
@@ -17,12 +18,12 @@ Residual = Callable[[Tensor, int], Tensor]
 
 
 class Attention(nn.Module):
-    def __init__(self, width: int, head_dim: int, operations, **factory):
+    def __init__(self, width: int, head_dim: int, operations, shares: int = 1, **factory):
         super().__init__()
         self.head_dim = head_dim
         self.norm = operations.LayerNorm(width, eps=1e-5, **factory)
-        self.qkv = operations.Linear(width, 3 * width, **factory)
-        self.proj = operations.Linear(width, width, **factory)
+        self.qkv = operations.Linear(width, 3 * width // shares, **factory)
+        self.proj = operations.Linear(width // shares, width, **factory)
 
     def project(self, hidden: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values: each (rows, heads, slots, head_dim)."""
@@ -35,11 +36,12 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    def __init__(self, width: int, operations, **factory):
+    def __init__(self, width: int, operations, shares: int = 1, **factory):
         super().__init__()
+        inner = 4 * width // shares
         self.norm = operations.LayerNorm(width, eps=1e-5, **factory)
         self.main = nn.Sequential(
-            operations.Linear(width, 4 * width, **factory), nn.GELU(), operations.Linear(4 * width, width, **factory)
+            operations.Linear(width, inner, **factory), nn.GELU(), operations.Linear(inner, width, **factory)
         )
 
     def forward(self, hidden: Tensor) -> Tensor:
@@ -49,19 +51,22 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """x + Attention(LN x), then x + MLP(LN x). Hidden states are (rows, slots, width).
 
-    All computation goes through `forward`, so that hooks on modules (sharding, offloading) see every use.
+    All computation goes through `forward`, so that hooks on modules (sharding, offloading) see every use. With a `team`
+    of several it has this process's share of the heads and of the MLP's hidden units; what the shares give is summed.
     """
 
-    def __init__(self, width: int, head_dim: int, operations, **factory):
+    def __init__(self, width: int, head_dim: int, operations, team: Team = ALONE, **factory):
         super().__init__()
-        self.attention = Attention(width, head_dim, operations, **factory)
-        self.mlp = MLP(width, operations, **factory)
+        self.team = team
+        self.attention = Attention(width, head_dim, operations, team.mesh.tensor, **factory)
+        self.mlp = MLP(width, operations, team.mesh.tensor, **factory)
 
     def forward(self, hidden: Tensor, rotary: Rotary, attend: Attend, residual: Residual | None = None) -> Tensor:
         """`residual` returns the hidden states that go with `attend`'s result, for a pipeline that delays them."""
         attended = attend(*self.attention.project(hidden, rotary))
-        hidden = (residual(hidden, attended.shape[2]) if residual else hidden) + self.attention.output(attended)
-        return hidden + self.mlp(hidden)
+        hidden = residual(hidden, attended.shape[2]) if residual else hidden
+        hidden = hidden + self.team.sum(self.attention.output(attended))
+        return hidden + self.team.sum(self.mlp(hidden))
 
 
 class FinalNorm(nn.Module):

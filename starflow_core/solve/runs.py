@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -11,6 +13,7 @@ from torch import Tensor
 from ..model.cache import Cache, CacheShape
 from ..model.flow import Block, Flow, Grid
 from ..model.rope import Rotary, joined
+from .beside import carried
 from .guidance import guided
 from .solvers import PRESETS, Statistics, Window, absorb, solve_span
 from .windows import Extent, Prompts
@@ -18,6 +21,8 @@ from .windows import Extent, Prompts
 # Guidance of frames that are brought under another prompt, at most. Inverting with it would undo in part what sampling
 # with it does. Tuned on scenes other than the reported ones of benchmarks/timelines.py.
 INVERTING, BRINGING = 0.0, 1.0
+
+T = TypeVar("T")
 
 
 class BlockRun:
@@ -51,6 +56,9 @@ class BlockRun:
         """As `Cache.horizon`, in tokens."""
         return self.cache.horizon(self.prefix + start) - self.prefix
 
+    def agree(self, leading: int, residual: float) -> tuple[int, float]:
+        return leading, residual
+
 
 def block_run(
     flow: Flow, block: Block, rotary: Rotary, rows: int, prefix: int = 0, widest: int | None = None,
@@ -59,8 +67,7 @@ def block_run(
     """A run of one of the flow's blocks with an empty cache for `rows` sequences of all slots that `rotary` has, of
     which at most `widest` are evaluated at once."""
     head_dim, slots = flow.config.head_dim, len(rotary.cos)
-    layers, heads = len(block.attn_blocks), block.width // head_dim
-    shape = CacheShape(layers, rows, heads, slots, head_dim, prefix, min(widest or slots, slots))
+    shape = CacheShape(len(block.attn_blocks), rows, block.heads, slots, head_dim, prefix, min(widest or slots, slots))
     return BlockRun(block, rotary, make_cache(shape, flow.compute_dtype, rotary.cos.device), flow.compute_dtype)
 
 
@@ -68,8 +75,8 @@ class DeepRun:
     """The deep block over one window: text prefix, then tokens, with guidance.
 
     The rows are the batch's, under guidance twice: conditional, then unconditional. `devices` names where they are:
-    all in one run, or with two devices in a run each. At most `widest` tokens are evaluated at once. `make_cache` is
-    called as `Cache` is.
+    all in one run, or with two devices in a run each, which compute at the same time. A flow's team may have a half of
+    them in each process. At most `widest` tokens are evaluated at once. `make_cache` is called as `Cache` is.
     """
 
     def __init__(
@@ -77,20 +84,25 @@ class DeepRun:
         devices: tuple[torch.device, ...] | None = None, widest: int | None = None,
         make_cache: Callable[..., Cache] = Cache,
     ):  # fmt: skip
-        self.guidance = guidance if uncond is not None else 0.0
+        self.guidance, self.team = guidance if uncond is not None else 0.0, flow.team
         devices, prefix = devices or (text.device,), text.shape[1]
         copies = 2 if self.guidance else 1  # of the batch
         self.both = copies > 1
         devices = devices[:copies]
-        self.copies = copies // len(devices)  # in each run
+        self.copies = copies // (len(devices) * self.team.mesh.guidance)  # in each run
         self.runs = []
         for device in devices:
             rotary = joined(flow.text_rotary(prefix, device), flow.rotary(grid, device))
-            self.runs.append(block_run(flow, flow.deep, rotary, self.copies * len(text), prefix, widest, make_cache))
+            block, rows = flow.deep_on(device), self.copies * len(text)
+            self.runs.append(block_run(flow, block, rotary, rows, prefix, widest, make_cache))
+        self.second = ThreadPoolExecutor(1, "guidance") if len(self.runs) > 1 else None
         self.fill(text, uncond)
 
     def horizon(self, start: int) -> int:
         return self.runs[0].horizon(start)
+
+    def agree(self, leading: int, residual: float) -> tuple[int, float]:
+        return self.team.agree(leading, residual)
 
     def take(self, rows: Tensor) -> None:
         """Go on with these elements (n,) of the batch, in this order; n is as it was. Only for caches that keep all in
@@ -102,17 +114,28 @@ class DeepRun:
     def fill(self, text: Tensor, uncond: Tensor | None) -> None:
         """Run the prompts (B, L, D) through the prefix; `uncond`, for guidance, may be one row. Repeatable."""
         rows = torch.cat((text, uncond.expand_as(text).to(text.device))) if self.both else text
-        for run, part in zip(self.runs, rows.chunk(len(self.runs)), strict=True):
-            run.fill(part)
+        parts = rows.chunk(len(self.runs) * self.team.mesh.guidance)
+        self._together(lambda run, index: run.fill(parts[index + self.team.half]))
 
     def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]:
         """a, b (B, n, c), guided, on the tokens' device; `before` and `start` as in `BlockRun`."""
-        parts = [run(before.repeat(self.copies, 1, 1).to(run.device), start) for run in self.runs]
+        rows = before.repeat(self.copies, 1, 1)
+        parts = self._together(lambda run, index: run(rows.to(run.device), start))
         a, b = (torch.cat([part.to(before.device) for part in both]) for both in zip(*parts, strict=True))
         if not self.both:
             return a, b
-        (a_c, a_u), (b_c, b_u) = a.chunk(2), b.chunk(2)
+        (a_c, a_u), (b_c, b_u) = (both.chunk(2) for both in self.team.gather(a, b))
         return guided(a_c, b_c, a_u, b_u, self.guidance)
+
+    def _together(self, act: Callable[[BlockRun, int], T]) -> list[T]:
+        """What an act gives for each run and its index. Two act at the same time, the second in a thread of its own."""
+        if self.second is None:
+            return [act(self.runs[0], 0)]
+        other = self.second.submit(carried(act), self.runs[1], 1)
+        try:
+            return [act(self.runs[0], 0), other.result()]
+        finally:
+            wait([other])  # nothing goes on computing when this one fails
 
 
 class PromptedRun(DeepRun):

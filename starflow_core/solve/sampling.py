@@ -5,15 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from threading import Event
 
 import torch
 from torch import Tensor
 
 from ..control import Control, Progress
-from ..errors import InputError, NonFiniteError
+from ..errors import Cancelled, InputError, NonFiniteError
 from ..model.cache import RESIDENT, Cache, CacheSettings
 from ..model.flow import Block, Flow, require_finite
 from ..model.placement import Placement
+from .beside import ahead
 from .runs import DeepRun, PromptedRun, block_run
 from .solvers import (
     PRESETS,
@@ -88,12 +90,14 @@ class Sampler:
         self.window = min(window, self.frames)
         self.extents = tuple(self.prompts.extents(self.frames, self.window, self.keep, self.given))
         self.statistics = Statistics()
+        self._stop = Event()  # that the deep block is to stop, in whichever thread it computes
         self._solving: tuple[int, Tensor] | None = None  # the first frame that isn't settled, and its tokens so far
         self._tokens = _each(settled.tokens) if settled else []
         self._latents = _each(settled.latents) if settled else []
         self._check()
 
     def _check(self) -> None:
+        self.flow.team.mesh.check(self.flow.config, self.guidance)
         if self.given > self.window:
             raise InputError(f"a context of {self.given} latent frames is longer than the window of {self.window}")
         if any(not self.given < start < self.frames for start in self.prompts.starts[1:]):
@@ -111,11 +115,12 @@ class Sampler:
             raise InputError("an image model samples one frame")
         if self.guidance and self.uncond is None:
             raise InputError("guidance needs the unconditional text; give it, or guidance 0")
-        home, places = self.flow.deep.sos_embed.device, set(self.placement.deep)
-        if self.guidance and len(places) > 1 and home in places:
+        home = self.flow.deep.sos_embed.device
+        without = [device for device in self.placement.deep if device not in (home, *self.flow.copies)]
+        if self.guidance and len(without) == 1:  # where a host brings weights to both, they are on neither
             raise InputError(
                 f"the deep block's weights are on {home} alone, so guidance can't be split over "
-                f"{' and '.join(map(str, self.placement.deep))}; give one device"
+                f"{' and '.join(map(str, self.placement.deep))}; load it onto both, or give one device"
             )
         if not torch.isfinite(self.noise).all():
             raise NonFiniteError("NaN or infinity in the given noise")
@@ -125,6 +130,12 @@ class Sampler:
         """What is sampled so far."""
         tokens, latents = self.flow.tokens(self.noise[:, :0]).cpu(), self.noise[:, :0].float().cpu()
         return Settled(torch.cat([tokens, *self._tokens], 1), torch.cat([latents, *self._latents], 1))
+
+    @property
+    def finished(self) -> Settled:
+        """Of what is sampled so far the frames that have latents: the deep block may be ahead of them."""
+        settled = self.settled
+        return Settled(settled.tokens[:, : settled.latents.shape[1]], settled.latents)
 
     @property
     def done(self) -> int:
@@ -144,13 +155,18 @@ class Sampler:
         latents = torch.cat([*self._context(), *done, self.through_shallow(tokens, self.given + len(done))], 1)
         return Sample(latents, self.statistics)
 
+    def follow(self) -> None:
+        """Compute along with the leader of the flow's team, which alone has what comes after the deep block."""
+        for _ in self._solved():
+            pass
+
     def stream(self, first: int = 0) -> Iterator[Tensor]:
         """Latents (B, n, C, H, W) from frame `first` on, given frames first, each frame as soon as it is settled."""
         if first < self.given:
             yield from (context[:, first:] for context in self._context())
         done = max(first - self.given, 0)
         yield from (latents.to(self.placement.shallow) for latents in self._latents[done:])
-        for index in self._solved():
+        for index in self._solved_ahead():
             tokens = self._tokens[index].to(self.placement.shallow)
             latents = self.through_shallow(tokens, self.given + index)
             self._latents.append(latents.cpu())
@@ -178,10 +194,11 @@ class Sampler:
 
     def _known(self) -> Tensor:
         """The context as the deep block takes it, (B, given, N, c)."""
-        block, home = self.flow.deep, self.placement.deep[0]
+        block, home, team = self.flow.deep, self.placement.deep[0], self.flow.team
         if self.context is None:
             return self.flow.tokens(self.noise[:, :0]).to(home)
-        return block.ordered(self.flow.encode_shallow(*self._context())[0]).to(home)
+        known = block.ordered(self.flow.encode_shallow(*self._context())[0]).cpu() if team.leads else None
+        return team.tell(known).to(home)
 
     def _solved(self) -> Iterator[int]:
         """Which of the sampled frames have tokens, but no latents yet: those that are settled, then the others as they
@@ -196,6 +213,13 @@ class Sampler:
         for tokens in self._deep(z, known):
             self._tokens.append(block.ordered(tokens).cpu())
             yield len(self._tokens) - 1
+
+    def _solved_ahead(self) -> Iterator[int]:
+        """As `_solved`; where the shallow blocks have a device of their own, the deep block goes on meanwhile."""
+        if self.placement.shallow in self.placement.deep:
+            return self._solved()
+        self._stop = Event()
+        return ahead(self._solved(), self._stop)
 
     def _deep(self, z: Tensor, known: Tensor) -> Iterator[Tensor]:
         """The frames (B, 1, N, c) after the `known` ones, window by window, from noise z (B, T, N, c)."""
@@ -229,6 +253,8 @@ class Sampler:
 
     def _report(self, settled: int, residual: float) -> None:
         """How many of the clip's tokens are settled."""
+        if self._stop.is_set():
+            raise Cancelled("cancelled")
         tokens = settled, self.frames * self.grid.frame_tokens
         self.control.report(Progress("deep", *tokens, *tokens, residual))
 

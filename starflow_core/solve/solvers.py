@@ -94,11 +94,13 @@ class Statistics:
 
 
 class Evaluate(Protocol):
-    """A block with a cache: see `runs.BlockRun`."""
+    """A block with a cache: see `runs.BlockRun`. `agree` makes one decision of those of all processes that compute."""
 
     def __call__(self, before: Tensor, start: int) -> tuple[Tensor, Tensor]: ...
 
     def horizon(self, start: int) -> int: ...
+
+    def agree(self, leading: int, residual: float) -> tuple[int, float]: ...
 
 
 class Window:
@@ -157,7 +159,7 @@ def solve_span(
         first_sweeps += [sweep] * (stop - max(entered, settled))
         output, change = _sweep(evaluate, window, settled, stop)
         aged = bisect_right(first_sweeps, sweep + 1 - settings.max_sweeps)
-        leading, residual = decide(change, settings.tolerance, aged)
+        leading, residual = evaluate.agree(*decide(change, settings.tolerance, aged))
         if not math.isfinite(residual):
             raise_non_finite(window, output, settled)
         leading = min(leading, evaluate.horizon(settled) - settled)

@@ -85,10 +85,14 @@ class Loop:
         states = States(self.folder, name, self.processes)
         first = states.begin(json.loads(json.dumps(run)))
         if first > total:
-            raise InputError(f"{self.folder} has step {first} of {name} already; give as many steps, or another folder")
+            raise InputError(
+                f"{self.folder} has step {first} of {name} already, and {total} are asked for; give {first} steps or "
+                "more, or another folder"
+            )
         if first:
             states.load(first, _tensors(weights, average, optimizer, states.names(first)))
-            self.log(f"{name}: goes on after step {first} of {total}")
+            done = f"all {total} steps are done already" if first == total else f"goes on after step {first} of {total}"
+            self.log(f"{name}: {done}")
         pace = _Pace(total - first)
         with states.written(), Stop() as stop:
             for index in range(first, total):

@@ -1,4 +1,4 @@
-"""The processes that train together: under `torchrun` several, otherwise one.
+"""The processes that train together: under `torchrun` several, otherwise one; see `starflow_core.processes`.
 
 Each step has one batch, of which every process takes equally many rows; so all make the same calls of layers, which
 sharded weights need. Where the rows don't go round, some are taken twice and count once.
@@ -6,20 +6,14 @@ sharded weights need. Where the rows don't go round, some are taken twice and co
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import timedelta
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import InputError
 from ..model.flow import Flow
-from ..model.placement import pick_device
-
-PATIENCE = timedelta(days=20)  # in ms, 24 days are too many for gloo
+from ..processes import PATIENCE
 
 
 @dataclass(frozen=True)
@@ -92,51 +86,6 @@ class Processes:
         """Until all processes are here."""
         if self.count > 1:
             torch.distributed.barrier()
-
-
-def placed(device: str | None) -> tuple[Processes, torch.device]:
-    """What `torchrun` has made this process: its number of how many, with a device of its own. They aren't joined."""
-    count = int(os.environ.get("WORLD_SIZE", 1))
-    if count == 1:
-        return Processes(), pick_device(device)
-    if "RANK" not in os.environ:
-        raise InputError("WORLD_SIZE is set but RANK isn't; start several processes by torchrun, or unset it for one")
-    chosen = _own_device(pick_device(device))
-    if chosen.type == "cuda":
-        torch.cuda.set_device(chosen)
-    return Processes(int(os.environ["RANK"]), count), chosen
-
-
-@contextmanager
-def joined(device: str | None) -> Iterator[tuple[Processes, torch.device]]:
-    """Join the processes that `torchrun` has started, each with a device of its own."""
-    processes, chosen = placed(device)
-    if processes.count == 1:
-        yield processes, chosen
-        return
-    # What is said and saved goes over gloo, also where the weights go over another.
-    backend = "gloo" if chosen.type == "cpu" else f"cpu:gloo,{chosen.type}:{_backend(chosen)}"
-    torch.distributed.init_process_group(backend)
-    try:
-        yield processes, chosen
-    finally:
-        torch.distributed.destroy_process_group()
-
-
-def _backend(device: torch.device) -> str:
-    if not hasattr(torch.distributed, "get_default_backend_for_device"):
-        raise InputError("training with several processes needs PyTorch 2.7 or newer")
-    return torch.distributed.get_default_backend_for_device(device)
-
-
-def _own_device(device: torch.device) -> torch.device:
-    """The process's own of this machine's devices."""
-    if device.type == "cpu":
-        return device
-    local, there = int(os.environ.get("LOCAL_RANK", 0)), torch.get_device_module(device).device_count()
-    if local >= there:
-        raise InputError(f"process {local} has no device: there are {there} of {device.type}; start as many processes")
-    return torch.device(device.type, local)
 
 
 def shard(flow: Flow, dtype: torch.dtype) -> None:

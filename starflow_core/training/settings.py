@@ -68,7 +68,10 @@ class Settings:
     noise: float | None = setting(None, "Data", "deviation of the noise on latents (default: the model's)", 0, 10)
     held_out: float = setting(0.05, "Data", "share of the samples that is kept for measuring", 0, 0.9)
     rehearse: tuple[str, ...] = setting(
-        (), "Data", "captions of what it is to go on knowing; the model draws these itself, and sees them in between"
+        (),
+        "Data",
+        "captions of what it is to go on knowing; the model draws these itself, and sees them in between. After (v2v) "
+        "it edits what it drew of others, after (last) the last frame is given",
     )
     rehearsal: float = setting(0.5, "Data", "share of the steps that rehearse, where there is something to", 0, 0.95)
 

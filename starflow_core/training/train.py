@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from .data.folders import find_items
 from .data.prepare import check_tasks, prepare
 from .files import make_folder
 from .forecast import forecast, require
-from .loop import Check, Loop
+from .loop import RECENT, Check, Loop
 from .optimiser import Muon
 from .processes import Processes, shard
 from .rehearsal import Rehearsal
@@ -132,7 +133,6 @@ def train(
         subject = _subject(settings, sources, dtype, torch.device("cpu") if spread and not rehearsal else device)
         if rehearsal:
             rehearsal.draw(subject.module, device, processes, progress)
-            processes.wait()
         if spread:
             shard(subject.module, dtype)
         run = Run(settings, dataset, subject, processes, device, rehearsal)
@@ -168,11 +168,13 @@ def _learn(
         draw = partial(sheets.draw, subject.module, run.dataset, sources, run.device, run.processes)
         checks.append(Check(settings.sample_every, draw))
     with _watched(work / "logs", run.processes, log) as watch:
+        tokens = deque(maxlen=RECENT)  # of the steps that "seconds a step" is the mean of
 
         def note(step: int, figures: dict[str, float]) -> None:
-            figures |= {"tokens a second": run.tokens(step - 1) / figures["seconds a step"]}
-            watch(step, figures)
-            report(step, figures)
+            tokens.append(run.tokens(step - 1))
+            told = figures | {"tokens a second": sum(tokens) / len(tokens) / figures["seconds a step"]}
+            watch(step, told)
+            report(step, told)
 
         loop = Loop(
             work / "states", run.device, torch.float32 if frozen else dtype, settings.seed,

@@ -97,7 +97,7 @@ def _read(weight: StoredTensor, scale: StoredTensor, layer: str, file: str) -> t
 
 def paired(weight: StoredTensor, read: Callable[[], tuple[Tensor, Tensor]]) -> StoredTensor:
     """A weight in 8 bit of which `read` gives values and scales."""
-    return replace(weight, int8=read, read=lambda: expand(*read(), torch.float32))
+    return replace(weight, int8=read, read=lambda: expand(*read(), torch.float32), part=None)
 
 
 def int8_weight(file: TensorFile, name: str) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -57,18 +57,29 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]  # shapes and types of a
 class StoredTensor:
     """A tensor in a file. `dtype` is None for a type not known here; `read` gives a copy, on the CPU.
 
-    For a weight in 8 bit `int8` reads its values and scales, and `read` gives them multiplied, in float32.
+    For a weight in 8 bit `int8` reads its values and scales, and `read` gives them multiplied, in float32. Where the
+    file allows it, `part` reads some of its rows alone.
     """
 
     shape: tuple[int, ...]
     dtype: torch.dtype | None
     read: Callable[[], Tensor]
     int8: Callable[[], tuple[Tensor, Tensor]] | None = None
+    part: Callable[[slice], Tensor] | None = None
 
     def flatten(self) -> StoredTensor:
         """The same values with two axes."""
         shape = (self.shape[0], math.prod(self.shape[1:]))
-        return replace(self, shape=shape, read=lambda: self.read().view(shape))
+        return replace(self, shape=shape, read=lambda: self.read().view(shape), part=None)
+
+    def rows(self, ranges: Sequence[slice]) -> StoredTensor:
+        """These rows alone, one range after the other."""
+
+        def read() -> Tensor:
+            part = self.part or self.read().__getitem__
+            return torch.cat([part(rows) for rows in ranges])
+
+        return StoredTensor((sum(rows.stop - rows.start for rows in ranges), *self.shape[1:]), self.dtype, read)
 
 
 @dataclass(frozen=True)
@@ -212,17 +223,18 @@ def _open_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, st
     for name in names:
         entry = file.get_slice(name)
         shape, dtype = tuple(entry.get_shape()), SAFETENSORS_DTYPES.get(entry.get_dtype())
-        tensors[name] = StoredTensor(shape, dtype, partial(_read, path, size, file, name))
+        read = partial(_read, path, size, file, name)
+        tensors[name] = StoredTensor(shape, dtype, read, part=read)
     return tensors, file.metadata() or {}
 
 
-def _read(path: Path, size: int, file: safe_open, name: str) -> Tensor:
-    """A tensor of an open safetensors file of `size` bytes, in memory of its own."""
+def _read(path: Path, size: int, file: safe_open, name: str, rows: slice | None = None) -> Tensor:
+    """A tensor of an open safetensors file of `size` bytes, or some rows of it, in memory of its own."""
     with reading_errors(path):
         try:
             if path.stat().st_size != size:
                 raise SafetensorError("its size has changed")
-            tensor = file.get_tensor(name)
+            tensor = file.get_tensor(name) if rows is None else file.get_slice(name)[rows]
         except SafetensorError as error:
             raise CheckpointError(
                 f"{path} changed while it was read ({error}); load it again when it is complete"

@@ -36,3 +36,15 @@ def test_memory_and_pixels(measured):
     found = measured("--parts", "many", "--engine", "torchrun", "--jobs", "4")["many"]
     assert len(found) == 2
     assert all(row["largest difference of pixels"] == 0 and row["samples"] for row in found)
+
+
+def test_more_cards_hold_and_read_less(measured):
+    rows = measured("--parts", "cards")["cards"]
+    for first in (0, 3):
+        one, two, eight = rows[first : first + 3]
+        assert [row["cards"] for row in (one, two, eight)] == [1, 2, 8]
+        for name in ("largest_GB", "read_GB"):
+            assert one[name] > two[name] > eight[name]
+        assert (one["exchanged_kB"], two["summed_MB"]) == (0, 0)
+        assert two["exchanged_kB"] == eight["exchanged_kB"] > 0
+        assert eight["summed_MB"] > 0

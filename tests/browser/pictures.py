@@ -37,6 +37,7 @@ SHOWN = {  # which example a help page's picture is from
     "convergence_study": ("JacobiSettings",),
     "variations": ("Invert", "MixNoise"),
     "memory": ("Memory",),
+    "devices": ("Devices",),
     "noise": ("Noise",),
     "surprise": ("Likelihood",),
     "edit_by_inversion": ("EditByInversion",),
@@ -81,6 +82,14 @@ def memory() -> Graph:
     """An example with a node that none has."""
     graph = text_to_image()
     _only(graph, "Sampler").links["options"] = (graph.add("STARFlowMemory", cache="int8"), "options")
+    return graph
+
+
+def devices() -> Graph:
+    """The same with another one after it."""
+    graph = memory()
+    sampler = _only(graph, "Sampler")
+    sampler.links["options"] = (graph.add("STARFlowDevices", second="cpu", options=sampler.links["options"]), "options")
     return graph
 
 
@@ -138,8 +147,9 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in (memory, noise, lora)}
-            for make in (memory, noise, lora):
+            made = (memory, devices, noise, lora)
+            others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in made}
+            for make in made:
                 others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")
             for name, kinds in SHOWN.items():
                 shots = {f"STARFlow{kind}": Path(folder) / f"{kind}.png" for kind in kinds}

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 
-ROOMS = ("model", "solve", "jobs", "applications", "weights", "media", "training", "data", "cli", "batch", "nodes")
+ROOMS = (
+    "model", "solve", "jobs", "devices", "applications", "weights", "media", "training", "data", "cli", "batch",
+    "nodes",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

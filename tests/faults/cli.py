@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from . import Fault
 
+TOGETHER = "tests/core/parallel/test_command.py::test_"
 TESTS, LORA = "tests/core/cli/test_cli.py::", "tests/core/cli/test_lora.py::"
 COMMANDS, ARGUMENTS, FILES, GENERATE, INVERT, PLAN, PROGRESS, SETTINGS = (
     f"starflow_core/cli/{name}.py"
@@ -56,7 +57,7 @@ FAULTS: list[Fault] = [
         "a preset's numbers can't be overridden", TESTS + "test_choices_are_the_cores",
     ),
     Fault(
-        SETTINGS, "DTYPES.get(args.dtype, default_dtype(device))", "default_dtype(device)",
+        SETTINGS, "DTYPES.get(args.dtype, default_dtype(devices[0]))", "default_dtype(devices[0])",
         "--dtype is ignored", TESTS + "test_model_is_found_before_it_is_loaded",
     ),
     Fault(
@@ -246,4 +247,16 @@ FAULTS: list[Fault] = [
         "an unfinished clip is gone on with at a LoRA's other strength",
         "tests/core/test_pipeline.py::test_a_file_of_another_strength_is_not_gone_on_from",
     ),
+    Fault("starflow_core/cli/together.py", "setup.mesh.check(setup.config, job.guidance)", "pass",
+          "halves of no guidance are found in the middle of it",
+          TOGETHER + "what_does_not_go_together_is_refused_before_joining"),
+    Fault("starflow_core/pipeline.py", "with suppress(NonFiniteError):  # the leader",
+          "with suppress(InputError):  # the leader",
+          "each process names the same number that isn't finite",
+          TOGETHER + "numbers_that_are_not_finite_stop_all_with_the_place"),
+    Fault("starflow_core/processes.py", 'raise StarflowError("another process has stopped; it says why") from None',
+          "raise",
+          "a process that is left alone shows its stack", TOGETHER + "a_signal_to_the_leader_stops_all"),
+    Fault("starflow_core/cli/generate.py", "        team.tell(None)\n", "",
+          "those that follow wait for more", TOGETHER + "one_process_writes_and_speaks"),
 ]  # fmt: skip

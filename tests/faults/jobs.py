@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Fault
 
 JOBS = "starflow_core/jobs"
+SHARES = "tests/core/parallel/test_shares.py"
 TASKS, MEMORY = "tests/core/jobs/test_tasks.py", "tests/core/jobs/test_memory.py tests/core/model/test_config.py"
 PIPELINE = "tests/core/test_pipeline.py"
 PLANNER, DRY = "tests/core/jobs/test_planner.py", "tests/benchmarks/test_dryrun.py"
@@ -64,8 +65,8 @@ FAULTS = [
     Fault("starflow_core/pipeline.py", "if self._encoder is not None or self.placement.text",
           "if True or self.placement.text",
           "the text encoder isn't counted", PIPELINE),
-    Fault("starflow_core/pipeline.py", "if self.plan is None:", "if self.plan == 0:",
-          "jobs aren't fitted to what is free", PIPELINE),
+    Fault("starflow_core/pipeline.py", "(has_int8(self.flow),)\n        if self.plan:",
+          "(has_int8(self.flow),)\n        if True:", "jobs aren't fitted to what is free", PIPELINE),
     Fault("starflow_core/pipeline.py", "return self.generate(prompt, job, **options)",
           "return self.generate(prompt, job)",
           "one-call tasks drop their options", PIPELINE),
@@ -152,4 +153,9 @@ FAULTS = [
           "a given frame is judged", DECIDING),
     Fault(LIKELIHOOD, "max(scores, key=scores.__getitem__)", "min(scores, key=scores.__getitem__)",
           "the least likely is kept", DECIDING),
+    Fault(f"{JOBS}/memory.py", "config.deep_width // config.head_dim // mesh.tensor",
+          "config.deep_width // config.head_dim",
+          "each process has all keys and values", SHARES),
+    Fault(f"{JOBS}/memory.py", 'means.mesh.count == 1 or "shallow" not in parts', "True",
+          "what follows is said to need nothing", SHARES),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.p
 INT8, LORA = "tests/core/model/test_int8.py", "tests/core/model/test_lora.py"
 ATTENTION, CACHES = "tests/core/model/test_attention.py", "tests/core/solve/test_caches.py"
 DENOISING = "tests/core/solve/test_denoising.py"
+PARALLEL = "tests/core/parallel/test_parallel.py"
 
 FAULTS = [
     Fault(f"{MODEL}/transformer.py", "        x = hidden.float()\n        # A bare",
@@ -79,4 +80,13 @@ FAULTS = [
           "of several LoRAs the first alone is merged", "tests/core/weights/test_lora.py"),
     Fault(f"{MODEL}/lora.py", "{DEEP: [count - 1]", "{DEEP: [0]", "a LoRA of the first block by default", LORA),
     Fault(f"{MODEL}/cache.py", "(here + settled, 0)", "(here, 0)", "settled slots aren't counted", CACHES),
+    Fault(f"{MODEL}/parallel.py", "torch.distributed.all_reduce(partial, group=self.shares)", "pass",
+          "of the shares' products each keeps its own", PARALLEL),
+    Fault(f"{MODEL}/parallel.py", "a, b = torch.cat(both, 1)", "a, b = torch.cat(both[::-1], 1)",
+          "the halves of guidance change places", PARALLEL),
+    Fault(f"{MODEL}/parallel.py", "index * kind + self.share * share",
+          "self.share * share * stacked + index * share",
+          "a share's rows are those that lie together", "tests/core/parallel/test_shares.py"),
+    Fault(f"{MODEL}/transformer.py", "hidden + self.team.sum(self.mlp(hidden))", "hidden + self.mlp(hidden)",
+          "the shares of the MLP aren't summed", PARALLEL),
 ]  # fmt: skip

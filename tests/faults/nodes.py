@@ -55,7 +55,7 @@ FAULTS = [
          "guidance works against the positive prompt"),
     node("sampling", 'embeddings_for(flow.config, job, negative, "negative") if job.guidance else None',
          'embeddings_for(flow.config, job, negative, "negative")', "the negative prompt is checked without guidance"),
-    node("sampling", "options or Options(), settings is None", "Options(), settings is None",
+    node("sampling", "options = options or Options()", "options = Options()",
          "the sampler ignores its options"),
     node("sampling", "        means=plan.means,\n", "", "the job doesn't run with what was planned"),
     node("sampling", "    watch.bar.say(str(plan))\n", "", "the plan isn't said before the run"),

@@ -9,6 +9,7 @@ WORK, TASKS = "tests/core/solve/test_work.py", "tests/core/jobs/test_tasks.py"
 RUNS, SOLVERS, DENOISING = (f"tests/core/solve/test_{name}.py" for name in ("runs", "solvers", "denoising"))
 TIMELINE = "tests/core/jobs/test_timeline.py"
 INVERTING = "tests/core/solve/test_inverting.py"
+PARALLEL = "tests/core/parallel/test_parallel.py"
 
 FAULTS = [
     Fault(f"{SOLVE}/solvers.py", "return int(leading), residual", "return min(int(leading) + 1, len(change)), residual",
@@ -93,4 +94,11 @@ FAULTS = [
     Fault(f"{SOLVE}/inverting.py", "math.log(2 * math.pi)", "0.0", "a density without its constant", INVERTING),
     Fault(f"{SOLVE}/inverting.py", "nats.to(halfway.home) + halfway.nats", "nats.to(halfway.home)",
           "the shallow blocks' determinants are left out of a surprise", "tests/core/jobs/test_surprise.py"),
+    Fault(f"{SOLVE}/runs.py", "run.fill(parts[index + self.team.half])", "run.fill(parts[index])",
+          "both processes compute the conditional half", PARALLEL),
+    Fault(f"{SOLVE}/sampling.py", "return team.tell(known).to(home)",
+          "return team.tell(known).to(home) * (1 if team.leads else 0)",
+          "a context reaches the leader alone", PARALLEL),
+    Fault(f"{SOLVE}/solvers.py", "evaluate.agree(*decide(change, settings.tolerance, aged))",
+          "decide(change, settings.tolerance, aged)", "each process decides by itself", WORK),
 ]  # fmt: skip

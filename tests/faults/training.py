@@ -15,6 +15,8 @@ LOOP, OPTIMISER, OBJECTIVES, STATES, PROCESSES, RUN, WATCH, FORECAST, SETTINGS =
 CLIPS, VAE, BANK, BATCHES, FLOW, BUNDLE, MAIN = (
     f"starflow_core/training/demo/{name}.py" for name in ("clips", "vae", "bank", "batches", "flow", "bundle", "recipe")
 )
+REHEARSAL = "starflow_core/training/rehearsal.py"
+EDITS = RUN_TESTS + "test_edits_and_last_frames_are_rehearsed_as_they_are_learned"
 
 FAULTS: list[Fault] = [
     # The loop
@@ -117,6 +119,31 @@ FAULTS: list[Fault] = [
     Fault(
         RUN, "if after > before", "if after >= before",
         "every step rehearses", RUN_TESTS + "test_rehearsals_are_the_models_own_and_come_in_their_share",
+    ),
+    Fault(
+        REHEARSAL, "given = self.dataset.practice.given(bucket, task)", "given = 0",
+        "a rehearsed edit's source is learned", EDITS,
+    ),
+    Fault(
+        REHEARSAL, "self._key(bucket, self._source(w))", "self._key(bucket, self.texts_alone[0])",
+        "all rehearsed edits change one clip", EDITS,
+    ),
+    Fault(
+        REHEARSAL, "self.parts[bucket, task]", "self.parts[bucket, 'text']",
+        "edits aren't rehearsed", EDITS,
+    ),
+    Fault(
+        RUN, 'name not in (*FREE, "steps")', "name not in FREE",
+        "a finished run takes no more steps", RUN_TESTS + "test_a_finished_run_takes_more_steps_but_not_fewer",
+    ),
+    Fault(
+        LOOP, "if first > total:", "if False:",
+        "fewer steps than there are go on", RUN_TESTS + "test_a_finished_run_takes_more_steps_but_not_fewer",
+    ),
+    Fault(
+        "starflow_core/training/processes.py", "mp_policy=policy, ignored_params=scales)\n        fully_shard(net",
+        "mp_policy=policy)\n        fully_shard(net",
+        "scales of 8-bit weights are rounded", STATE_TESTS + "test_weights_in_8_bit_are_the_same_when_they_are_spread",
     ),
     Fault(
         RUN, "with self._naming(index, seen, plan), ", "with ",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from . import Fault
 
 WEIGHTS, PARTS = "starflow_core/weights", "starflow_core/parts.py"
+SHARES = "tests/core/parallel/test_shares.py"
 FILES, FLOW, TEXT, VAE, INT8, LORA = (
     f"tests/core/weights/test_{name}.py" for name in ("tensorfiles", "flow", "text", "vae", "int8", "lora")
 )
@@ -131,4 +132,14 @@ FAULTS = [
     in_text("and not _overflows(name, dtype)\n", "\n", "T5's wo in 8 bit under fp16"),
     in_text("return others + int8.weight_bytes(", "return others + 0 * int8.weight_bytes(",
             "a text encoder's 8-bit weights aren't counted"),
+    Fault(f"{WEIGHTS}/shares.py", "torch.zeros_like(tensor) if team.share else tensor", "tensor",
+          "every process adds the bias", SHARES),
+    Fault(f"{WEIGHTS}/shares.py", "        up = torch.cat([up[rows] for rows in team.ranges(len(up), axis[1])])",
+          "        up = up[: len(up) // team.mesh.tensor]", "every process has the first share of an adapter", SHARES),
+    Fault(f"{WEIGHTS}/flow.py", "own_columns(values, name, config, team).to(home), scale.to(home)",
+          "*(part.to(home) for part in int8.quantise(own_columns(int8.expand(values, scale, torch.float32), name, "
+          "config, team)))", "columns in 8 bit are rounded by themselves", SHARES),
+    Fault(f"{WEIGHTS}/tensorfiles.py", "part = self.part or self.read().__getitem__", "part = self.read().__getitem__",
+          "all rows are read for some", SHARES),
+    Fault(f"{WEIGHTS}/flow.py", '.type != "meta"]', '.type != "lazy"]', "parts that are nowhere are read", SHARES),
 ]  # fmt: skip

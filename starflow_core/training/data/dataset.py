@@ -9,7 +9,7 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
@@ -121,11 +121,11 @@ class Dataset:
 
     def steps(self, batch: int) -> int:
         """Steps in which each sample is seen as often as its folder says, on average."""
-        return -(-sum(map(len, self._learned.values())) // batch)
+        return -(-self._total // batch)
 
     def shares(self) -> dict[str, float]:
         """The share of the steps in which each task is practised, on average."""
-        found, total = Counter(), sum(map(len, self._learned.values()))
+        found, total = Counter(), self._total
         for (bucket, paired), group in self._learned.items():
             tasks = self.practice.tasks(bucket, paired)
             for task, share in tasks.items():
@@ -257,6 +257,11 @@ class Dataset:
         return self.cache.get(self.window(sample, part), str(path))
 
     @cached_property
+    def _total(self) -> int:
+        """Samples that are learned from, as often as they are repeated."""
+        return sum(map(len, self._learned.values()))
+
+    @cached_property
     def _learned(self) -> dict[tuple[Bucket, bool], list[int]]:
         return self._groups(range(len(self)), True)
 
@@ -270,7 +275,7 @@ class Dataset:
 
     def _turn(self, index: int) -> tuple[tuple[Bucket, bool], int]:
         """The stream whose turn a step is, and how many turns it has had: the one that is furthest behind its share."""
-        total = sum(map(len, self._learned.values()))
+        total = self._total
         while len(self._turns) <= index:
             due = len(self._turns) + 1
             stream = max(self._learned, key=lambda s: due * len(self._learned[s]) / total - self._had[s])
@@ -282,9 +287,15 @@ class Dataset:
 def _picked(group: Sequence[int], name: str, start: int, count: int) -> tuple[int, ...]:
     """Some of an endless stream of a group, which is shuffled for each round."""
     rounds = range(start // len(group), (start + count - 1) // len(group) + 1)
-    seen = [pick for number in rounds for pick in random.Random(f"{name}:{number}").sample(group, len(group))]
+    seen = [group[place] for number in rounds for place in _shuffled(name, number, len(group))]
     first = start % len(group)
     return tuple(seen[first : first + count])
+
+
+@lru_cache(maxsize=32)  # rounds of several streams go side by side
+def _shuffled(name: str, number: int, count: int) -> tuple[int, ...]:
+    """The places of a round in their order."""
+    return tuple(random.Random(f"{name}:{number}").sample(range(count), count))
 
 
 def _filled(picks: list[int], group: list[int], batch: int) -> tuple[int, ...]:

@@ -54,8 +54,9 @@ def prepare(
     interrupted. Raises InputError for folders, captions and settings that can't be used.
     """
     dataset = find(settings, config, cache, rank, world, progress)
+    beside = extra(dataset)  # which may refuse
     _encode_windows(dataset, vae, rank, world, progress or _silent)
-    _encode_prompts(dataset, encode_text, extra(dataset), rank, world, progress or _silent)
+    _encode_prompts(dataset, encode_text, beside, rank, world, progress or _silent)
     return dataset
 
 

@@ -138,7 +138,9 @@ def test_as_many_particles_as_fit_go_side_by_side(demo, monkeypatch, fits):
     pixels, mask = torch.zeros(5, 3, 96, 96), torch.zeros(1, 96, 96)
     mask[:, 40:] = 1
     _, known, job = filling_job(demo.config, pixels, mask)
-    least = demo._beside(forecast_fill(demo.config, job, demo.dtype, particles=max(fits, 1), known=known)).total
+    least = demo._beside(
+        forecast_fill(demo.config, job, demo.dtype, particles=max(fits, 1), known=known), torch.device("cpu")
+    ).total
     monkeypatch.setattr(memory, "RESERVE", 0)
     monkeypatch.setattr(memory, "free", lambda device: least if fits else least - 1)
     if not fits:

@@ -202,6 +202,11 @@ def test_names_that_rows_do_not_give_stay(batch):
     ('{"prompt": "x", "frames": 10}', "nearest are 9 and 13"),
     ('{"prompt": "x", "batch": 2}', "batch 2 makes 2 results; a row makes one"),
     ('{"prompt": "x", "output": "../a.mp4"}', r"output is '\.\./a\.mp4'; give a name inside"),
+    ('{"prompt": "x", "output": "..\\\\a.mp4"}', "give a name inside"),
+    ('{"prompt": "x", "output": "C:a.mp4"}', "give a name inside"),
+    ('{"prompt": "x", "output": "%03d.png"}', r"%03d\.png would fill the batch's own folder"),
+    ('{"prompt": "x", "devices": "cpu"}', "devices is no field of a row; a row is made on one device"),
+    ('{"prompt": "x", "frames": 1, "output": "good.png/a.png"}', "is in the folder of pictures of line 1"),
     ('{"prompt": "x", "output": "/a.mp4"}', "output is '/a.mp4'; give a name inside"),
     ('{"prompt": "x", "output": "a.xyz"}', "unknown format '.xyz'"),
     ('{"prompt": "x", "output": "./good.png"}', "the output ./good.png is that of line 1, too"),
@@ -363,7 +368,7 @@ def test_failures_are_listed_in_such_a_folder(batch, bucket, demo):
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    ({"output": "x/"}, "x/ is a folder of pictures"), ({"resume": True}, "resume keeps windows beside the result"),
+    ({"output": "x/"}, "x/ is a folder of pictures"), ({"resume": True}, "resume needs a folder of this machine"),
 ])  # fmt: skip
 def test_what_such_a_folder_cannot_do(batch, bucket, fields, message):
     _, errors = batch(STILL | fields, folder="memory://b", code=2)

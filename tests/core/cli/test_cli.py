@@ -48,7 +48,7 @@ JOB = (
     "tolerance vae video width window"
 )
 FLAGS = {
-    "generate": f"{JOB} prompt-file",
+    "generate": f"{JOB} devices parallel prompt-file",
     "batch": f"{JOB} ray retries workers",
     "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
     "text-encoder vae width window",
@@ -223,6 +223,50 @@ def test_every_task(run, given, case):
     assert read_metadata(out[0])["task"] == task
     assert len(out) == 2
     assert not list(Path().rglob("*.part"))
+
+
+@pytest.fixture
+def three_devices(monkeypatch):
+    """The CPU under three names."""
+    there = {"cpu": torch.device("cpu"), "cpu:0": torch.device("cpu", 0), "cpu:1": torch.device("cpu", 1)}
+
+    def pick(name=None):
+        if name and name not in there:
+            raise settings.InputError(f"device {name!r} isn't there")
+        return there[name or "cpu"]
+
+    monkeypatch.setattr(settings, "pick_device", pick)
+
+
+@pytest.mark.parametrize(("devices", "guidance"), [("cpu,cpu:0", 1.5), ("cpu, cpu:0, cpu:1", 1.5), ("cpu,cpu:1", 0)])
+def test_several_devices_make_the_same(run, three_devices, given, devices, guidance, monkeypatch):
+    placements, load = [], pipeline.Parts.load
+    monkeypatch.setattr(
+        pipeline.Parts,
+        "load",
+        lambda self, placement, *rest: placements.append(placement) or load(self, placement, *rest),
+    )
+    words = ("a ring", "a square", "--image", given / "picture.png", "--guidance", guidance, "--preset", "exact")
+    run("generate", *words, "--batch", 2, "-o", "one/")
+    run("generate", *words, "--batch", 2, "-o", "two/", "--devices", devices)
+    assert [len(placement.devices) for placement in placements] == [1, devices.count(",") + 1]
+    for index in range(2):
+        torch.testing.assert_close(pixels(f"one-{index}/"), pixels(f"two-{index}/"), atol=2.1 / 255, rtol=0)  # in 8 bit
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--devices", "cpu,cpu"), "names a device twice"),
+        (("--devices", "cpu,gpu"), "'gpu' isn't there"),
+        (("--devices", "cpu,cpu:0", "--device", "cpu"), "--device and --devices say the same"),
+        (("--devices", "cpu,cpu:0,cpu:1", "--guidance", "0"), "3 devices, but without guidance 2 are used"),
+        (("--devices", "cpu,cpu:0", "--offload", "weights"), "offload is 'weights', but several devices are given"),
+        (("--devices", "cpu,cpu:0", "--memory", "0.00001GB"), "on cpu, but 10 kB are free there"),
+    ],
+)
+def test_devices_that_cannot_be_used(refused, three_devices, words, message):
+    refused("generate", "x", *words, err=message)
 
 
 def test_the_given_frames_are_shown(run, given):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from benchmarks.meter import Meter
+from starflow_core.jobs import memory
+from starflow_core.jobs.build import default_job
 from starflow_core.jobs.memory import forecast, forecast_encode
 from starflow_core.jobs.tasks import Generation, Job, layout
 from starflow_core.model.cache import Cache
-from starflow_core.model.config import Denoiser
+from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B, Denoiser
+from starflow_core.model.placement import Placement
 from starflow_core.solve.inverting import invert
 from tests.core import models
 
@@ -85,3 +90,32 @@ def test_encoding_takes_what_was_forecast(counted, kind, frames):
     with counted:
         invert(flow, latents, text)
     assert LEAST * counted.peak["cpu"] < need.activations < MOST * counted.peak["cpu"]
+
+
+APART = Placement.over([torch.device("cpu", i) for i in range(3)], True)
+
+
+@pytest.mark.parametrize("config", [STARFLOW_V_7B, STARFLOW_3B])
+def test_what_each_of_several_devices_holds(config):
+    """Both halves of guidance have the deep block's weights and half of the cache; all else is on the third device."""
+    job = default_job(config, guidance=1.0)
+    whole = memory.forecast(config, job, torch.bfloat16)
+    first, second, third = memory.forecasts(config, job, torch.bfloat16, APART).values()
+    assert first == second
+    assert first.weights + third.weights == whole.weights
+    assert first.weights > third.weights
+    assert first.cache == whole.cache / 2
+    assert third.cache == 0
+    assert max(first.activations, third.activations) <= whole.activations
+    together = memory.forecasts(config, job, torch.bfloat16, Placement.over(APART.deep, True))
+    assert list(together.values()) == [first, memory.forecast(config, replace(job, guidance=0.0), torch.bfloat16)]
+
+
+def test_without_guidance_the_deep_block_is_alone_on_its_device():
+    job = default_job(STARFLOW_V_7B, guidance=0.0)
+    whole = memory.forecast(STARFLOW_V_7B, job, torch.bfloat16)
+    deep, others = memory.forecasts(
+        STARFLOW_V_7B, job, torch.bfloat16, Placement.over(APART.deep, False)
+    ).values()  # fmt: skip
+    assert (deep.cache, others.cache) == (whole.cache, 0)
+    assert deep.weights + others.weights == whole.weights

@@ -18,8 +18,8 @@ from starflow_core.solve.solvers import PRESETS
 JOB = Job(480, 848, frames=81, guidance=3.5)
 
 
-def pace(job=JOB, device="cpu", dtype=torch.float32, means=PLAIN):
-    return Pace(STARFLOW_V_7B, job, torch.device(device), dtype, means)
+def pace(job=JOB, device="cpu", dtype=torch.float32, means=PLAIN, others=()):
+    return Pace(STARFLOW_V_7B, job, torch.device(device), dtype, means, others)
 
 
 def test_a_job_takes_as_long_as_the_last_one():
@@ -32,6 +32,7 @@ def test_a_job_takes_as_long_as_the_last_one():
 @pytest.mark.parametrize("other", [
     {"job": replace(JOB, solver=PRESETS["exact"])},
     {"device": "meta"},
+    {"others": (torch.device("cpu"),)},
     {"dtype": torch.bfloat16},
     {"means": Means(cache=CacheSettings(True))},
 ])  # fmt: skip

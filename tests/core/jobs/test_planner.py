@@ -9,9 +9,18 @@ import torch
 
 from benchmarks.dryrun import CUDA, GIB, DryJob, image, planned, video
 from starflow_core.errors import InputError, OutOfMemoryForecast
-from starflow_core.jobs import planner
+from starflow_core.jobs import memory, planner
 from starflow_core.jobs.memory import Forecast
-from starflow_core.jobs.planner import STREAMED_SPAN, HostedOptions, MemoryOptions, Room, choose, choose_hosted
+from starflow_core.jobs.planner import (
+    AUTO,
+    STREAMED_SPAN,
+    HostedOptions,
+    MemoryOptions,
+    Room,
+    choose,
+    choose_hosted,
+    spread,
+)
 from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means
 from starflow_core.model.cache import CacheSettings
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
@@ -291,3 +300,51 @@ def test_means_change_when_things_happen_but_no_result(kind, denoise):
             assert sum(piece.latents.shape[2] for piece in pieces[:first_final]) == latents[0].shape[2]
     torch.testing.assert_close(latents[1], latents[0], atol=1e-5, rtol=1e-5)
     assert torch.equal(latents[2], latents[0])
+
+
+# Several devices
+
+
+def spread_by(rooms: dict[str, int], monkeypatch, options: MemoryOptions = AUTO, weights=(False, True)):
+    """A plan for devices with so much room, where a job takes 100 of each, or 40 less with weights in 8 bit and 20 less
+    with such a cache."""
+    there = {torch.device(name): size for name, size in rooms.items()}
+    monkeypatch.setattr(memory, "free", there.get)
+
+    def forecasts(job: Job, means: Means):
+        size = 100 - 40 * means.int8 - 20 * means.cache.quantised
+        return {device: Forecast(size, 0, 0) for device in there}
+
+    return spread(Job(16, 16), options, weights, forecasts)
+
+
+@pytest.mark.parametrize(
+    ("rooms", "means"),
+    [
+        ({"cuda:0": 104, "cuda:1": 200}, PLAIN),
+        ({"cuda:0": 200, "cuda:1": 85}, Means(cache=INT8_CACHE)),
+        ({"cuda:0": 62, "cpu": 200}, Means(True)),
+        ({"cuda:0": 42, "cuda:1": 62}, Means(True, cache=INT8_CACHE)),
+    ],
+)
+def test_the_smallest_of_several_devices_decides(rooms, means, monkeypatch):
+    plan = spread_by(rooms, monkeypatch)
+    assert plan.means == means
+    assert list(plan.spread) == [torch.device(name) for name in rooms]
+    assert plan.free == next(iter(rooms.values()))
+    assert all(f" on {name}" in str(plan) for name in rooms)
+
+
+def test_the_device_that_is_too_small_is_named(monkeypatch):
+    with pytest.raises(OutOfMemoryForecast, match="at least 0 kB on cuda:1, but 0 kB are free there"):
+        spread_by({"cuda:0": 200, "cuda:1": 39}, monkeypatch)
+    with pytest.raises(OutOfMemoryForecast, match="on cuda:0"):
+        spread_by({"cuda:0": 200, "cuda:1": 200}, monkeypatch, MemoryOptions(budget=30))
+
+
+def test_what_is_fixed_for_several_devices(monkeypatch):
+    rooms = {"cuda:0": 200, "cuda:1": 200}
+    assert spread_by(rooms, monkeypatch, MemoryOptions(cache="int8")).means == Means(cache=INT8_CACHE)
+    assert spread_by(rooms, monkeypatch, weights=(True,)).means == Means(True)
+    with pytest.raises(InputError, match="offload is 'weights', but several devices are given"):
+        spread_by(rooms, monkeypatch, MemoryOptions(offload="weights"))

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from starflow_core.control import Control
 from starflow_core.errors import Cancelled, InputError
+from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.sampling import Sampler, sample
-from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings, Window, _same_place, parallel_scan
+from starflow_core.solve.solvers import (
+    AUTOREGRESSIVE,
+    PRESETS,
+    SolverSettings,
+    Statistics,
+    Window,
+    _same_place,
+    parallel_scan,
+    solve_frames,
+    solve_span,
+)
 from tests.core import models
 
 EXACT = PRESETS["exact"]
@@ -140,3 +153,46 @@ def test_a_slot_reads_its_left_neighbour():
     window = Window(models.randn(1, 6, 4), frame_tokens=3, width=3)
     assert torch.equal(window.before(2, 5), window.x[:, 1:4])
     assert torch.equal(window.before(0, 3), window.x[:, :2])
+
+
+# What makes the host wait for the device, or sends something there. On a tensor that is on the CPU already the others
+# cost nothing, so that `cpu` counts, and what is done with its result doesn't.
+WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "nonzero", "numpy", "cpu"}
+SENDS = {"tensor", "as_tensor", "from_numpy"}
+
+
+class Calls(TorchFunctionMode):
+    """Counts these calls by name."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", "")
+        self.counts[name] += name in WAITS | SENDS
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("guidance", [0.0, 2.0])
+def test_a_sweep_of_the_deep_block_asks_the_device_once(guidance):
+    flow = models.flow()
+    grid, text = flow.grid(models.randn(1, 3, 4, 2, 3)), models.text(flow, 2)
+    run, statistics = DeepRun(flow, grid, text, models.text(flow, seed=8), guidance), Statistics()
+    window = Window(models.randn(2, 18, 4), grid.frame_tokens, grid.width)
+    with Calls() as calls:
+        for _ in solve_span(run, window, PRESETS["balanced"], statistics):
+            pass
+    assert +calls.counts == {"tolist": statistics.deep_sweeps}
+
+
+def test_a_sweep_of_a_shallow_block_asks_the_device_once():
+    flow, statistics = models.flow(), Statistics()
+    rotary, z = flow.frame_rotary(flow.grid(models.randn(1, 3, 4, 2, 3)), "cpu"), models.randn(4, 6, 4)
+    with Calls() as calls:
+        solve_frames(
+            lambda tokens: flow.shallow_affine(flow.shallow[0], tokens, rotary), z, PRESETS["balanced"], statistics,
+            lambda done, residual: None,
+        )  # fmt: skip
+    assert calls.counts["cpu"] == statistics.shallow_sweeps
+    assert not SENDS & set(+calls.counts)

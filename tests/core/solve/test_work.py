@@ -52,6 +52,9 @@ class Linear:
     def horizon(self, start):
         return 1 << 30
 
+    def agree(self, leading, residual):
+        return leading, residual
+
 
 def test_a_residual_is_the_largest_change_of_its_sweep():
     window, statistics = Window(models.randn(1, 12, 3), frame_tokens=4, width=2), Statistics()
@@ -101,6 +104,19 @@ class Recorded(Linear):
     def __call__(self, before, start):
         self.seen.append(before.clone())
         return super().__call__(before, start)
+
+
+class Careful(Linear):
+    """Of several processes the other one would commit one token a sweep."""
+
+    def agree(self, leading, residual):
+        return 1, residual
+
+
+def test_what_is_committed_is_agreed_on():
+    window = Window(models.randn(1, 12, 3), frame_tokens=4, width=2)
+    settled = [settled for settled, _ in solve_span(Careful(), window, PRESETS["exact"], Statistics())]
+    assert settled == list(range(1, 13))
 
 
 def test_tokens_that_enter_the_span_are_warm_started():

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,24 +16,10 @@ from starflow_core.bundled import FLOW_FILE, TEXT_FILE, VAE_FILE
 from starflow_core.media import write_video
 from starflow_core.weights.lora import LoraFile
 from tests.core import models, tiny
+from tests.core.spread import spread
 from tests.core.training import together
 
 ROOT = Path(__file__).parents[3]
-
-
-def spread(target, count: int, *rest) -> None:
-    """Several processes, which share what they import."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([together.__name__])
-    processes = [context.Process(target=target, args=(rank, count, port, *rest)) for rank in range(count)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(300)
-    assert [process.exitcode for process in processes] == [0] * count
 
 
 def losses(count: int, folder: Path, steps: int, **options) -> dict[str, float]:

@@ -179,6 +179,56 @@ def test_rehearsals_are_the_models_own_and_come_in_their_share(folders, tmp_path
     assert [path.stat().st_mtime_ns for path in drawn] == times
 
 
+def test_edits_and_last_frames_are_rehearsed_as_they_are_learned(folders, tmp_path, monkeypatch):
+    """An edit begins with a clip that was drawn before, a last frame with a still."""
+    from starflow_core.training import rehearsal
+
+    seen, load = {}, rehearsal.Rehearsal.load
+
+    def loaded(self, plan, rows):
+        latents, text = load(self, plan, rows)
+        for row, latent in zip(rows, latents, strict=True):
+            seen[plan.picks[row]] = plan.given, latent
+        return latents, text
+
+    monkeypatch.setattr(rehearsal.Rehearsal, "load", loaded)
+    captions = ("(v2v) make it 3", "a picture of 1", "(last) a picture of 2", "(v2v) make it 4", "a picture of 5")
+    run(settings(folders, tmp_path, steps=24, rehearse=captions, rehearsal=0.75, caption_drop=0.0))
+    for number, source in ((0, 1), (3, 4)):
+        given, edited = seen[number]
+        assert given == 2  # a source fits the window of 5 beside its edit
+        torch.testing.assert_close(edited[:given], seen[source][1][:given])
+        assert edited.shape[0] == 2 * given
+    assert seen[1][0] == 0
+    assert seen[2][0] == 1
+    assert seen[2][1].shape[0] == 1 + 3
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 8])
+def test_what_is_drawn_at_once_has_seeds_that_follow_one_another(most):
+    from starflow_core.training import rehearsal
+
+    wishes = [rehearsal.Wish("text", "", number) for number in (0, 1, 2, 4, 5, 9)]
+    chunks = list(rehearsal._chunks(wishes, most))
+    assert [wish for chunk in chunks for wish in chunk] == wishes
+    for chunk in chunks:
+        assert len(chunk) <= most
+        assert [wish.number - chunk[0].number for wish in chunk] == list(range(len(chunk)))
+    assert len(chunks) == {1: 6, 2: 4, 3: 3, 8: 3}[most]
+
+
+@pytest.mark.parametrize(
+    ("kind", "captions", "message"),
+    [
+        ("image", ("a", "(v2v) make it 3"), r"\(v2v\) needs clips, of which there are none"),
+        ("video", ("(last) a picture",), "edits and last frames need captions of clips beside them"),
+    ],
+)
+def test_what_cannot_be_rehearsed(folders, tmp_path, kind, captions, message):
+    with pytest.raises(InputError, match=message):
+        run(settings(folders, tmp_path, kind, rehearse=captions))
+
+
 def test_samples_are_drawn_on_a_sheet(folders, tmp_path):
     run(settings(folders, tmp_path, sample_every=4, prompts=("a picture", "another")))
     assert sorted(path.name for path in (tmp_path / "samples").iterdir()) == ["step-0000004.png", "step-0000006.png"]

@@ -4,16 +4,16 @@ are added to FOLDER/losses.json."""
 from __future__ import annotations
 
 import json
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
 
 import torch
 
+from starflow_core.processes import joined
 from starflow_core.training.data.dataset import Plan
 from starflow_core.training.loop import Loop
-from starflow_core.training.processes import joined, shard
+from starflow_core.training.processes import Processes, shard
 from starflow_core.training.settings import Settings
 from starflow_core.training.subjects import subject_of
 from starflow_core.training.train import Run, optimizer_of
@@ -41,7 +41,8 @@ class Drawn:
 
 def run(folder: Path, steps: int, **options) -> None:
     settings = Settings(steps=10**6, warmup=5, batch=4, learning_rate=0.001, **options)
-    with joined("cpu") as (processes, device):
+    with joined("cpu") as (rank, count, device):
+        processes = Processes(rank, count)
         torch.manual_seed(0)
         flow = models.flow()
         with torch.no_grad():
@@ -70,23 +71,17 @@ def run(folder: Path, steps: int, **options) -> None:
             path.write_text(json.dumps(before | losses))
 
 
-def started(rank: int, count: int, port: int, folder: Path, steps: int, options: dict) -> None:
-    """As `torchrun` starts it."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
+def started(folder: Path, steps: int, options: dict) -> None:
     run(folder, steps, **options)
 
 
-def trained(rank: int, count: int, port: int, work: Path, data: Path, options: dict) -> None:
+def trained(work: Path, data: Path, options: dict) -> None:
     """A whole run from a folder, by one process of several."""
     from starflow_core.training.train import find_sources, train
 
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(count))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    torch.set_num_threads(1)
     settings = Settings(data=(str(data),), work=str(work), **options)
-    with joined("cpu") as (processes, device):
+    with joined("cpu") as (rank, count, device):
+        processes = Processes(rank, count)
         train(settings, find_sources(settings), device, processes)
 
 

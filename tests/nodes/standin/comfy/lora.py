@@ -13,3 +13,9 @@ def load_lora(lora, to_load):
     """Factors and alpha by the weight's name."""
     layers = {name.partition(".lora_A")[0] for name in lora if ".lora_A" in name}
     return {to_load[name]: [lora[f"{name}.{key}"] for key in KEYS] for name in layers if name in to_load}
+
+
+def calculate_weight(patches, weight, key):
+    for strength, (alpha, down, up) in patches:
+        weight = weight + (strength * alpha.item() / len(down) * up @ down).to(weight)
+    return weight

@@ -1,20 +1,27 @@
+import uuid
+
+from .lora import calculate_weight
+
+
 class ModelPatcher:
     """The host's handle on a module."""
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
         self.patches, self.injections, self.is_injected = {}, {}, False
+        self.patches_uuid = uuid.uuid4()
 
     def clone(self):
         other = type(self)(self.model, self.load_device, self.offload_device)
         other.patches = {name: [*patches] for name, patches in self.patches.items()}
-        other.injections = dict(self.injections)
+        other.injections, other.patches_uuid = dict(self.injections), self.patches_uuid
         return other
 
     def add_patches(self, patches, strength_patch=1.0):
         known = [name for name in patches if name in self.model.state_dict()]
         for name in known:
             self.patches.setdefault(name, []).append((strength_patch, patches[name]))
+        self.patches_uuid = uuid.uuid4()
         return known
 
     def set_injections(self, key, injections) -> None:
@@ -32,8 +39,7 @@ class ModelPatcher:
         for name, patches in self.patches.items():
             weight = self.model.get_parameter(name)
             unpatched[name] = weight.data
-            for strength, (alpha, down, up) in patches:
-                weight.data = weight.data + (strength * alpha.item() / len(down) * up @ down).to(weight)
+            weight.data = calculate_weight(patches, weight.data, name)
         for injection in (each for several in self.injections.values() for each in several):
             injection.inject(self)
 
