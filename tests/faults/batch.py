@@ -58,7 +58,7 @@ FAULTS: list[Fault] = [
     ),
     Fault(
         WORKERS, "means.int8, means.streamed,", "means.streamed,", "rows in 8 bit are made with full weights",
-        TESTS + "test_rows_may_name_another_model",
+        TESTS + "test_a_row_that_is_fitted_otherwise_has_the_model_loaded_so",
     ),
     Fault(
         WORKERS, "        self._worn = None\n", "", "after a LoRA that fails its place stays empty",

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import fsspec
@@ -158,6 +159,19 @@ def test_rows_may_name_another_model(batch, tmp_path, counted):
     assert [read_metadata(f"out/{name}")["model"] for name in made()] == ["tiny image", "tiny video"] * 2
     assert read_metadata("out/0004-a-red-circle.png")["weights"] == "int8"
     assert counted["model"] == 4
+
+
+def test_a_row_that_is_fitted_otherwise_has_the_model_loaded_so(batch, monkeypatch, counted):
+    plan = pipeline.Parts.plan
+
+    def planning(self, job, *options):
+        found = plan(self, job, *options)
+        return replace(found, means=replace(found.means, int8=job.seed == 1))
+
+    monkeypatch.setattr(pipeline.Parts, "plan", planning)
+    batch(*(STILL | {"seed": seed, "output": f"{i}.png"} for i, seed in enumerate((0, 1, 0))))
+    assert counted["model"] == 3
+    assert torch.equal(read_video("out/0.png").pixels, read_video("out/2.png").pixels)
 
 
 def test_options_of_the_command_count_for_rows_that_say_nothing_else(batch, demo):
@@ -323,7 +337,8 @@ def bucket():
     system.store.clear()
 
 
-def no_room(*_):
+def no_room(system, source, target):
+    assert source == f"{target}.part"
     raise OSError("no room")
 
 
@@ -352,9 +367,12 @@ def test_failures_are_listed_in_such_a_folder(batch, bucket, demo):
     assert bucket.find("/b") == ["/b/0001-a-red-circle.png"]
 
 
-def test_a_folder_of_pictures_cannot_be_renamed_elsewhere(batch, bucket):
-    _, errors = batch({"prompt": "x", "output": "x/"}, folder="memory://b", code=2)
-    assert "line 1: x/ is a folder of pictures" in errors
+@pytest.mark.parametrize(("fields", "message"), [
+    ({"output": "x/"}, "x/ is a folder of pictures"), ({"resume": True}, "resume needs a folder of this machine"),
+])  # fmt: skip
+def test_what_such_a_folder_cannot_do(batch, bucket, fields, message):
+    _, errors = batch(STILL | fields, folder="memory://b", code=2)
+    assert f"line 1: {message}" in errors
 
 
 def test_a_local_address_is_a_folder(tmp_path):
