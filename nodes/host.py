@@ -227,7 +227,7 @@ def copy_deep(handle, device: torch.device) -> None:
     """Have a second copy of the deep block on a device, with what was added to its weights, of which the host knows
     nothing. It is read from the flow's own file: what the host has may be in part elsewhere, or be paged."""
     flow = flow_of(handle)
-    if has_copy(handle, device) or device == handle.load_device:
+    if has_copy(handle, device):
         return
     flow.copies = {}  # another one makes room first
     nowhere = torch.device("meta")

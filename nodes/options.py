@@ -121,22 +121,23 @@ class STARFlowDevices(io.ComfyNode):
 NODES = [STARFlowMemory, STARFlowDevices]
 
 
-def fitted(model, job: Job, options: Options, widen: bool, split: bool = False) -> tuple[Job, MemoryPlan, int]:
+def fitted(
+    model, job: Job, options: Options, widen: bool, second: torch.device | None = None
+) -> tuple[Job, MemoryPlan, int]:  # fmt: skip
     """A job as it fits the host, its means, and the bytes that the host has to leave free of weights.
 
-    `widen` allows a larger span, `split` that guidance's second half is elsewhere. Raises OutOfMemoryForecast if
+    `widen` allows a larger span; guidance's second half may be on a `second` device. Raises OutOfMemoryForecast if
     nothing fits.
     """
     fixed = options.memory
     job = fixed.spanned(job)
-    second = second_of(model, job, options) if split else None
     half = replace(job, guidance=0.0) if second else job  # its rows
     plan, work = planned(model, half, options, memory.forecast, "this job")
     if second:
         flow = host.flow_of(model)
         need = memory.forecast(flow.config, half, flow.compute_dtype, plan.means, ("deep",))
-        weights = 0 if host.has_copy(model, second) else need.weights
-        memory.require(need.total - need.weights + weights, second, "guidance's second half")
+        need = replace(need, weights=0) if host.has_copy(model, second) else need
+        memory.require(need.total, second, "guidance's second half")
     plan = plan.timed(pace(model, job, plan, second))
     return plan.fitted(job, widen and fixed.span is None), plan, work
 

@@ -141,22 +141,24 @@ class Flow(nn.Module):
         self.blocks = nn.ModuleList(Block(config, i, operations, team, **factory) for i in range(len(config.layers)))
         if config.denoiser:
             self.learnable_self_denoiser = DenoiserNet(config, operations, **factory)
-        self.copies: dict[torch.device, Block] = {}  # of the deep block, which aren't among the flow's modules
+        self.copies: dict[torch.device, Block | None] = {}  # of the deep block; they aren't among the flow's modules
 
     @property
     def deep(self) -> Block:
         return self.blocks[-1]
 
     def copy_deep(self, devices: Iterable[torch.device]) -> None:
-        """Have copies of the deep block, as it is now, on these devices, in place of those there are. One that its own
-        weights are on needs none."""
-        self.copies = {}
+        """Have copies of the deep block on these devices, in place of those there are. One that its own weights are on
+        needs none. Each is made when it is first asked for: what is added to the block until then is copied once."""
         home = self.deep.sos_embed.device
-        self.copies = {device: _copied(self.deep, device) for device in devices if device != home}
+        self.copies = dict.fromkeys(device for device in devices if device != home)
 
     def deep_on(self, device: torch.device) -> Block:
         """The deep block, or its copy, for a run on a device."""
-        return self.copies.get(device, self.deep)
+        if device not in self.copies:
+            return self.deep
+        self.copies[device] = self.copies[device] or _copied(self.deep, device)
+        return self.copies[device]
 
     @property
     def shallow(self) -> list[Block]:
