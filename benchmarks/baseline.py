@@ -50,17 +50,17 @@ def sample_baseline(
 
 
 def iterate_chunks(
-    evaluate: Evaluate, z: Tensor, settings: Baseline, frame_tokens: int | None = None
+    evaluate: Evaluate, z: Tensor, settings: Baseline, frame_tokens: int | None = None, growth: int = GROWTH
 ) -> tuple[Tensor, int, int]:
     """Invert a block for z (rows, L, c): its tokens, the sweeps, and the tokens evaluated in each row.
 
-    With `frame_tokens`, what comes after a video's first frame has larger chunks. They start from the tokens one frame
+    With `frame_tokens`, what comes after a video's first frame has chunks `growth` times as large. They start from the tokens one frame
     earlier as far as these are known, which also take the place of the known token on the left in the first sweep.
     """
     x = z.clone()
     start = sweeps = evaluations = 0
     while start < z.shape[1]:
-        size = settings.chunk * (GROWTH if frame_tokens and start >= frame_tokens else 1)
+        size = settings.chunk * (growth if frame_tokens and start >= frame_tokens else 1)
         stop = min(start + size, z.shape[1])
         left = x[:, max(start - 1, 0) : start]  # nothing is before the first
         guess = torch.cat((left, x[:, start:stop]), 1)

@@ -1,120 +1,131 @@
-"""What the solvers cost, how they compare at equal error, and the tables that say so."""
+"""The solvers' fronts of sweeps against token evaluations, at equal error: what one says about the other, and pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from operator import attrgetter
+from statistics import median
 
-from benchmarks.convert_memory import MB
-
-COSTS = {
-    "deep_sweeps": "deep sweeps",
-    "deep_evaluations": "deep evaluations",
-    "shallow_sweeps": "shallow sweeps",
-    "shallow_evaluations": "shallow evaluations",
-    "cpu_seconds": "CPU seconds",
-    "seconds": "wall seconds",
-}
-AUTHORS_CHUNK = {"image": 16, "video": 32}
-AUTHORS, BEST, COLUMN = "the authors'", "least CPU seconds", "least in each column"  # chunks to compare with
+COSTS = ("sweeps", "evaluations", "cpu_seconds")
+PARTS = ("deep", "shallow")
+WIDE, HIGH, MARGIN = 230, 190, 42  # of a panel, in pixels
+COLOURS = {"baseline": "#b35900", "ours": "#0060a8"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one sample takes by one solver at one tolerance, and the error that remains.
+    """What a part of a sample takes by one solver at one tolerance, and the error that remains. `tokens` are solved at
+    once: in the first frame, and after it."""
 
-    `spans` are the tokens that it solves at once: the baseline's "chunk", or our spans.
-    """
-
+    part: str
     solver: str
-    spans: dict[str, int]
+    tokens: list[int]
     tolerance: float
     error: float
-    deep_sweeps: float
-    deep_evaluations: float
-    shallow_sweeps: float
-    shallow_evaluations: float
+    sweeps: float
+    evaluations: float
     cpu_seconds: float
-    seconds: float
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The baseline's costs over ours at equal error, by `COSTS` (above 1: ours needs less, below 1: more), and the
-    baseline's chunk in each."""
-
-    error: float
-    chosen: str
-    chunks: dict[str, int]
-    times: dict[str, float]
 
 
 def at_errors(rows: Sequence[Row], errors: Sequence[float]) -> list[Row]:
-    """What each solver needs with each choice of its spans to reach each error. What doesn't reach it is left out."""
+    """What each solver needs with each choice of its tokens to reach each error. What doesn't reach it is left out."""
     curves = {}
     for row in rows:
-        curves.setdefault((row.solver, *row.spans.items()), []).append(row)
+        curves.setdefault((row.part, row.solver, *row.tokens), []).append(row)
     found = [at_error(curve, error) for error in errors for curve in curves.values()]
     return [row for row in found if row]
 
 
 def at_error(curve: Sequence[Row], error: float) -> Row | None:
     """What it takes to keep the error below `error`, interpolated from rows that differ in tolerance alone; None
-    outside their range."""
+    where none does. What the loosest needs, if it is near enough already."""
     curve = sorted(curve, key=lambda row: -row.tolerance)
     above = [i for i, row in enumerate(curve) if row.error > error]
-    if not above or above[-1] + 1 == len(curve):
+    if not above:
+        return replace(curve[0], error=error)
+    if above[-1] + 1 == len(curve):
         return None
     loose, tight = curve[above[-1]], curve[above[-1] + 1]
     share = math.log(loose.error / error) / math.log(loose.error / tight.error)
-    between = {
-        name: getattr(loose, name) ** (1 - share) * getattr(tight, name) ** share for name in ("tolerance", *COSTS)
-    }
+    between = {name: _between(getattr(loose, name), getattr(tight, name), share) for name in ("tolerance", *COSTS)}
     return replace(loose, error=error, **between)
 
 
-def compare(rows: Sequence[Row], kind: str) -> list[Comparison]:
-    """Ours against the baseline at each error at which `rows` are, for each way to choose the baseline's chunk."""
-    found = []
-    for ours in (row for row in rows if row.solver == "ours"):
-        baselines = [row for row in rows if row.solver == "baseline" and row.error == ours.error]
-        for chosen, theirs in choices(baselines, kind).items():
-            chunks = {cost: row.spans["chunk"] for cost, row in theirs.items()}
-            times = {cost: getattr(row, cost) / getattr(ours, cost) for cost, row in theirs.items()}
-            found.append(Comparison(ours.error, chosen, chunks, times))
+def front(rows: Iterable[Row]) -> list[Row]:
+    """Those of which no other one takes both fewer sweeps and fewer evaluations, by rising sweeps."""
+    found: list[Row] = []
+    for row in sorted(rows, key=lambda row: (row.sweeps, row.evaluations)):
+        if not found or row.evaluations < found[-1].evaluations:
+            found.append(row)
     return found
 
 
-def choices(baselines: Sequence[Row], kind: str) -> dict[str, dict[str, Row]]:
-    """The baselines that ours is compared with, by `COSTS`: one chunk for all of them, or (COLUMN) the best chunk for
-    each, which no single chunk equals."""
-    if not baselines:
-        return {}
-    least = {cost: min(baselines, key=attrgetter(cost)) for cost in COSTS}
-    one = [(AUTHORS, row) for row in baselines if row.spans["chunk"] == AUTHORS_CHUNK[kind]]
-    one.append((BEST, least["cpu_seconds"]))
-    return {chosen: dict.fromkeys(COSTS, row) for chosen, row in one} | {COLUMN: least}
+def evaluations_at(points: Sequence[Row], sweeps: float) -> float | None:
+    """What a front takes in evaluations with so many sweeps (log against log); None with fewer than it can do with."""
+    if sweeps < points[0].sweeps:
+        return None
+    for few, many in zip(points, points[1:], strict=False):
+        if sweeps <= many.sweeps:
+            share = math.log(sweeps / few.sweeps) / math.log(many.sweeps / few.sweeps)
+            return _between(few.evaluations, many.evaluations, share)
+    return points[-1].evaluations
 
 
-def case_text(case: dict) -> str:
-    """What each solver costs, for a terminal."""
-    lines = [case_name(case), _line("", "tolerance", "error", COSTS.values())]
-    presets = [(f"ours, {name}", row) for name, row in case["presets"].items()]
-    equal = [(f"{row['solver']} {row['spans'].get('chunk', '')}", row) for row in case["at_equal_error"]]
-    for name, row in [("autoregressive", case["autoregressive"]), *presets, *equal]:
-        costs = (f"{row[cost]:.{2 if 'seconds' in cost else 1}f}" for cost in COSTS)
-        lines.append(_line(name, f"{row['tolerance']:.0e}", f"{row['error']:.0e}", costs))
-    if "peak_bytes" in case:
-        peaks = ", ".join(f"{solver} {peak / MB:.1f}" for solver, peak in case["peak_bytes"].items())
-        lines.append(f"  peak memory in MB: {peaks}")
-    return "\n".join(lines)
+def gains(ours: Sequence[Row], theirs: Sequence[Row]) -> list[float]:
+    """Their evaluations over ours at the sweeps of each of our front's points, where theirs gets along with so few."""
+    found = [(row.evaluations, evaluations_at(theirs, row.sweeps)) for row in ours]
+    return [their / own for own, their in found if their]
 
 
-def _line(name: str, tolerance: str, error: str, costs: Sequence[str]) -> str:
-    cells = (f"{cost:>{len(heading)}}" for cost, heading in zip(costs, COSTS.values(), strict=True))
-    return "  ".join((f"  {name:20} {tolerance:>9} {error:>6}", *cells))
+def _between(a: float, b: float, share: float) -> float:
+    return a ** (1 - share) * b**share
+
+
+def fronts(case: dict, part: str, error: float) -> dict[str, list[Row]]:
+    rows = [row for row in (Row(**found) for found in case["at_equal_error"]) if (row.part, row.error) == (part, error)]
+    return {name: front(row for row in rows if row.solver == name) for name in COLOURS}
+
+
+def table(cases: Sequence[dict]) -> str:
+    """The README's: at each error what the baseline takes over what we take, below 1 in **bold**."""
+    heading = ["model", "part", "error", "evaluations at equal sweeps, least to most (median)", "least evaluations",
+               "least sweeps", "least CPU seconds"]  # fmt: skip
+    lines = [heading, ["---"] * len(heading)]
+    for case in cases:
+        for part in PARTS:
+            lines += [
+                [case_name(case), part, _power(error), *cells]
+                for error in sorted({row["error"] for row in case["at_equal_error"]}, reverse=True)
+                if (cells := _cells(case, part, error))
+            ]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _cells(case: dict, part: str, error: float) -> list[str]:
+    both = fronts(case, part, error)
+    ours, theirs = both["ours"], both["baseline"]
+    if not ours or not theirs:
+        return []
+    equal = gains(ours, theirs)
+    span = "none of theirs has so few"
+    if equal:
+        few, most = min(equal), max(equal)
+        span = _ratio(few) if len(equal) == 1 else f"{_ratio(few)} to {_ratio(most)} ({_ratio(median(equal))})"
+    rows = [Row(**row) for row in case["at_equal_error"] if (row["part"], row["error"]) == (part, error)]
+    least = {
+        (name, cost): min(getattr(row, cost) for row in rows if row.solver == name) for name in both for cost in COSTS
+    }
+    order = ("evaluations", "sweeps", "cpu_seconds")
+    return [span, *(_ratio(least["baseline", cost] / least["ours", cost]) for cost in order)]
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value >= 0.995 else f"**{value:.2f}**"
+
+
+def _power(error: float) -> str:
+    return f"{error:.0e}".replace("e-0", "e-")
 
 
 def case_name(case: dict) -> str:
@@ -123,36 +134,59 @@ def case_name(case: dict) -> str:
     return f"{case['model']}, {case['kind']}, {tokens}"
 
 
-def tables(cases: Sequence[dict]) -> str:
-    """The README's: one chunk a line, then the best chunk for each column, in brackets."""
-    return f"{markdown(cases, (AUTHORS, BEST))}\n\n{markdown(cases, (COLUMN,))}"
+def picture(cases: Sequence[dict], error: float = 2e-3) -> str:
+    """An SVG: a column for each case, the deep block above the shallow ones; sweeps to the right, evaluations upwards,
+    both for each token and on logarithmic axes. Each point is a chunk or a span."""
+    panels = [
+        f'<g transform="translate({MARGIN + x * (WIDE + MARGIN)},{40 + y * (HIGH + 70)})">{_panel(case, part, error)}</g>'
+        for x, case in enumerate(cases)
+        for y, part in enumerate(PARTS)
+    ]
+    width, height = MARGIN + len(cases) * (WIDE + MARGIN), 40 + len(PARTS) * (HIGH + 70)
+    keys = "".join(
+        f'<circle cx="{MARGIN + 4 + 190 * i}" cy="10" r="4" fill="{colour}"/>'
+        f'<text x="{MARGIN + 14 + 190 * i}" y="14">{"plain block Jacobi" if name == "baseline" else "ours"}</text>'
+        for i, (name, colour) in enumerate(COLOURS.items())
+    )
+    return (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+        f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>{keys}{"".join(panels)}</svg>\n'
+    )
 
 
-def markdown(cases: Sequence[dict], chosen: Sequence[str]) -> str:
-    """One line for each case, error, and choice of the baseline's chunk."""
-    heading = ["model", "error", "baseline's chunk", *COSTS.values()]
-    lines, last = [heading, ["---"] * len(heading)], None
-    for case in sorted(cases, key=lambda case: (case["tokens"][1:], case["model"], -case["tokens"][0])):
-        for comparison in (Comparison(**found) for found in case["comparisons"]):
-            if comparison.chosen in chosen:
-                place = case_name(case), f"{comparison.error:.0e}".replace("e-0", "e-")
-                lines.append([*_news(place, last), *_cells(comparison)])
-                last = place
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+def _panel(case: dict, part: str, error: float) -> str:
+    frames, height, width = case["tokens"]
+    tokens, both = frames * height * width, fronts(case, part, error)
+    points = {
+        name: [(math.log10(row.sweeps / tokens), math.log10(row.evaluations / tokens)) for row in rows]
+        for name, rows in both.items()
+    }
+    xs, ys = zip(*(point for found in points.values() for point in found), strict=True)
+    to_x, to_y = _axis(xs, 0, WIDE), _axis(ys, HIGH, 0)
+    parts = [f'<rect width="{WIDE}" height="{HIGH}" fill="none" stroke="#999"/>',
+             f'<text x="0" y="-8">{case["model"]}, {case["kind"]}: {part}</text>']  # fmt: skip
+    for value in _ticks(xs):
+        parts.append(f'<text x="{to_x(math.log10(value)):.0f}" y="{HIGH + 14}" text-anchor="middle">{value:g}</text>')
+    for value in _ticks(ys):
+        parts.append(f'<text x="-4" y="{to_y(math.log10(value)) + 4:.0f}" text-anchor="end">{value:g}</text>')
+    parts.append(f'<text x="{WIDE / 2}" y="{HIGH + 28}" text-anchor="middle">sweeps a token</text>')
+    for name, found in points.items():
+        line = " ".join(f"{to_x(x):.1f},{to_y(y):.1f}" for x, y in found)
+        parts.append(f'<polyline points="{line}" fill="none" stroke="{COLOURS[name]}"/>')
+        parts += [f'<circle cx="{to_x(x):.1f}" cy="{to_y(y):.1f}" r="3" fill="{COLOURS[name]}"/>' for x, y in found]
+    return "".join(parts)
 
 
-def _news(place: tuple[str, str], last: tuple[str, str] | None) -> tuple[str, str]:
-    """Model and error, left out where they are those of the line above."""
-    if last is None or place[0] != last[0]:
-        return place
-    return "", "" if place == last else place[1]
+def _axis(values: Sequence[float], start: float, stop: float):
+    """From logarithms to pixels, with a tenth of the range to spare at each end."""
+    least, most = min(values), max(values)
+    spare = max(0.1 * (most - least), 0.05)
+    least, most = least - spare, most + spare
+    return lambda value: start + (stop - start) * (value - least) / (most - least)
 
 
-def _cells(comparison: Comparison) -> list[str]:
-    """The chunk and the ratios; those where ours needs more are bold."""
-    times = {cost: f"{ratio:.2f}" for cost, ratio in comparison.times.items()}
-    times = {cost: f"**{text}**" if float(text) < 1 else text for cost, text in times.items()}
-    if comparison.chosen == COLUMN:
-        return [COLUMN, *(f"{times[cost]} ({comparison.chunks[cost]})" for cost in COSTS)]
-    chunk = min(comparison.chunks.values())
-    return [f"{chunk}, {comparison.chosen}", *(times[cost] for cost in COSTS)]
+def _ticks(values: Sequence[float]) -> list[float]:
+    """Round numbers within a range of logarithms."""
+    numbers = (digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 5, 7))
+    found = [round(number, 6) for number in numbers if min(values) - 0.03 <= math.log10(number) <= max(values) + 0.03]
+    return found[:: math.ceil(len(found) / 7)] if found else []

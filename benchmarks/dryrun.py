@@ -128,7 +128,7 @@ def run(job: DryJob) -> dict:
     """One job's figures."""
     began, plan = time.monotonic(), planned(job)
     need = replace(plan.need, vae=0, text=0)
-    meter, deep = measured(job.config, plan.fitted(job.job, widen=False), job.dtype, plan.means)
+    meter, deep = measured(job.config, plan.fitted(job.job, CARD), job.dtype, plan.means)
     counted = meter.peak[CARD.type]
     tokens = memory.cache_shape(job.config, job.job).slots - job.config.prompt.tokens
     sweeps = SWEEPS * tokens / span_of(job, plan)

@@ -22,8 +22,7 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.comparison import COSTS
-from benchmarks.solver import CASES, Case, demo_case, machine, relative_error, timed, write_json
+from benchmarks.solver import CASES, COSTS, Case, demo_case, machine, relative_error, timed, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.int8 import Int8Linear
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings

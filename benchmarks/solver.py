@@ -1,17 +1,16 @@
-"""How fast the flow is inverted, at what error: autoregressive, plain block Jacobi, and ours.
+"""How fast the flow is inverted, at what error: plain block Jacobi, and ours, the deep block and the shallow ones apart.
 
-    python -m benchmarks.solver [--model demo|demo-192|mid|all] [--seeds 5] [--guidance G] [--json PATH] [--quick]
+    python -m benchmarks.solver [--model demo|demo-192|mid] [--kind image|video] [--seeds 5] [--guidance G] [--json PATH]
     python -m benchmarks.solver --table benchmarks/results/solver-*.json
+    python -m benchmarks.solver --picture docs/fronts.svg benchmarks/results/solver-*.json
 
-An error is the relative squared error of the final latents (flow space, before denoising) against the autoregressive
-answer. All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an
-error: both Jacobi solvers run over a range of thresholds, and what each needs for one and the same error is
-interpolated between these (log against log). The baseline has one threshold for all blocks, as the reference has;
-ours keeps the ratio of its two tolerances. Ours has the spans of its presets; the baseline has its authors' chunk and
-a range of others, the best of which is found from the same samples that are compared. The solvers take turns on one
-thread, so that whatever else the machine does slows all of them; CPU seconds are less sensitive to it. Peak memory
-(Linux only) is that of anonymous pages, sampled while a process of its own makes one sample. `--table` prints the
-README's tables from such files.
+Larger chunks and spans take fewer sweeps and more token evaluations, so neither figure says anything alone: each solver
+runs over a range of them, and their fronts are compared. An error is the relative squared error of a part's tokens
+against the autoregressive answer: the deep block's from noise, the shallow blocks' from the deep block's exact tokens.
+All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an error: both
+solvers run over a range of thresholds, and what each needs for one and the same error is interpolated between these (log
+against log). The baseline's chunks are GROWTH times as large after a clip's first frame, as its authors' are, or equal.
+The solvers take turns on one thread, so that whatever else the machine does slows all of them.
 """
 
 from __future__ import annotations
@@ -22,11 +21,9 @@ import math
 import os
 import platform
 import random
-import subprocess
-import sys
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
@@ -34,27 +31,27 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.baseline import Baseline, sample_baseline
-from benchmarks.comparison import AUTHORS_CHUNK, COSTS, Row, at_errors, case_text, compare, tables
-from benchmarks.convert_memory import AnonymousPeak
+from benchmarks.baseline import GROWTH, Baseline, iterate_chunks
+from benchmarks.comparison import Row, at_errors, picture, table
 from starflow_core.model.config import FlowConfig, PromptFormat
-from starflow_core.model.flow import Flow, Grid
+from starflow_core.model.flow import Flow
 from starflow_core.model.latent import LatentFormat
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve import noise as noises
-from starflow_core.solve.sampling import sample
-from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from starflow_core.solve.runs import DeepRun, block_run
+from starflow_core.solve.sampling import Sampler, sample
+from starflow_core.solve.solvers import AUTOREGRESSIVE, SolverSettings, Statistics, Window, solve_span, solve_tokens
 from starflow_core.training.demo import clips
 
-THRESHOLDS = (3e-1, 1e-1, 3e-2, 1e-2, 3e-3, 1e-3, 3e-4, 1e-4, 3e-5, 1e-5)
-RANGES = {"demo": (3e-1, 1e-5), "demo-192": (3e-1, 1e-4), "mid": (3e-2, 1e-4)}  # that reach the ERRORS
-CHUNKS, QUICK_CHUNKS = (4, 8, 16, 24, 32, 48, 64, 96, 128), (16, 32, 64)  # of the baseline
-SPANS = ("image_span", "first_span", "span")  # of ours
+SPANS = (4, 8, 16, 32, 64, 96, 128, 256)  # of ours
+CHUNKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 256)  # of the baseline
+THRESHOLDS = tuple(0.9 * 10 ** (-digits / 2) for digits in range(15))
 ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
 LEAST_ERROR = 1e-14  # below what float32 resolves; an error of zero has no logarithm
+COSTS = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations", "cpu_seconds", "seconds")
 GAIN = 0.5  # of the output layers of the random model
 
-Settings = SolverSettings | Baseline
+Solve = Callable[[float], tuple[Tensor, int, int]]  # a threshold -> tokens, sweeps, evaluations
 
 
 @dataclass(frozen=True)
@@ -70,78 +67,119 @@ class Case:
     guidance: float
 
 
-def turns(thresholds: Sequence[float], chunks: Sequence[int], ratio: float | None) -> list[Settings]:
-    """At each threshold the baseline with each chunk, then ours, whose shallow_tolerance / tolerance is `ratio` (None:
-    that of "balanced")."""
-    balanced = PRESETS["balanced"]
-    ratio = ratio or balanced.shallow_tolerance / balanced.tolerance
-    found = []
-    for threshold in thresholds:
-        found += [Baseline(chunk, threshold) for chunk in chunks]
-        found.append(replace(balanced, tolerance=threshold, shallow_tolerance=threshold * ratio))
-    return found
+class Problem:
+    """A case's sample of one seed, and what is exact of it: the tokens of the deep block, and of the latents."""
+
+    def __init__(self, case: Case, seed: int):
+        self.flow, one = case.flow, slice(seed, seed + 1)
+        self.noise, self.text, self.kind = case.noise[one], case.text[one], case.kind
+        self.grid = self.flow.grid(self.noise)
+        self.run = DeepRun(self.flow, self.grid, self.text, case.uncond, case.guidance)
+        block = self.flow.deep
+        self.z = block.ordered(self.flow.tokens(self.noise)).flatten(1, 2)
+        window = self._window()
+        for _ in solve_tokens(self.run, window):
+            pass
+        self.deep = window.x
+        self.between = block.ordered(self.deep.unflatten(1, (self.grid.frames, -1)))  # (1, T, N, c), row-major
+        self.exact = {"deep": self.deep, "shallow": self._shallow_ours(AUTOREGRESSIVE)[0]}
+
+    def solvers(self) -> Iterator[tuple[str, str, list[int], Solve]]:
+        """Part, name, tokens that are solved at once in the first frame and after it, and the solver."""
+        tokens, frame = self.z.shape[1], self.grid.frame_tokens
+        for span in _distinct(SPANS, tokens):
+            yield "deep", "ours", [span, span], partial(self._deep_ours, span)
+        for chunk in _distinct(CHUNKS, tokens):
+            for growth in (1, GROWTH) if self.grid.frames > 1 and chunk * GROWTH <= CHUNKS[-1] else (1,):
+                yield "deep", "baseline", [chunk, chunk * growth], partial(self._deep_baseline, chunk, growth)
+        yield "shallow", "ours", [frame, frame], lambda t: self._shallow_ours(SolverSettings(shallow_tolerance=t))
+        for chunk in _distinct(CHUNKS, frame):
+            yield "shallow", "baseline", [chunk, chunk], partial(self._shallow_baseline, chunk)
+
+    def _window(self) -> Window:
+        return Window(self.z, self.grid.frame_tokens, self.grid.width)
+
+    def _deep_ours(self, span: int, threshold: float) -> tuple[Tensor, int, int]:
+        window, done = self._window(), Statistics()
+        for _ in solve_span(self.run, window, SolverSettings(tolerance=threshold).spanned(span), done):
+            pass
+        return window.x, done.deep_sweeps, done.deep_evaluations
+
+    def _deep_baseline(self, chunk: int, growth: int, threshold: float) -> tuple[Tensor, int, int]:
+        frame = self.grid.frame_tokens if self.kind == "video" else None
+        return iterate_chunks(self.run, self.z, Baseline(chunk, threshold), frame, growth)
+
+    def _shallow_ours(self, settings: SolverSettings) -> tuple[Tensor, int, int]:
+        sampler = Sampler(self.flow, self.noise, self.text, settings=settings)
+        latents = sampler.through_shallow(self.between, 0)
+        return latents, sampler.statistics.shallow_sweeps, sampler.statistics.shallow_evaluations
+
+    def _shallow_baseline(self, chunk: int, threshold: float) -> tuple[Tensor, int, int]:
+        tokens, sweeps, evaluations = self.between, 0, 0
+        rotary = self.flow.frame_rotary(self.grid, tokens.device)
+        for block in reversed(self.flow.shallow):
+            z = block.ordered(tokens).flatten(0, 1)
+            x, more, each = iterate_chunks(block_run(self.flow, block, rotary, len(z)), z, Baseline(chunk, threshold))
+            sweeps, evaluations = sweeps + more, evaluations + each * len(z)
+            tokens = block.ordered(x.unflatten(0, tokens.shape[:2]))
+        return self.flow.latents(tokens, self.grid), sweeps, evaluations
 
 
-def run_case(
-    flow: Flow,
-    noise: Tensor,
-    text: Tensor,
-    uncond: Tensor | None,
-    guidance: float,
-    settings_list: Sequence[Settings],
-    exact: Tensor | None = None,
-) -> list[Row]:
-    """One row for each of the settings.
-
-    noise (S, T, C, H, W) and text (S, L, D) have one sample per seed, uncond is (1, L, D). `exact` is what
-    `autoregressive` gives, where it is at hand.
-    """
-    if exact is None:
-        exact, _ = autoregressive(flow, noise, text, uncond, guidance)
-    figures = [[] for _ in settings_list]
-    for i in range(len(noise)):
-        for settings, found in zip(settings_list, figures, strict=True):
-            latents, costs = timed(flow, noise[i : i + 1], text[i : i + 1], uncond, guidance, settings)
-            found.append((relative_error(latents, exact[i : i + 1]), *costs))
-    return [_row(settings, found) for settings, found in zip(settings_list, figures, strict=True)]
+def _distinct(sizes: Sequence[int], tokens: int) -> list[int]:
+    """Without those that do the same as a smaller one, which holds all tokens already."""
+    return [size for i, size in enumerate(sizes) if i == 0 or sizes[i - 1] < tokens]
 
 
-def autoregressive(
-    flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float
-) -> tuple[Tensor, Row]:
-    """The exact latents (S, T, C, H, W), and what they cost; arguments as in `run_case`."""
-    samples = [
-        timed(flow, noise[i : i + 1], text[i : i + 1], uncond, guidance, AUTOREGRESSIVE) for i in range(len(noise))
-    ]
-    exact = torch.cat([latents for latents, _ in samples])
-    row = _row(AUTOREGRESSIVE, [(LEAST_ERROR, *costs) for _, costs in samples])
-    return exact, replace(row, error=0.0)
+@torch.inference_mode()
+def measure(case: Case) -> dict:
+    """All solvers on one case, ready for JSON."""
+    problems = [Problem(case, seed) for seed in range(len(case.noise))]
+    rows = []
+    for solvers in zip(*(problem.solvers() for problem in problems), strict=True):
+        part, name, tokens, _ = solvers[0]
+        exact = [problem.exact[part] for problem in problems]
+        for threshold in THRESHOLDS:
+            found = [
+                _figures(solve, threshold, answer) for (*_, solve), answer in zip(solvers, exact, strict=True)
+            ]
+            rows.append(Row(part, name, tokens, threshold, *(_mean(values) for values in zip(*found, strict=True))))
+            if rows[-1].error < min(ERRORS):
+                break
+    grid = problems[0].grid
+    return {
+        "model": case.model,
+        "kind": case.kind,
+        "tokens": [grid.frames, grid.height, grid.width],
+        "seeds": len(problems),
+        "rows": [asdict(row) for row in rows],
+        "at_equal_error": [asdict(row) for row in at_errors(rows, ERRORS)],
+    }
+
+
+def _figures(solve: Solve, threshold: float, exact: Tensor) -> tuple[float, ...]:
+    began = time.process_time()
+    tokens, sweeps, evaluations = solve(threshold)
+    return relative_error(tokens, exact), sweeps, evaluations, time.process_time() - began
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.exp(sum(map(math.log, values)) / len(values))
 
 
 @torch.no_grad()
-def timed(flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: Settings):
-    """Latents by any of the solvers, and its `COSTS`."""
+def timed(
+    flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: SolverSettings
+) -> tuple[Tensor, list[float]]:
+    """Latents of a sample, and its `COSTS`."""
     wall, cpu = time.perf_counter(), time.process_time()
-    if isinstance(settings, Baseline):
-        latents, statistics = sample_baseline(flow, noise, text, uncond, guidance, settings)
-    else:
-        out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
-        latents, statistics = out.latents, out.statistics
-    costs = vars(statistics) | {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
-    return latents, [costs[name] for name in COSTS]
+    out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
+    spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
+    costs = vars(out.statistics) | spent
+    return out.latents, [costs[name] for name in COSTS]
 
 
 def relative_error(latents: Tensor, exact: Tensor) -> float:
     return max(float((latents - exact).square().sum() / exact.square().sum()), LEAST_ERROR)
-
-
-def _row(settings: Settings, figures: list[tuple]) -> Row:
-    means = [math.exp(sum(map(math.log, values)) / len(values)) for values in zip(*figures, strict=True)]
-    if isinstance(settings, Baseline):
-        return Row("baseline", {"chunk": settings.chunk}, settings.threshold, *means)
-    if settings.method == "autoregressive":
-        return Row("autoregressive", {}, 0.0, *means)
-    return Row("ours", {name: getattr(settings, name) for name in SPANS}, settings.tolerance, *means)
 
 
 def demo_case(kind: str, seeds: int, guidance: float, side: int = 96, quantise: bool = False) -> Case:
@@ -200,55 +238,6 @@ def random_flow(kind: str, gain: float = GAIN) -> Flow:
     return flow.eval().requires_grad_(False)
 
 
-def measure(case: Case, thresholds: Sequence[float], chunks: Sequence[int], ratio: float | None) -> dict:
-    """All solvers on one case, ready for JSON."""
-    inputs, grid = (case.flow, case.noise, case.text, case.uncond, case.guidance), case.flow.grid(case.noise)
-    exact, reference = autoregressive(*inputs)
-    rows = run_case(*inputs, [*turns(thresholds, distinct(chunks, grid), ratio), *PRESETS.values()], exact)
-    rows, presets = rows[: -len(PRESETS)], rows[-len(PRESETS) :]
-    equal = at_errors(rows, ERRORS)
-    return {
-        "model": case.model,
-        "kind": case.kind,
-        "tokens": [grid.frames, grid.height, grid.width],
-        "autoregressive": asdict(reference),
-        "presets": {name: asdict(row) for name, row in zip(PRESETS, presets, strict=True)},
-        "rows": [asdict(row) for row in rows],
-        "at_equal_error": [asdict(row) for row in equal],
-        "comparisons": [asdict(comparison) for comparison in compare(equal, case.kind)],
-    }
-
-
-def distinct(chunks: Sequence[int], grid: Grid) -> list[int]:
-    """Without the chunks that do the same as a smaller one, which holds all tokens already."""
-    return [chunk for i, chunk in enumerate(chunks) if i == 0 or chunks[i - 1] < grid.frames * grid.frame_tokens]
-
-
-def peak_memory(model: str, kind: str, guidance: float) -> dict[str, int]:
-    """Peak of anonymous memory above the loaded model, in bytes, for one sample by each solver."""
-    # With mapped allocations, freed memory goes back at once and can't hide what is needed later.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-m", "benchmarks.solver", "--model", model, "--guidance", str(guidance), "--peak", kind]
-    return {
-        solver: int(subprocess.check_output([*command, solver], env=environment, cwd=Path(__file__).parents[1]))
-        for solver in ("autoregressive", "baseline", "ours")
-    }
-
-
-def sample_for_peak(model: str, kind: str, solver: str, guidance: float) -> int:
-    settings = {
-        "autoregressive": AUTOREGRESSIVE,
-        "baseline": Baseline(AUTHORS_CHUNK[kind]),
-        "ours": PRESETS["balanced"],
-    }
-    torch.set_num_threads(1)
-    case = CASES[model](kind, 1, guidance)
-    monitor = AnonymousPeak()
-    monitor.start()
-    timed(case.flow, case.noise, case.text, case.uncond, guidance, settings[solver])
-    return monitor.stop()
-
-
 def machine() -> dict[str, str | int]:
     return {
         "device": f"cpu, {platform.machine()}",
@@ -269,42 +258,37 @@ def write_json(path: Path, report: dict) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", choices=(*CASES, "all"), default="all")
+    parser.add_argument("--model", choices=CASES, nargs="+", default=list(CASES))
+    parser.add_argument("--kind", choices=("image", "video"), nargs="+", default=["image", "video"])
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--ratio", type=float, help="shallow over deep tolerance of ours (default: balanced's)")
     parser.add_argument("--json", type=Path, help="write all figures to this file")
-    parser.add_argument("--quick", action="store_true", help="two seeds, fewer chunks, no memory")
-    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="only print the tables of these files")
-    parser.add_argument("--peak", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="only print the table of these files")
+    parser.add_argument("--picture", type=Path, nargs="+", metavar="SVG JSON", help="only draw the fronts of these files")
     arguments = parser.parse_args()
     if arguments.table:
-        cases = [case for path in arguments.table for case in json.loads(path.read_text())["cases"]]
-        print(tables(cases))
-    elif arguments.peak:
-        print(sample_for_peak(arguments.model, *arguments.peak, arguments.guidance))
+        print(table(read_cases(arguments.table)))
+    elif arguments.picture:
+        target, *files = arguments.picture
+        target.write_text(picture(read_cases(files)))
     else:
         run(arguments)
 
 
+def read_cases(files: Sequence[Path]) -> list[dict]:
+    return [case for path in files for case in json.loads(path.read_text())["cases"]]
+
+
 def run(arguments: argparse.Namespace) -> None:
     torch.set_num_threads(1)
-    seeds, chunks = (2, QUICK_CHUNKS) if arguments.quick else (arguments.seeds, CHUNKS)
     results = []
-    for model in CASES if arguments.model == "all" else (arguments.model,):
-        loosest, tightest = RANGES[model]
-        thresholds = [threshold for threshold in THRESHOLDS if tightest <= threshold <= loosest]
-        for kind in AUTHORS_CHUNK:
-            result = measure(CASES[model](kind, seeds, arguments.guidance), thresholds, chunks, arguments.ratio)
-            if sys.platform == "linux" and not arguments.quick:
-                result["peak_bytes"] = peak_memory(model, kind, arguments.guidance)
-            results.append(result)
-            print(case_text(result), end="\n\n", flush=True)
-    print(tables(results))
-    if arguments.json:
-        settings = {"seeds": seeds, "guidance": arguments.guidance, "ratio": arguments.ratio, "chunks": chunks}
-        settings["presets"] = {name: asdict(preset) for name, preset in PRESETS.items()}
-        write_json(arguments.json, {**machine(), "settings": settings, "cases": results})
+    for model in arguments.model:
+        for kind in arguments.kind:
+            results.append(measure(CASES[model](kind, arguments.seeds, arguments.guidance)))
+            print(table(results[-1:]), end="\n\n", flush=True)
+            if arguments.json:
+                settings = {"guidance": arguments.guidance, "spans": SPANS, "chunks": CHUNKS}
+                write_json(arguments.json, {**machine(), "settings": settings, "cases": results})
 
 
 if __name__ == "__main__":

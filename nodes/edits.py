@@ -108,7 +108,7 @@ class STARFlowEditByInversion(io.ComfyNode):
                                                                                 (positive, "positive"))]  # fmt: skip
         uncond = embeddings_for(flow.config, job, negative, "negative") if job.guidance else None
         began, bar = time.monotonic(), host.NodeProgress(cls.hidden.unique_id)
-        job, plan, work = fitted(model, job, options or Options(), settings is None)
+        job, plan, work = fitted(model, job, options or Options())
         work = max(work, planned(model, job, options or Options(), memory.forecast_encode, "this job")[1])
         bar.say(str(plan))
 

@@ -122,12 +122,11 @@ NODES = [STARFlowMemory, STARFlowDevices]
 
 
 def fitted(
-    model, job: Job, options: Options, widen: bool, second: torch.device | None = None
+    model, job: Job, options: Options, second: torch.device | None = None
 ) -> tuple[Job, MemoryPlan, int]:  # fmt: skip
     """A job as it fits the host, its means, and the bytes that the host has to leave free of weights.
 
-    `widen` allows a larger span; guidance's second half may be on a `second` device. Raises OutOfMemoryForecast if
-    nothing fits.
+    Guidance's second half may be on a `second` device. Raises OutOfMemoryForecast if nothing fits.
     """
     fixed = options.memory
     job = fixed.spanned(job)
@@ -139,7 +138,7 @@ def fitted(
         need = replace(need, weights=0) if host.has_copy(model, second) else need
         memory.require(need.total, second, "guidance's second half")
     plan = plan.timed(pace(model, job, plan, second))
-    return plan.fitted(job, widen and fixed.span is None), plan, work
+    return plan.fitted(job, model.load_device), plan, work
 
 
 def second_of(model, job: Job, options: Options) -> torch.device | None:

@@ -235,7 +235,7 @@ class STARFlowSampler(io.ComfyNode):
         began = time.monotonic()
         options = options or Options()
         second = second_of(model, job, options)
-        job, plan, work = fitted(model, job, options, settings is None, second)
+        job, plan, work = fitted(model, job, options, second)
         samples, statistics = _sample(model, job, text, uncond, plan, work, cls.hidden.unique_id, noise, second)
         report = _report(statistics, job, plan, time.monotonic() - began, noise)
         report += _changes(flow.config, job)

@@ -118,6 +118,7 @@ class Pipeline:
         if unfinished:
             file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
             kept = {"settled": file.load(), "on_window": file.save}
+        job = plan.fitted(job, self.placement.deep[0])
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
         fallbacks = plan.fallbacks
         if team.mesh.count > 1:

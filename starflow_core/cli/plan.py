@@ -63,7 +63,7 @@ class Plan:
         several = len(captions) > job.batch or candidates > 1  # the text encoder is kept for the next batch
         check_parallel(args, setup, job)
         plan = setup.plan(args, job, several or keep_text_encoder)
-        job = plan.fitted(job, widen=args.span is None)
+        job = plan.fitted(job, setup.device)
         settings["solver"] = job.solver
         source = given.pixels["clip"] if args.join else None
         seeds = [job.seed + i * candidates for i in range(len(captions))]

@@ -17,6 +17,7 @@ import torch
 from ..errors import InputError, OutOfMemoryForecast
 from ..model.cache import CacheSettings
 from ..model.parallel import ONE, Mesh
+from ..solve.solvers import span_for
 from . import CACHE_PLACES, CACHES, NOWHERE, OFFLOADS, memory
 from .memory import Forecast, readable
 from .pace import Pace, about
@@ -159,11 +160,10 @@ class MemoryPlan:
         """With what the pace of this machine says."""
         return replace(self, seconds=pace.estimate())
 
-    def fitted(self, job: Job, widen: bool) -> Job:
-        """The job with a span that suits the means, if `widen` allows it."""
-        if not (widen and self.means.streamed):
-            return job
-        return replace(job, solver=job.solver.with_numbers(span=max(job.solver.span, STREAMED_SPAN)))
+    def fitted(self, job: Job, device: torch.device) -> Job:
+        """The job with spans that suit the means and the device, where its solver's settings leave them open."""
+        span = STREAMED_SPAN if self.means.streamed else span_for(device, job.batch * (2 if job.guidance else 1))
+        return replace(job, solver=job.solver.spanned(span))
 
     def __str__(self) -> str:
         words = f"{self.means}{'; text encoder on the CPU' if self.text_away else ''}"

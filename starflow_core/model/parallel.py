@@ -126,14 +126,15 @@ class Team:
         a, b = torch.cat(both, 1)
         return a, b
 
-    def agree(self, leading: int, residual: float) -> tuple[int, float]:
-        """The leader's count of tokens to commit, and its residual: rounding must not part the processes."""
+    def agree(self, leading: int, known: int, residual: float) -> tuple[int, int, float]:
+        """The leader's counts of tokens to commit and of those that something is known of, and its residual: rounding
+        must not part the processes."""
         if self.mesh.count == 1:
-            return leading, residual
-        decision = torch.tensor([leading, residual], dtype=torch.float64)
+            return leading, known, residual
+        decision = torch.tensor([leading, known, residual], dtype=torch.float64)
         torch.distributed.broadcast(decision, LEADER)
-        leading, residual = decision.tolist()
-        return int(leading), residual
+        leading, known, residual = decision.tolist()
+        return int(leading), int(known), residual
 
     def tell(self, value: T | None) -> T:
         """What the leader says; all ask at the same time. Tensors in it are on the CPU."""

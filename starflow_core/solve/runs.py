@@ -15,7 +15,7 @@ from ..model.flow import Block, Flow, Grid
 from ..model.rope import Rotary, joined
 from .beside import carried
 from .guidance import guided
-from .solvers import PRESETS, Statistics, Window, absorb, solve_span
+from .solvers import PRESETS, Statistics, Window, absorb, solve_span, span_for
 from .windows import Extent, Prompts
 
 # Guidance of frames that are brought under another prompt, at most. Inverting with it would undo in part what sampling
@@ -56,8 +56,8 @@ class BlockRun:
         """As `Cache.horizon`, in tokens."""
         return self.cache.horizon(self.prefix + start) - self.prefix
 
-    def agree(self, leading: int, residual: float) -> tuple[int, float]:
-        return leading, residual
+    def agree(self, leading: int, known: int, residual: float) -> tuple[int, int, float]:
+        return leading, known, residual
 
 
 def block_run(
@@ -101,8 +101,8 @@ class DeepRun:
     def horizon(self, start: int) -> int:
         return self.runs[0].horizon(start)
 
-    def agree(self, leading: int, residual: float) -> tuple[int, float]:
-        return self.team.agree(leading, residual)
+    def agree(self, leading: int, known: int, residual: float) -> tuple[int, int, float]:
+        return self.team.agree(leading, known, residual)
 
     def take(self, rows: Tensor) -> None:
         """Go on with these elements (n,) of the batch, in this order; n is as it was. Only for caches that keep all in
@@ -169,7 +169,8 @@ class PromptedRun(DeepRun):
         self._read(extent.prompt)
         now = Window((tokens - was.b) / was.a, **place)
         with self._weighted(BRINGING):
-            for _, residual in solve_span(self, now, PRESETS["exact"], Statistics()):
+            settings = PRESETS["exact"].spanned(span_for(now.z.device, len(now.z)))
+            for _, residual in solve_span(self, now, settings, Statistics()):
                 report(residual)
         return now.x.view_as(frames)
 

@@ -28,6 +28,7 @@ from .solvers import (
     solve_frames,
     solve_span,
     solve_tokens,
+    span_for,
 )
 from .windows import Prompts
 
@@ -81,8 +82,9 @@ class Sampler:
     ):
         self.flow, self.noise, self.uncond, self.guidance = flow, noise, uncond, guidance
         self.prompts = Prompts.of(text)
-        self.context, self.settings, self.control = context, settings, control or Control()
+        self.context, self.control = context, control or Control()
         self.placement, self.cache = placement or Placement.on(self.prompts.texts.device), cache
+        self.settings = settings.spanned(span_for(self.placement.deep[0], len(noise) * (2 if guidance else 1)))
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
         self.given = 0 if context is None else context.shape[1]
@@ -90,6 +92,7 @@ class Sampler:
         self.window = min(window, self.frames)
         self.extents = tuple(self.prompts.extents(self.frames, self.window, self.keep, self.given))
         self.statistics = Statistics()
+        self._openings: dict[int, tuple[Tensor, Tensor]] = {}  # of the shallow blocks, by their index
         self._stop = Event()  # that the deep block is to stop, in whichever thread it computes
         self._solving: tuple[int, Tensor] | None = None  # the first frame that isn't settled, and its tokens so far
         self._tokens = _each(settled.tokens) if settled else []
@@ -183,7 +186,7 @@ class Sampler:
         for block in reversed(self.flow.shallow):
             z = block.ordered(tokens)[:, 0]
             affine = partial(self.flow.shallow_affine, block, rotary=rotary)
-            x = solve_frames(affine, z, DRAFT, Statistics(), lambda done, residual: None)
+            x = solve_frames(affine, z, self._opening(block, z), DRAFT, Statistics(), lambda done, residual: None)
             tokens = block.ordered(x.unsqueeze(1))
         return frame, self.flow.latents(tokens, self.grid)
 
@@ -280,6 +283,15 @@ class Sampler:
             require_finite(tokens, f"block {block.index}", self.grid, first)
         return self.flow.latents(tokens, self.grid)
 
+    def _opening(self, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (1, 1, c) of a frame's first token, which reads no other: they are the weights' own."""
+        if block.index not in self._openings:
+            rotary = self.flow.frame_rotary(self.grid, z.device)
+            self._openings[block.index] = self.flow.shallow_affine(block, z[:1, :1], rotary[:1])
+            self.statistics.shallow_sweeps += 1
+            self.statistics.shallow_evaluations += 1
+        return self._openings[block.index]
+
     def _shallow_block(self, block: Block, z: Tensor) -> Tensor:
         """Invert one block of frames (rows, N, c), rows in any order."""
         flow = self.flow
@@ -292,8 +304,8 @@ class Sampler:
 
         if self.settings.method == "jacobi":
             return solve_frames(
-                lambda tokens: flow.shallow_affine(block, tokens, rotary), z, self.settings, self.statistics,
-                lambda done, residual: report(done * size, residual),
+                lambda tokens: flow.shallow_affine(block, tokens, rotary), z, self._opening(block, z), self.settings,
+                self.statistics, lambda done, residual: report(done * size, residual),
             )  # fmt: skip
         window = Window(z, size, self.grid.width)
         for settled in solve_tokens(block_run(flow, block, rotary, rows), window):

@@ -1,8 +1,8 @@
 """Inverting a block, x = a(x_<) z + b(x_<): token by token, or as a fixed point by Jacobi iteration.
 
 The map is strictly triangular, so its only fixed point is the autoregressive answer, and iterating from anywhere
-reaches it: after k sweeps the first k tokens are exact. A quasi-Newton step with one secant slope per token gets there
-sooner. `solve_span` slides over a long sequence with a cache, `solve_frames` iterates short ones whole.
+reaches it: after k sweeps the first k tokens are exact. `solve_span` slides over a long sequence with a cache, where
+a quasi-Newton step with one secant slope per token gets there sooner; `solve_frames` iterates short ones whole.
 """
 
 from __future__ import annotations
@@ -20,6 +20,11 @@ from ..errors import InputError, NonFiniteError
 from ..model.schema import check_kinds
 
 SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
+UNKNOWN = 0.5  # a squared change of half the tokens' own size: next to nothing is known of the token yet
+REACH = 4  # a span goes on for a quarter of its length after the first token of which nothing is known
+SPANS = ("image_span", "first_span", "span")
+FEW_SWEEPS, FEW_EVALUATIONS = 96, 48  # spans that suit a sweep that waits for the weights, and one that computes
+WAITING = 256  # tokens of all rows that an accelerator evaluates in about the time of one, while it reads the weights
 ABSORBED = 512  # known tokens that are run at once
 
 
@@ -27,17 +32,17 @@ ABSORBED = 512  # known tokens that are run at once
 class SolverSettings:
     """How the blocks are inverted.
 
-    `image_span`, `first_span` and `span` are the tokens that are solved at once: in an image, in the
-    first frame of a clip, and after it. Larger spans take fewer sweeps and more token evaluations. A
-    token settles when its squared change, relative to the mean square of its span, is below
+    `image_span`, `first_span` and `span` are the tokens that are solved at once at most: in an image, in the first
+    frame of a clip, and after it; None is what suits the device (`span_for`). Larger spans take fewer sweeps and more
+    token evaluations. A token settles when its squared change, relative to the mean square of its span, is below
     `tolerance`, or after `max_sweeps`. Shallow blocks iterate whole frames until the frame's relative
     squared change is below `shallow_tolerance`. `method` "autoregressive" ignores all of these.
     """
 
-    image_span: int = 18
-    first_span: int = 32
-    span: int = 132
-    tolerance: float = 1e-3
+    image_span: int | None = None
+    first_span: int | None = None
+    span: int | None = None
+    tolerance: float = 3e-4
     shallow_tolerance: float = 3e-5
     max_sweeps: int = 64
     method: str = "jacobi"
@@ -46,8 +51,8 @@ class SolverSettings:
         check_kinds(self)
         if self.method not in ("jacobi", "autoregressive"):
             raise InputError(f"solver method {self.method!r}: expected jacobi or autoregressive")
-        for name in ("image_span", "first_span", "span", "max_sweeps"):
-            if getattr(self, name) < 1:
+        for name in (*SPANS, "max_sweeps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"solver setting {name} is {getattr(self, name)}; the minimum is 1")
         for name in ("tolerance", "shallow_tolerance"):
             if not 0 <= getattr(self, name) < 1:
@@ -62,7 +67,11 @@ class SolverSettings:
     @property
     def widest(self) -> int:
         """The most tokens of the deep block that are evaluated at once."""
-        return max(ABSORBED, self.image_span, self.first_span, self.span)
+        return max(ABSORBED, *(getattr(self, name) or 0 for name in SPANS))
+
+    def spanned(self, span: int) -> SolverSettings:
+        """The same settings with this span in place of those that are None."""
+        return self.with_numbers(**{name: span for name in SPANS if getattr(self, name) is None})
 
     def with_numbers(self, **numbers) -> SolverSettings:
         """The same settings with the given numbers changed; None leaves a number as it is."""
@@ -70,11 +79,18 @@ class SolverSettings:
 
 
 PRESETS = {
-    "fast": SolverSettings(tolerance=1e-2, shallow_tolerance=3e-4),
-    "balanced": SolverSettings(tolerance=1e-3, shallow_tolerance=3e-5),
+    "fast": SolverSettings(tolerance=3e-3, shallow_tolerance=3e-4),
+    "balanced": SolverSettings(tolerance=3e-4, shallow_tolerance=3e-5),
     "exact": SolverSettings(tolerance=1e-10, shallow_tolerance=1e-10, max_sweeps=4096),
 }
 AUTOREGRESSIVE = SolverSettings(method="autoregressive")
+
+
+def span_for(device: torch.device, rows: int) -> int:
+    """The span that suits a device and so many rows of the deep block: where a sweep of few tokens takes as long as one
+    of many, since it waits for the weights, the one with few sweeps, else the one with few evaluations."""
+    waits = device.type != "cpu" and rows * FEW_SWEEPS <= WAITING
+    return FEW_SWEEPS if waits else FEW_EVALUATIONS
 
 
 @dataclass
@@ -100,7 +116,7 @@ class Evaluate(Protocol):
 
     def horizon(self, start: int) -> int: ...
 
-    def agree(self, leading: int, residual: float) -> tuple[int, float]: ...
+    def agree(self, leading: int, known: int, residual: float) -> tuple[int, int, float]: ...
 
 
 class Window:
@@ -148,18 +164,19 @@ def solve_span(
     """Jacobi over a sliding span; yields (tokens settled, residual) after every sweep.
 
     Each sweep commits the leading tokens that no longer change (at least one: the first has only settled tokens
-    before it, so it is exact), and as many new ones enter, warm-started.
+    before it, so it is exact). New ones enter warm-started, up to the span's size, but not far after a token of which
+    nothing is known: they couldn't be right before it is.
     """
-    settled = entered = window.known
+    settled = entered = known = window.known
     secant, sweep, first_sweeps = Secant(), 0, []  # of each token of the span, in which it was first evaluated
     while settled < window.length:
         size = settings.span_at(settled, window.frame_tokens, window.length)
-        stop = max(min(settled + size, window.length), entered)
+        stop = max(min(settled + size, known + math.ceil(size / REACH), window.length), entered)
         warm_start(window, entered, stop)
         first_sweeps += [sweep] * (stop - max(entered, settled))
         output, change = _sweep(evaluate, window, settled, stop)
         aged = bisect_right(first_sweeps, sweep + 1 - settings.max_sweeps)
-        leading, residual = evaluate.agree(*decide(change, settings.tolerance, aged))
+        leading, sure, residual = evaluate.agree(*decide(change, settings.tolerance, aged))
         if not math.isfinite(residual):
             raise_non_finite(window, output, settled)
         leading = min(leading, evaluate.horizon(settled) - settled)
@@ -172,6 +189,7 @@ def solve_span(
         secant.drop(leading)
         del first_sweeps[:leading]
         sweep += 1
+        known = settled + max(sure, leading)
         settled, entered = settled + leading, stop
         yield settled, residual
 
@@ -208,10 +226,6 @@ class Secant:
     def drop(self, count: int) -> None:
         """Forget the first tokens of the last sweep."""
         self.inputs, self.outputs = self.inputs[:, count:], self.outputs[:, count:]
-
-    def keep(self, rows: Tensor) -> None:
-        """Forget all but these rows."""
-        self.inputs, self.outputs = self.inputs[rows], self.outputs[rows]
 
 
 def parallel_scan(slope: Tensor, step: Tensor) -> Tensor:
@@ -250,14 +264,14 @@ def _change(new: Tensor, old: Tensor) -> Tensor:
     return ((new - old).square() / scale).mean(-1).amax(0)
 
 
-def decide(change: Tensor, tolerance: float, aged: int) -> tuple[int, float]:
-    """How many leading tokens of a span may be committed, at least one, and the residual: a sweep's only question to
-    the device. The first `aged` may in any case."""
+def decide(change: Tensor, tolerance: float, aged: int) -> tuple[int, int, float]:
+    """A sweep's only question to the device: how many leading tokens of a span may be committed, at least one, before
+    how many more or less is known of all, and the residual. The first `aged` may be committed in any case."""
     going = ~(change < tolerance)
     going[:aged] = False
-    leading = torch.where(going.any(), going.int().argmax(), len(going)).clamp(min=1)
-    leading, residual = torch.stack((leading.to(change.dtype), change.max())).tolist()
-    return int(leading), residual
+    counts = [torch.where(rest.any(), rest.int().argmax(), len(rest)) for rest in (going, ~(change < UNKNOWN))]
+    leading, known, residual = torch.stack([*(count.to(change.dtype) for count in counts), change.max()]).tolist()
+    return max(int(leading), 1), int(known), residual
 
 
 def raise_non_finite(window: Window, output: Tensor, start: int) -> None:
@@ -276,17 +290,22 @@ def raise_non_finite(window: Window, output: Tensor, start: int) -> None:
 def solve_frames(
     affine: Callable[[Tensor], tuple[Tensor, Tensor]],
     z: Tensor,
+    opening: tuple[Tensor, Tensor],
     settings: SolverSettings,
     statistics: Statistics,
     report: Callable[[int, float], None],
 ) -> Tensor:
     """Jacobi over whole frames z (rows, N, c); each row stops on its own.
 
-    `affine(tokens)` gives a, b of whole rows. `report(rows done, residual)` is called every sweep.
+    `affine(tokens)` gives a, b of whole rows. All tokens start from their noise and the `opening` a, b, which broadcast
+    to them: the first token's, which is right at once, suit the others better than the noise alone, by a whole sweep in
+    the demo.
+    `report(rows done, residual)` is called every sweep.
     """
-    x, active = z.clone(), torch.arange(len(z), device=z.device)
-    current, secant = z, Secant()
-    for _ in range(min(settings.max_sweeps, z.shape[1])):
+    a, b = opening
+    current = a * z + b
+    x, active = current.clone(), torch.arange(len(z), device=z.device)
+    for _ in range(max(min(settings.max_sweeps, z.shape[1] - 1), 1)):
         a, b = affine(current)
         output = a * z[active] + b
         change = (output - current).square().mean((1, 2)) / output.square().mean((1, 2)).clamp(min=1e-12)
@@ -297,9 +316,8 @@ def solve_frames(
         report(len(z) - len(going), residual)
         if not len(going) or residual != residual:
             break
-        following, going = secant.step(current, output), going.to(z.device)
-        current, active = following[going], active[going]
-        secant.keep(going)
+        going = going.to(z.device)
+        current, active = output[going], active[going]
     return x
 
 

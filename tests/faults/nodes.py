@@ -168,7 +168,6 @@ FAULTS = [
     node("options", "round(budget * GB) or None", "None", "the budget is ignored"),
     node("options", "cache, offload_cache, span or None", "cache, 'auto', span or None", "offload_cache is ignored"),
     node("options", "    job = fixed.spanned(job)\n", "", "a span that is fixed is ignored"),
-    node("options", "widen and fixed.span is None", "True", "a span that is fixed is widened"),
     node("host", "return Room(device, free + weights, weights, int8)", "return Room(device, free, weights, int8)",
          "on a CPU, weights that are there count twice"),
     node("host", "    free += sum(other.loaded_size() for other in loaded)\n", "",

@@ -202,12 +202,12 @@ def test_weights_that_wait_in_main_memory_want_larger_spans(demo, core, room):
     """And the host is asked for all that the budget leaves out."""
     room(device=CARD, streamed=(True,), free=10**10)
     job = core.job(height=32, width=48, frames=13)
-    own = job.solver.span
-    for fixed_span, widen, span in ((None, True, planner.STREAMED_SPAN), (9, True, 9), (None, False, own)):
+    own = replace(job, solver=job.solver.with_numbers(span=7))
+    for job, fixed_span, span in ((job, None, planner.STREAMED_SPAN), (job, 9, 9), (own, None, 7), (own, 9, 9)):
         given = planner.HostedOptions(span=fixed_span)
-        chosen, plan, _ = options.fitted(demo.model, job, options.Options(given), widen)
+        chosen, plan, _ = options.fitted(demo.model, job, options.Options(given))
         assert chosen.solver.span == span
         assert plan.means == planner.Means(streamed=True, cache=planner.CacheSettings(quantised=True))
     limited = options.Options(planner.HostedOptions(budget=10**9))
-    _, plan, work = options.fitted(demo.model, job, limited, True)
+    _, plan, work = options.fitted(demo.model, job, limited)
     assert work == plan.need.total - plan.need.weights + 9 * 10**9

@@ -16,6 +16,7 @@ from starflow_core.jobs.planner import (
     STREAMED_SPAN,
     HostedOptions,
     MemoryOptions,
+    MemoryPlan,
     Room,
     choose,
     choose_hosted,
@@ -25,7 +26,7 @@ from starflow_core.jobs.tasks import PLAIN, Generation, Job, Means
 from starflow_core.model.cache import CacheSettings
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B
 from starflow_core.model.placement import Placement
-from starflow_core.solve.solvers import PRESETS
+from starflow_core.solve.solvers import FEW_EVALUATIONS, FEW_SWEEPS, PRESETS
 from starflow_core.weights.streaming import stream_layers
 from tests.core import models
 
@@ -277,8 +278,19 @@ def test_a_batch_that_given_frames_rule_out_is_not_named():
 
 def test_streamed_weights_want_larger_spans():
     plan = choose(JOB, torch.device("lazy"), MemoryOptions(offload="weights"), (False,), by_means())
-    assert plan.fitted(JOB, widen=True).solver.span == STREAMED_SPAN
-    assert plan.fitted(JOB, widen=False).solver == JOB.solver
+    assert plan.fitted(JOB, CPU).solver == JOB.solver.spanned(STREAMED_SPAN)
+    own = replace(JOB, solver=JOB.solver.with_numbers(image_span=1, first_span=2, span=3))
+    assert plan.fitted(own, CPU).solver == own.solver
+
+
+def test_spans_suit_the_device_and_the_rows():
+    plan, card = MemoryPlan(Means(), Forecast(0, 0, 0), None), torch.device("cuda")
+    guided = replace(JOB, guidance=2.0)
+    cases = ((CPU, JOB, FEW_EVALUATIONS), (card, replace(guided, batch=1), FEW_SWEEPS),
+             (card, replace(guided, batch=2), FEW_EVALUATIONS), (card, replace(JOB, batch=2, guidance=0.0), FEW_SWEEPS))  # fmt: skip
+    for device, job, span in cases:
+        solver = plan.fitted(job, device).solver
+        assert (solver.image_span, solver.first_span, solver.span) == (span,) * 3
 
 
 @pytest.mark.parametrize("kind", ["image", "video"])

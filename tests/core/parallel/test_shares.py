@@ -156,7 +156,7 @@ def test_a_process_that_is_alone_does_nothing():
     assert ALONE.leads
     assert ALONE.sum(a) is a
     assert ALONE.gather(a, b) == (a, b)
-    assert ALONE.agree(3, 0.5) == (3, 0.5)
+    assert ALONE.agree(3, 5, 0.5) == (3, 5, 0.5)
     assert ALONE.tell("a") == "a"
 
 

@@ -69,7 +69,7 @@ def test_max_sweeps_settles_tokens():
     settings = SolverSettings(first_span=16, span=16, tolerance=0.0, shallow_tolerance=0.0, max_sweeps=2)
     statistics = sample(flow, z, text, settings=settings).statistics
     assert statistics.deep_evaluations <= 2 * 64 + 16
-    assert statistics.shallow_sweeps == 2 * 2
+    assert statistics.shallow_sweeps == 2 * (1 + 2)  # what they open with, too
 
 
 def test_statistics_add_up():
@@ -181,7 +181,7 @@ def test_a_sweep_of_the_deep_block_asks_the_device_once(guidance):
     run, statistics = DeepRun(flow, grid, text, models.text(flow, seed=8), guidance), Statistics()
     window = Window(models.randn(2, 18, 4), grid.frame_tokens, grid.width)
     with Calls() as calls:
-        for _ in solve_span(run, window, PRESETS["balanced"], statistics):
+        for _ in solve_span(run, window, PRESETS["balanced"].spanned(16), statistics):
             pass
     assert +calls.counts == {"tolist": statistics.deep_sweeps}
 
@@ -189,10 +189,11 @@ def test_a_sweep_of_the_deep_block_asks_the_device_once(guidance):
 def test_a_sweep_of_a_shallow_block_asks_the_device_once():
     flow, statistics = models.flow(), Statistics()
     rotary, z = flow.frame_rotary(flow.grid(models.randn(1, 3, 4, 2, 3)), "cpu"), models.randn(4, 6, 4)
+    opening = torch.ones(1, 1, 4), torch.zeros(1, 1, 4)
     with Calls() as calls:
         solve_frames(
-            lambda tokens: flow.shallow_affine(flow.shallow[0], tokens, rotary), z, PRESETS["balanced"], statistics,
-            lambda done, residual: None,
+            lambda tokens: flow.shallow_affine(flow.shallow[0], tokens, rotary), z, opening, PRESETS["balanced"],
+            statistics, lambda done, residual: None,
         )  # fmt: skip
     assert calls.counts["cpu"] == statistics.shallow_sweeps
     assert not SENDS & set(+calls.counts)
