@@ -97,8 +97,8 @@ def _run(graph: Evaluate, *inputs):
     try:
         return graph(*inputs)
     except TorchDynamoException as error:
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(f"the flow could not be compiled here, leave that out ({first})") from error
+        reason = " ".join(str(error).split("\n")[:2])  # a page follows
+        raise InputError(f"the flow could not be compiled here; leave that out ({reason})") from error
 
 
 def _padded(x: Tensor, axis: int, length: int) -> Tensor:
@@ -115,8 +115,10 @@ def _symbolic(x: Tensor, axis: int) -> Tensor:
     return x
 
 
-def require_compiler(device: torch.device) -> None:
-    """Raise InputError, with the remedy, where PyTorch lacks what it compiles with for a device."""
+def require_compiler(device: torch.device, *others: torch.device) -> None:
+    """Raise InputError, with the remedy, where PyTorch lacks what it compiles with for a device, or there are more."""
+    if others:
+        raise InputError("a flow is compiled for one device, not for several; leave out either")
     if device.type == "cpu":
         name = os.environ.get("CXX") or COMPILERS.get(platform.system(), "g++")
         if shutil.which(name) is None:

@@ -42,7 +42,7 @@ SETTINGS = (
 )
 # What to make and how, of `generate` and of `batch`.
 JOB = (
-    "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height image "
+    "aspect batch best-of cache change-kept compile denoise device dtype first-span fps frames guidance height image "
     "image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept no-denoise "
     "offload output preset quality resume seed shallow-tolerance size solver span task text-encoder tile timeline "
     "tolerance vae video width window"
@@ -53,14 +53,14 @@ FLAGS = {
     "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
     "text-encoder vae width window",
     "mix": "amount keep-frames output seed",
-    "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span lora max-sweeps "
-    "model negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance "
-    "vae was width",
-    "fill": "aspect device dtype first-span fps frames guidance height image-span keep lora mask max-sweeps missing "
-    "model negative outpaint output particles preset quality seed shallow-tolerance size solver span text-encoder tile "
-    "tolerance vae width window",
-    "decode": "cache device dtype first-span guidance image-span lora max-sweeps memory model offload output preset "
-    "prompt quality shallow-tolerance solver span text-encoder tile tolerance vae",
+    "reprompt": "aspect candidates compile device dtype first-span fps frames guidance height hold image-span lora "
+    "max-sweeps model negative output preset quality seed shallow-tolerance size solver span strength text-encoder "
+    "tile tolerance vae was width",
+    "fill": "aspect compile device dtype first-span fps frames guidance height image-span keep lora mask max-sweeps "
+    "missing model negative outpaint output particles preset quality seed shallow-tolerance size solver span "
+    "text-encoder tile tolerance vae width window",
+    "decode": "cache compile device dtype first-span guidance image-span lora max-sweeps memory model offload output "
+    "preset prompt quality shallow-tolerance solver span text-encoder tile tolerance vae",
     "score": "aspect choose device dtype fps frames height json keep lora map model prompt size text-encoder vae width "
     "window",
     "convert": "dtype overwrite",
