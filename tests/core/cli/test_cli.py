@@ -25,6 +25,7 @@ from starflow_core.control import Progress
 from starflow_core.errors import OutOfMemoryForecast
 from starflow_core.jobs import memory
 from starflow_core.media import fit, read_metadata, read_video, write_video, writing
+from starflow_core.model.compiled import evaluate
 from starflow_core.model.vae.codec import VAE
 from starflow_core.solve import solvers
 from starflow_core.weights.flow import CONFIG_KEY, load_flow
@@ -254,9 +255,38 @@ def test_several_devices_make_the_same(run, three_devices, given, devices, guida
         torch.testing.assert_close(pixels(f"one-{index}/"), pixels(f"two-{index}/"), atol=2.1 / 255, rtol=0)  # in 8 bit
 
 
+def test_compiled_it_makes_the_same(run, monkeypatch):
+    """What would be compiled runs as PyTorch finds it."""
+    monkeypatch.setattr(settings, "require_compiler", lambda *devices: None)
+    monkeypatch.setattr(
+        "starflow_core.model.flow.compiled", lambda: torch.compile(evaluate, fullgraph=True, backend="eager")
+    )
+    words = ("generate", "a ring", "--frames", 1, "--preset", "exact")
+    run(*words, "-o", "as-it-is.png")
+    run(*words, "-o", "compiled.png", "--compile", err="compiling what sweeps compute")
+    torch.testing.assert_close(pixels("as-it-is.png"), pixels("compiled.png"), atol=1.1 / 255, rtol=0)
+    run(
+        *words, "-o", "left-out.png", "--compile", "--cache", "int8", err="the flow isn't compiled: its keys and values"
+    )
+    told = [read_metadata(f"{name}.png").get("compiled") for name in ("as-it-is", "compiled", "left-out")]
+    assert told == [None, True, None]
+
+
+def test_without_a_compiler_nothing_is_loaded(run, monkeypatch):
+    monkeypatch.setenv("CXX", "nothing-like-it")
+    monkeypatch.setattr(pipeline.Parts, "load", None)
+    for command in (
+        ("generate", "a ring"),
+        ("reprompt", "a.png", "a ring"),
+        ("fill", "a.png", "a ring", "--missing", "0-1"),
+    ):
+        run(*command, "--compile", code=2, err="needs the C[+][+] compiler nothing-like-it")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--devices", "cpu,cpu:0", "--compile"), "compiled for one device"),
         (("--devices", "cpu,cpu"), "names a device twice"),
         (("--devices", "cpu,gpu"), "'gpu' isn't there"),
         (("--devices", "cpu,cpu:0", "--device", "cpu"), "--device and --devices say the same"),

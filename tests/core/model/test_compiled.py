@@ -11,11 +11,13 @@ import torch
 
 from starflow_core import load_pipeline
 from starflow_core.errors import InputError
+from starflow_core.jobs.tasks import Means
 from starflow_core.model import attention, compiled
 from starflow_core.model.cache import CacheSettings
 from starflow_core.model.compiled import evaluate, require_compiler
 from starflow_core.model.int8 import Int8Linear, quantise, replace_linear
 from starflow_core.model.lora import adapt
+from starflow_core.model.parallel import Mesh
 from starflow_core.solve.noise import draw
 from starflow_core.solve.sampling import Sampler, sample
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS
@@ -182,6 +184,20 @@ def _noting(caches: list):
         return caches[-1]
 
     return make
+
+
+@pytest.mark.parametrize(
+    ("means", "why"),
+    [
+        (Means(int8=True), None),
+        (Means(streamed=True), "layer by layer"),
+        (Means(cache=CacheSettings(quantised=True)), "8 bit"),
+        (Means(cache=CacheSettings(offloaded=True)), "main memory"),
+        (Means(mesh=Mesh(1, 2)), "several processes"),
+    ],
+)
+def test_means_that_leave_it_out(means, why):
+    assert why in means.uncompiled if why else means.uncompiled is None
 
 
 @pytest.mark.parametrize(
