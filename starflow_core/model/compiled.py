@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 BUCKET = 4  # lengths are brought to multiples of it; a single slot would be a case of its own
 WIDEST = 256  # slots that are evaluated at once by a graph; wider ones have nothing to gain, and hold more at once
+OLDEST = (2, 5)  # PyTorch that takes weights for inputs of a graph
 FORMS = 64  # of graphs that PyTorch keeps: a session may see many sizes, models and LoRAs
 COMPILERS = {"Darwin": "clang++", "Windows": "cl"}
 
@@ -117,6 +118,8 @@ def _symbolic(x: Tensor, axis: int) -> Tensor:
 
 def require_compiler(device: torch.device, *others: torch.device) -> None:
     """Raise InputError, with the remedy, where PyTorch lacks what it compiles with for a device, or there are more."""
+    if tuple(map(int, torch.__version__.split(".")[:2])) < OLDEST:
+        raise InputError(f"compiling needs PyTorch 2.5 or newer, not {torch.__version__}: blocks share a graph there")
     if others:
         raise InputError("a flow is compiled for one device, not for several; leave out either")
     if device.type == "cpu":

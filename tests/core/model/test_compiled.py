@@ -212,6 +212,12 @@ def test_what_is_missing_is_said_before(monkeypatch, device, message):
         load_pipeline("nowhere", device=_placement(device), compile=True)
 
 
+def test_an_older_pytorch_is_refused(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", "2.4.1+cpu")
+    with pytest.raises(InputError, match=r"PyTorch 2\.5 or newer, not 2\.4\.1"):
+        require_compiler(torch.device("cpu"))
+
+
 def _placement(device):
     from starflow_core import Placement
 
