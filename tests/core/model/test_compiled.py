@@ -25,7 +25,7 @@ from starflow_core.weights.flow import QUANTISED
 from tests.core import models
 
 EXACT = replace(PRESETS["exact"], first_span=7, span=13)
-MOST = 4  # graphs of a job
+MOST = 3  # graphs of a job; a fourth only where a length and an offset are equal at first
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="compiling for the CPU needs g++")
 
 
