@@ -21,6 +21,7 @@ from benchmarks.judge import Sight, look, verdict
 from benchmarks.solver import write_json
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
+from starflow_core.weights.tensorfiles import DTYPES
 
 SIDE, FRAMES, EDIT_FRAMES = 96, 33, 17
 NEAR = 8.0  # pixels between where the last frame was given and where the clip ends
@@ -172,9 +173,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=2)
     parser.add_argument("--guidance", type=float)
     parser.add_argument("--int8", action="store_true", help="weights of flow and text encoder in 8 bit")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="type that all parts compute in")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
-    pipeline, results = load_pipeline(quantise=options.int8), {}
+    pipeline, results = load_pipeline(quantise=options.int8, dtype=DTYPES[options.dtype]), {}
     settings = {} if options.guidance is None else {"guidance": options.guidance}
     for task in options.tasks:
         began = time.monotonic()

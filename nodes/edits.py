@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 
 import torch
 from comfy_api.latest import io
@@ -123,9 +124,11 @@ class STARFlowEditByInversion(io.ComfyNode):
             control=Control(bar.follow, warn=host.log.warning), placement=Placement.on(model.load_device),
             means=plan.means, fallbacks=plan.fallbacks,
         )  # fmt: skip
-        best, pixels, scores = edit.best(
-            lambda index: bar.say(f"candidate {index + 1} of {wish.candidates} is made")
-        )  # fmt: skip
+
+        def told(index: int) -> None:
+            bar.say(f"candidate {index + 1} of {wish.candidates} is made")
+
+        best, pixels, scores = host.compute(model, partial(edit.best, told))
         report = _report(job, wish, scores, best.noise.made, plan, time.monotonic() - began)
         bar.say(report.splitlines()[0])
         latents = best.latents.to(host.result_device())

@@ -124,11 +124,12 @@ class STARFlowFillIn(io.ComfyNode):
         latents = _encoded(vae, stand_in(pixels, marked))
         host.load(model, work, "filling this")
         flow = host.flow_of(model)
-        made, effective = fill_latents(
-            flow, job, latents, known, text.to(flow.compute_dtype),
+        filled = partial(
+            fill_latents, flow, job, latents, known, text.to(flow.compute_dtype),
             None if uncond is None else uncond.to(flow.compute_dtype), particles, control=Control(bar.follow),
             placement=Placement.on(model.load_device),
         )  # fmt: skip
+        made, effective = host.compute(model, filled)
         made = made.to(host.result_device())
         result = {"samples": made if samples.ndim == 5 else made.squeeze(2)}
         frames = decoded(vae, result["samples"])[0].movedim(-1, 1).cpu().float()

@@ -33,6 +33,7 @@ from ..starflow_core.bundled import DEMO
 from ..starflow_core.errors import InputError
 from ..starflow_core.jobs import memory
 from ..starflow_core.jobs.planner import Room
+from ..starflow_core.model.compiled import keep_many_forms, require_compiler
 from ..starflow_core.model.flow import Flow
 from ..starflow_core.model.lora import Lora, added, attach
 from ..starflow_core.model.placement import Placement
@@ -45,6 +46,7 @@ log = logging.getLogger("starflow")
 OPERATIONS = comfy.ops.manual_cast  # layers whose weights the host may keep elsewhere
 OUT_OF_MEMORY = management.OOM_EXCEPTION
 BESIDE = "starflow_lora"  # the host's name for what is injected
+EVALUATED = "diffusion_model.evaluate"  # what is compiled, where the host finds it
 PREVIEW_SIDE = 1024  # at most; the page labels a preview with the size that it gets
 
 
@@ -250,6 +252,48 @@ def copy_deep(handle, device: torch.device) -> None:
 def _copied_as(handle) -> tuple:
     """What tells a copy from one with other additions."""
     return handle.patches_uuid, *(lora for loras in _beside(handle).values() for lora in loras)
+
+
+def compiled(handle):
+    """Another handle on a flow, for `compute` to run compiled. Raises InputError where there is no compiler."""
+    from comfy_api.torch_helpers import set_torch_compile_wrapper
+
+    require_compiler(handle.load_device)
+    keep_many_forms()
+    clone = handle.clone()
+    set_torch_compile_wrapper(clone, "inductor", fullgraph=True, keys=[EVALUATED])
+    return clone
+
+
+def compute(handle, act: Callable[[], Any], elsewhere: bool = False) -> Any:
+    """What an act gives that evaluates a flow which has been loaded. The host has it compiled meanwhile if the handle
+    is for that; not where weights aren't all there as they are, or a part of the flow is `elsewhere`."""
+    wrappers = _compiling(handle)
+    reason = _uncompiled(handle, elsewhere) if wrappers else None
+    if reason:
+        log.warning("STARFlow: the flow isn't compiled: %s", reason)
+        wrappers = []
+    return comfy.patcher_extension.WrapperExecutor.new_class_executor(act, handle.model, wrappers).execute()
+
+
+def is_compiled(handle) -> bool:
+    """Whether `compiled` has been here."""
+    return bool(_compiling(handle))
+
+
+def _compiling(handle) -> list[Callable]:
+    return handle.get_wrappers(comfy.patcher_extension.WrappersMP.APPLY_MODEL, "torch.compile")
+
+
+def _uncompiled(handle, elsewhere: bool) -> str | None:
+    """What keeps a flow from being compiled, if anything does."""
+    if elsewhere:
+        return "it is on two devices"
+    if _is_dynamic(handle):
+        return "ComfyUI pages its weights in and out; start it with --disable-dynamic-vram"
+    if getattr(handle.model, "model_lowvram", False):
+        return "not all of its weights are on the device"
+    return "a LoRA computes beside weights in 8 bit" if any(_beside(handle).values()) else None
 
 
 class _Kept(nn.Module):

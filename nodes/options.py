@@ -13,7 +13,7 @@ from ..starflow_core.jobs.pace import Pace
 from ..starflow_core.jobs.planner import HostedOptions, MemoryPlan, choose_hosted
 from ..starflow_core.jobs.tasks import Job, Means
 from . import host
-from .types import CATEGORY, SEARCH, OptionsType
+from .types import CATEGORY, SEARCH, ModelType, OptionsType
 
 GB = 10**9
 NONE = "none"
@@ -118,7 +118,26 @@ class STARFlowDevices(io.ComfyNode):
         return io.NodeOutput(replace(options or Options(), second=second))
 
 
-NODES = [STARFlowMemory, STARFlowDevices]
+class STARFlowCompile(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="STARFlowCompile",
+            display_name="STARFlow Compile",
+            category=CATEGORY,
+            **SEARCH,
+            description="Compiles what a sweep computes, which takes about a minute the first time. For graphics cards "
+            "that hold all of the model; elsewhere it is left out, and the log says so.",
+            inputs=[ModelType.Input("model", tooltip="From STARFlow Load Model or Load LoRA.")],
+            outputs=[ModelType.Output(display_name="model", tooltip="For the sampler, Fill In or Edit by Inversion.")],
+        )
+
+    @classmethod
+    def execute(cls, model) -> io.NodeOutput:
+        return io.NodeOutput(host.compiled(model))
+
+
+NODES = [STARFlowMemory, STARFlowDevices, STARFlowCompile]
 
 
 def fitted(

@@ -273,27 +273,34 @@ def _sample(
     if second:
         host.copy_deep(model, second)
         placement = replace(placement, deep=(device, second))
-    generation = Generation(
-        flow,
-        job,
-        text.to(flow.compute_dtype),
-        None if uncond is None else uncond.to(flow.compute_dtype),
-        Control(watch.progress, warn=host.log.warning),
-        noise and noise.noise,
-        placement=placement,
-        means=plan.means,
-        fallbacks=plan.fallbacks,
-    )
-    watch.generation = generation
-    final, began = [], time.monotonic()
-    for piece in generation.stream():
-        watch.show(piece)
-        if piece.final:
-            final.append(piece.latents.to(host.result_device()))
+
+    def act() -> list[torch.Tensor]:
+        watch.generation = Generation(
+            flow,
+            job,
+            text.to(flow.compute_dtype),
+            None if uncond is None else uncond.to(flow.compute_dtype),
+            Control(watch.progress, warn=host.log.warning),
+            noise and noise.noise,
+            placement=placement,
+            means=plan.means,
+            fallbacks=plan.fallbacks,
+        )
+        if flow.compiled:
+            watch.bar.say("compiling what sweeps compute, which takes about a minute the first time")
+        final = []
+        for piece in watch.generation.stream():
+            watch.show(piece)
+            if piece.final:
+                final.append(piece.latents.to(host.result_device()))
+        return final
+
+    began = time.monotonic()
+    samples = torch.cat(host.compute(model, act, second is not None), 2)
     watch.finished()
-    if generation.means == plan.means:
+    generation = watch.generation
+    if generation.means == plan.means and not host.is_compiled(model):  # the first run of one says little
         pace(model, job, plan, second).note(time.monotonic() - began)
-    samples = torch.cat(final, 2)
     return samples if flow.config.kind == "video" else samples.squeeze(2), generation.statistics
 
 

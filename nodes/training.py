@@ -407,7 +407,7 @@ def _said(settings: Settings, sources: Sources, device: torch.device, dataset: D
 
     lines = dataset.report()
     for bucket in dataset.buckets:
-        need = forecast(sources.config, settings, dtype_of(settings, device), bucket)
+        need = forecast(sources.config, settings, dtype_of(settings, device, sources.config), bucket)
         require(need, device, bucket)
         lines.append(f"{bucket}: {need}")
     watch.forecast = "\n".join(lines)

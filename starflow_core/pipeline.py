@@ -24,6 +24,7 @@ from .jobs.prompts import wrapped
 from .jobs.tasks import Generation, Job, Means
 from .jobs.timeline import Caption, timed
 from .jobs.unfinished import Unfinished, identity
+from .model.compiled import require_compiler
 from .model.config import FlowConfig
 from .model.flow import Flow
 from .model.lora import attach
@@ -299,20 +300,27 @@ def load_pipeline(
     progress: Callable[[Progress], None] | None = None,
     quantise: bool = False,
     loras: Iterable[LoraPath] = (),
+    compile: bool = False,
 ) -> Pipeline:
     """Load a model with its text encoder and VAE, or the bundled demo if no arguments are given.
 
     `device` None takes the best there is; a `Placement` names one for each part. `dtype` None takes bfloat16 on an
-    accelerator and float32 on the CPU. `quantise` brings the large weights of flow and text encoder to
-    8 bit. `progress` counts the flow's bytes. `loras` are files, or pairs of a file and its strength; one that is of
-    other weights is warned of, which may take hashing the model. Raises InputError for a device that isn't there and
-    for missing parts, CheckpointError for a part or LoRA that doesn't fit.
+    accelerator, and for large models on a CPU that multiplies in it, otherwise float32. `quantise` brings the large
+    weights of flow and text encoder to 8 bit. `progress` counts the flow's bytes. `loras` are files, or pairs of a file
+    and its strength; one that is of other weights is warned of, which may take hashing the model. `compile` as of
+    `Flow.compile`, for one device. Raises InputError for a device that isn't there and for missing parts, a compiler
+    included, CheckpointError for a part or LoRA that doesn't fit.
     """
     placement = device if isinstance(device, Placement) else Placement.on(pick_device(device))
+    if compile:
+        require_compiler(*placement.devices)
     parts = find_parts(model, text_encoder, vae, quantise, loras)
     for doubt in parts.doubts(progress):
         warnings.warn(doubt, stacklevel=2)
-    return parts.load(placement, dtype or default_dtype(placement.deep[0]), progress)
+    pipeline = parts.load(placement, dtype or default_dtype(placement.deep[0], parts.config), progress)
+    if compile:
+        pipeline.flow.compile()
+    return pipeline
 
 
 @dataclass(frozen=True)

@@ -399,6 +399,11 @@ def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
     )
     group.add_argument("--shallow-tolerance", type=float, metavar="X", help="the same for frames in shallow blocks")
     group.add_argument("--max-sweeps", type=whole, metavar="N", help="sweeps after which a token counts as settled")
+    group.add_argument(
+        "--compile", action="store_true",
+        help="compile what a sweep computes, which takes about a minute the first time; for one device that has all "
+        "weights, keys and values",
+    )  # fmt: skip
     command.set_defaults(default_preset=preset)
 
 
@@ -416,8 +421,8 @@ def _add_model(command: argparse.ArgumentParser) -> None:
         "--dtype",
         choices=("auto", *WEIGHT_TYPES),
         default="auto",
-        help=f"type of the networks (auto: fp32 on a CPU, otherwise bf16); {INT8_HELP}, in flow and text encoder, "
-        "computing as auto does",
+        help="type of the networks (auto: bf16, but fp32 for small models on a CPU, and on one that can't multiply in "
+        f"bf16); {INT8_HELP}, in flow and text encoder, computing as auto does",
     )
     group.add_argument(
         "--lora", action="append", type=_lora, default=[], metavar="FILE[:STRENGTH]",

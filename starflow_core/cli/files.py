@@ -168,7 +168,7 @@ def _plan(
     config: FlowConfig, job: Job, device: torch.device, options: MemoryOptions, name: str | None, in_int8: bool
 ) -> str:
     """How the flow by itself would be fitted to the device, in words."""
-    dtype = parse_dtype(name, WEIGHT_TYPES) if name else default_dtype(device)
+    dtype = parse_dtype(name, WEIGHT_TYPES) if name else default_dtype(device, config)
     weights = (in_int8 or name == INT8,) if name or in_int8 else (False, True)
     need = partial(memory.forecast, config, dtype=dtype)
     try:

@@ -206,6 +206,7 @@ def metadata(
         "dtype": str(setup.dtype).removeprefix("torch."),
         **({"weights": INT8} if plan.means.int8 else {}),
         **({"cache": INT8} if plan.means.cache.quantised else {}),
+        **({"compiled": True} if setup.compiles(plan) else {}),
         "noise_version": noise.VERSION,
         "version": __version__,
     }

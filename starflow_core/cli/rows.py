@@ -50,7 +50,7 @@ class Models:
 
     def setup(self, args: Namespace) -> Setup:
         """As `Setup.find`."""
-        key = args.model, args.text_encoder, args.vae, args.dtype, args.device
+        key = args.model, args.text_encoder, args.vae, args.dtype, args.device, args.compile
         if key not in self._found:
             self._found[key] = Setup.find(Namespace(**{**vars(args), "lora": []}))
         setup = self._found[key]

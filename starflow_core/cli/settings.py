@@ -18,6 +18,7 @@ from ..jobs.pace import Pace
 from ..jobs.planner import Free, MemoryOptions, MemoryPlan
 from ..jobs.tasks import Job
 from ..media import STILLS
+from ..model.compiled import require_compiler
 from ..model.config import FlowConfig
 from ..model.parallel import ALONE, ONE, Mesh, Team
 from ..model.placement import Placement, default_dtype, pick_device
@@ -36,13 +37,14 @@ OUTPUTS = Path("outputs")
 @dataclass(frozen=True)
 class Setup:
     """What a run will use: the configuration is known, the weights are not loaded yet. `free` are the bytes that count
-    as free on the device and in main memory (None: those that are free now)."""
+    as free on the device and in main memory (None: those that are free now); `compile` says that the user wants it."""
 
     parts: Parts
     placement: Placement
     dtype: torch.dtype
     mesh: Mesh = ONE
     free: Free | None = None
+    compile: bool = False
 
     @classmethod
     def find(cls, args: Namespace) -> Setup:
@@ -52,7 +54,11 @@ class Setup:
         guidance = getattr(args, "guidance", None)
         guidance = parts.config.defaults.guidance if guidance is None else guidance
         placement = Placement.over(devices, guided=bool(guidance))
-        return cls(parts, placement, DTYPES.get(args.dtype, default_dtype(devices[0])), mesh)
+        dtype = DTYPES.get(args.dtype, default_dtype(devices[0], parts.config))
+        compile = getattr(args, "compile", False)
+        if compile:
+            require_compiler(*devices)
+        return cls(parts, placement, dtype, mesh, compile=compile)
 
     @property
     def device(self) -> torch.device:
@@ -95,7 +101,16 @@ class Setup:
             meter.warn(doubt)
         pipeline = self.parts.load(placement, self.dtype, meter.bytes, plan, team)
         meter.close()
+        if self.compiles(plan):
+            pipeline.flow.compile()
+            print("compiling what sweeps compute, which takes about a minute the first time", file=sys.stderr)
+        elif self.compile:
+            meter.warn(f"the flow isn't compiled: {plan.means.uncompiled}")
         return pipeline
+
+    def compiles(self, plan: MemoryPlan | None) -> bool:
+        """Whether the flow is to be compiled, and can be with the plan's means."""
+        return self.compile and not (plan and plan.means.uncompiled)
 
 
 def pick_devices(args: Namespace) -> list[torch.device]:

@@ -38,7 +38,9 @@ def _train(settings: Settings, dry_run: bool) -> None:
         sources = training.find_sources(settings)
         training.check(settings, sources.config)
         if dry_run:
-            for line in forecasts(settings, sources.config, training.dtype_of(settings, device), processes.count):
+            for line in forecasts(
+                settings, sources.config, training.dtype_of(settings, device, sources.config), processes.count
+            ):
                 log(line)
             return
         progress = meter.preparing if processes.leads else None

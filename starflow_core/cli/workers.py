@@ -84,8 +84,8 @@ class Model:
         setup, means = plan.setup, plan.memory.means
         # Weights that are streamed are known to what streams them: nothing can be put beside them later.
         fixed = setup.parts if means.streamed else replace(setup.parts, loras=())
-        files = args.model, args.text_encoder, args.vae, args.dtype
-        key = *files, means.int8, means.streamed, means.in_turn, plan.memory.text_away, *map(_name, fixed.loras)
+        wanted = args.model, args.text_encoder, args.vae, args.dtype, setup.compiles(plan.memory)
+        key = *wanted, means.int8, means.streamed, means.in_turn, plan.memory.text_away, *map(_name, fixed.loras)
         if key != self._key:
             self._key = self._pipeline = None  # its memory first
             self._pipeline, self._key, self._worn = replace(setup, parts=fixed).load(meter, plan.memory), key, []

@@ -78,6 +78,15 @@ class Means:
     in_turn: bool = False
     mesh: Mesh = ONE
 
+    @property
+    def uncompiled(self) -> str | None:
+        """Why a flow isn't compiled with these means; None where it can be."""
+        if self.mesh.count > 1:
+            return "several processes compute it together"
+        if self.streamed:
+            return "its weights come in layer by layer"
+        return "its keys and values are in 8 bit or in main memory" if self.cache.in_groups else None
+
     def __str__(self) -> str:
         cache = self.cache
         return "; ".join([
@@ -268,6 +277,8 @@ class Generation:
             placement=self.placement,
         )
         self.sampler = self._sampler(cache=means.cache, settled=settled)
+        if flow.compiled and means.uncompiled:
+            self.control.warn(f"the deep block isn't compiled: {means.uncompiled}")
 
     @property
     def text(self) -> Tensor:

@@ -6,32 +6,34 @@ causal. So no mask over a whole cache is ever made, and a cache may hold its pie
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
 Part = tuple[Tensor, Tensor]  # attention (rows, heads, n, head_dim), and log-sum-exp (rows, heads, n) in float32
+Kernel = Callable[[Tensor, Tensor, Tensor, bool], Part]  # as `attend`
 
 
 def attend(queries: Tensor, keys: Tensor, values: Tensor, causal: bool = False) -> Part:
     """Attention of queries (rows, heads, n, head_dim) to one piece of keys and values (rows, heads, m, head_dim).
 
-    With `causal` the piece is the queries' own slots, n = m, and each sees itself and the slots before it. PyTorch's
-    public function keeps the log-sum-exp to itself, so the fused kernels behind it are called where there are any.
+    With `causal` the piece is the queries' own slots, n = m, and each sees itself and the slots before it.
     """
-    ops = torch.ops.aten
-    if queries.device.type == "cpu":
-        return ops._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, is_causal=causal)
-    if queries.device.type == "cuda":
-        if _fits_flash(queries, keys, values, causal):
-            return ops._scaled_dot_product_flash_attention(queries, keys, values, is_causal=causal)[:2]
-        out, logsumexp, *_ = ops._scaled_dot_product_efficient_attention(
-            queries, keys, values, None, compute_log_sumexp=True, is_causal=causal
-        )
-        return out, logsumexp[..., : queries.shape[2]]  # padded to the kernel's tiles
-    return _plain(queries, keys, values, causal)
+    return kernel(queries.device, queries.dtype, queries.shape[-1])(queries, keys, values, causal)
+
+
+@lru_cache
+def kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel:
+    """`attend` for one kind of tensors. PyTorch's public function keeps the log-sum-exp to itself, so the fused kernels
+    behind it are called where there are any."""
+    if device.type == "cpu":
+        return _on_cpu
+    if device.type == "cuda":
+        return _flash if _fits_flash(torch.empty(1, 1, 8, head_dim, dtype=dtype, device=device)) else _efficient
+    return _plain
 
 
 def merge(parts: Iterable[Part]) -> Tensor:
@@ -46,10 +48,25 @@ def merge(parts: Iterable[Part]) -> Tensor:
     return out.to(dtype)
 
 
-def _fits_flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> bool:
+def _fits_flash(x: Tensor) -> bool:
     from torch.backends.cuda import SDPAParams, can_use_flash_attention
 
-    return can_use_flash_attention(SDPAParams(queries, keys, values, None, 0.0, causal, False))
+    return can_use_flash_attention(SDPAParams(x, x, x, None, 0.0, False, False))
+
+
+def _on_cpu(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Part:
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(queries, keys, values, is_causal=causal)
+
+
+def _flash(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Part:
+    return torch.ops.aten._scaled_dot_product_flash_attention(queries, keys, values, is_causal=causal)[:2]
+
+
+def _efficient(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Part:
+    out, logsumexp, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
+        queries, keys, values, None, compute_log_sumexp=True, is_causal=causal
+    )
+    return out, logsumexp[..., : queries.shape[2]]  # padded to the kernel's tiles
 
 
 def _plain(queries: Tensor, keys: Tensor, values: Tensor, causal: bool) -> Part:

@@ -97,6 +97,16 @@ class Cache:
         self.settled = boundary
         return lambda layer: partial(self._attend, layer, start)
 
+    def before(self, start: int) -> Tensor:
+        """Keys and values (2, layers, rows, heads, start, head_dim) of all slots before `start`, where all are in the
+        compute type."""
+        assert not self.settings.in_groups, "settled slots are elsewhere"
+        return self.recent[..., :start, :]
+
+    def put(self, start: int, both: Tensor) -> None:
+        """The same of slots from `start` on, which overwrite what was there."""
+        self.recent[..., start : start + both.shape[-2], :] = both
+
     def take(self, rows: Tensor) -> None:
         """Go on with these rows (rows,), which may repeat."""
         assert not self.settings.in_groups, "settled slots are elsewhere"

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ..control import Control, Progress
 from ..errors import InputError, NonFiniteError
+from .compiled import Evaluate, compiled, evaluate, whole
 from .config import FlowConfig
 from .denoiser import DenoiserNet, DenoiserRun
 from .parallel import ALONE, Team
@@ -106,7 +107,7 @@ class Block(nn.Module):
         their sequence, it is (rows, n - 1, c): nothing is before the first slot, which reads the start token. `text`
         (rows, L, D) goes in front in the same causal sequence. `attend(i)` is layer i's attention.
         """
-        inputs = torch.cat((self.sos_embed.to(before).expand(len(before), 1, -1), before), 1) if first else before
+        inputs = self.started(before) if first else before
         hidden = self.proj_in(inputs)
         if text is not None:
             hidden = torch.cat((self.proj_txt(text), hidden), 1)
@@ -116,6 +117,10 @@ class Block(nn.Module):
             else:
                 hidden = layer(hidden, rotary, attend(index))
         return self._affine(hidden[:, hidden.shape[1] - inputs.shape[1] :])
+
+    def started(self, before: Tensor) -> Tensor:
+        """The tokens before each of a sequence's first slots: the start token, then these."""
+        return torch.cat((self.sos_embed.to(before).expand(len(before), 1, -1), before), 1)
 
     def _affine(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
         out = self.proj_out(self.final_norm(hidden)).float()
@@ -142,6 +147,16 @@ class Flow(nn.Module):
         if config.denoiser:
             self.learnable_self_denoiser = DenoiserNet(config, operations, **factory)
         self.copies: dict[torch.device, Block | None] = {}  # of the deep block; they aren't among the flow's modules
+        self.evaluate: Evaluate = evaluate  # or, as long as the flow is compiled, that
+
+    def compile(self) -> None:
+        """Evaluate sweeps by compiled graphs from now on. The first of each kind takes long. Weights have to be on the
+        device, where they stay, and all keys and values there in the compute type: other runs are as they were."""
+        self.evaluate = compiled()
+
+    @property
+    def compiled(self) -> bool:
+        return self.evaluate is not evaluate
 
     @property
     def deep(self) -> Block:
@@ -212,7 +227,10 @@ class Flow(nn.Module):
         """a, b of frames (rows, N, c) in the block's order, each frame a sequence of its own."""
         rows, attend = max(1, SHALLOW_TOKENS // tokens.shape[1]), self._reporting(block, control)
         before = tokens[:, :-1].to(self.compute_dtype)
-        parts = [block(part, rotary, attend, first=True) for part in before.split(rows)]
+        if self.compiled and not (control or torch.is_grad_enabled()):
+            parts = [whole(self.evaluate, block, block.started(part), rotary) for part in before.split(rows)]
+        else:
+            parts = [block(part, rotary, attend, first=True) for part in before.split(rows)]
         return parts[0] if len(parts) == 1 else tuple(torch.cat(p) for p in zip(*parts, strict=True))
 
     def deep_affine(

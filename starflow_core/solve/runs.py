@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..model.cache import Cache, CacheShape
+from ..model.compiled import WIDEST, Evaluate, swept
 from ..model.flow import Block, Flow, Grid
 from ..model.rope import Rotary, joined
 from .beside import carried
@@ -26,10 +27,13 @@ T = TypeVar("T")
 
 
 class BlockRun:
-    """A block over one sequence, on the device of its cache. Slots count tokens, after any text prefix."""
+    """A block over one sequence, on the device of its cache. Slots count tokens, after any text prefix. Sweeps go
+    through a compiled `graph` if one is given."""
 
-    def __init__(self, block: Block, rotary: Rotary, cache: Cache, dtype: torch.dtype):
-        self.block, self.rotary, self.cache, self.dtype = block, rotary, cache, dtype
+    def __init__(
+        self, block: Block, rotary: Rotary, cache: Cache, dtype: torch.dtype, graph: Evaluate | None = None
+    ):  # fmt: skip
+        self.block, self.rotary, self.cache, self.dtype, self.graph = block, rotary, cache, dtype, graph
         self.prefix = cache.shape.prefix
 
     @property
@@ -50,7 +54,13 @@ class BlockRun:
         n - 1 where `start` is 0). Their keys and values overwrite the cache."""
         at, first = self.prefix + start, start == 0
         stop = at + before.shape[1] + first
-        return self.block(before.to(self.dtype), self.rotary[at:stop], self.cache.at(at), first=first)
+        before = before.to(self.dtype)
+        if self.graph is None or at < 2 or stop - at > WIDEST:
+            return self.block(before, self.rotary[at:stop], self.cache.at(at), first=first)
+        inputs = self.block.started(before) if first else before
+        a, b, both = swept(self.graph, self.block, inputs, self.rotary[at:], self.cache.before(at))
+        self.cache.put(at, both)
+        return a, b
 
     def horizon(self, start: int) -> int:
         """As `Cache.horizon`, in tokens."""
@@ -68,7 +78,9 @@ def block_run(
     which at most `widest` are evaluated at once."""
     head_dim, slots = flow.config.head_dim, len(rotary.cos)
     shape = CacheShape(len(block.attn_blocks), rows, block.heads, slots, head_dim, prefix, min(widest or slots, slots))
-    return BlockRun(block, rotary, make_cache(shape, flow.compute_dtype, rotary.cos.device), flow.compute_dtype)
+    cache = make_cache(shape, flow.compute_dtype, rotary.cos.device)
+    graph = flow.evaluate if flow.compiled and not cache.settings.in_groups else None
+    return BlockRun(block, rotary, cache, flow.compute_dtype, graph)
 
 
 class DeepRun:

@@ -103,7 +103,7 @@ class Settings:
     dtype: str | None = setting(
         None,
         "Optimisation",
-        "type of the matrix products (default: bf16, on a CPU fp32); what is trained is kept in float32",
+        "type of the matrix products (default: bf16; for small models on a CPU fp32); what learns is kept in float32",
         choices=("bf16", "fp32"),
     )
     recompute: bool = setting(

@@ -123,7 +123,7 @@ def train(
     dataset = _prepared(settings, sources, device, processes, progress)
     for line in dataset.report():
         log(line)
-    dtype = dtype_of(settings, device)
+    dtype = dtype_of(settings, device, sources.config)
     for bucket in dataset.buckets if settings.train != "vae" else ():
         require(forecast(sources.config, settings, dtype, bucket, processes.count), device, bucket)
     rehearsal = Rehearsal(settings, dataset, sources.identity) if settings.rehearse else None
@@ -205,9 +205,9 @@ def _subject(settings: Settings, sources: Sources, dtype: torch.dtype, device: t
     return subject
 
 
-def dtype_of(settings: Settings, device: torch.device) -> torch.dtype:
+def dtype_of(settings: Settings, device: torch.device, config: FlowConfig) -> torch.dtype:
     """The type of the matrix products."""
-    return DTYPES[settings.dtype] if settings.dtype else default_dtype(device)
+    return DTYPES[settings.dtype] if settings.dtype else default_dtype(device, config)
 
 
 class Run:

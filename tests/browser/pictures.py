@@ -38,6 +38,7 @@ SHOWN = {  # which example a help page's picture is from
     "variations": ("Invert", "MixNoise"),
     "memory": ("Memory",),
     "devices": ("Devices",),
+    "compiled": ("Compile",),
     "noise": ("Noise",),
     "surprise": ("Likelihood",),
     "edit_by_inversion": ("EditByInversion",),
@@ -90,6 +91,14 @@ def devices() -> Graph:
     graph = memory()
     sampler = _only(graph, "Sampler")
     sampler.links["options"] = (graph.add("STARFlowDevices", second="cpu", options=sampler.links["options"]), "options")
+    return graph
+
+
+def compiled() -> Graph:
+    """An example with a node between the model and the sampler."""
+    graph = text_to_image()
+    sampler = _only(graph, "Sampler")
+    sampler.links["model"] = (graph.add("STARFlowCompile", model=sampler.links["model"]), "model")
     return graph
 
 
@@ -147,7 +156,7 @@ def main() -> None:
             picture.convert("RGB").save(FOLDER / f"{name}.jpg", quality=88)
             print(FOLDER / f"{name}.jpg", flush=True)
         with tempfile.TemporaryDirectory() as folder:
-            made = (memory, devices, noise, lora)
+            made = (memory, devices, compiled, noise, lora)
             others = {make.__name__: Path(folder) / f"{make.__name__}.json" for make in made}
             for make in made:
                 others[make.__name__].write_text(json.dumps(make().page()), encoding="utf-8")

@@ -57,7 +57,8 @@ FAULTS: list[Fault] = [
         "a preset's numbers can't be overridden", TESTS + "test_choices_are_the_cores",
     ),
     Fault(
-        SETTINGS, "DTYPES.get(args.dtype, default_dtype(devices[0]))", "default_dtype(devices[0])",
+        SETTINGS, "dtype = DTYPES.get(args.dtype, default_dtype(devices[0], parts.config))",
+        "dtype = default_dtype(devices[0], parts.config)",
         "--dtype is ignored", TESTS + "test_model_is_found_before_it_is_loaded",
     ),
     Fault(

@@ -9,7 +9,7 @@ FLOW, GOLDEN, HOOKS = "tests/core/model/test_flow.py", "tests/core/test_golden.p
 INT8, LORA = "tests/core/model/test_int8.py", "tests/core/model/test_lora.py"
 ATTENTION, CACHES = "tests/core/model/test_attention.py", "tests/core/solve/test_caches.py"
 DENOISING = "tests/core/solve/test_denoising.py"
-PARALLEL = "tests/core/parallel/test_parallel.py"
+COMPILED, PARALLEL = "tests/core/model/test_compiled.py", "tests/core/parallel/test_parallel.py"
 
 FAULTS = [
     Fault(f"{MODEL}/transformer.py", "        x = hidden.float()\n        # A bare",
@@ -18,10 +18,25 @@ FAULTS = [
     Fault(f"{MODEL}/rope.py", "        even, odd = x.float().unflatten",
           "        self, x = Rotary(self.cos.to(x), self.sin.to(x)), x\n        even, odd = x.unflatten",
           "rotation in the compute type", FLOW),
+    Fault(f"{MODEL}/compiled.py", "attend(queries, keys, values, True)", "attend(queries, keys, values, False)",
+          "compiled sweeps see what comes later", COMPILED),
+    Fault(f"{MODEL}/compiled.py", "a[:, :slots], b[:, :slots], new[..., :slots, :]", "a[:, :slots], b[:, :slots], new",
+          "keys of padding are kept", COMPILED),
+    Fault(f"{MODEL}/compiled.py", "pad(x, (0, 0) * (x.ndim - 1 - axis) + (0, length - x.shape[axis]))",
+          "pad(x, (0, 0) * (x.ndim - 1 - axis) + (length - x.shape[axis], 0))", "padding in front", COMPILED),
+    Fault(f"{MODEL}/compiled.py", "    torch._dynamo.maybe_mark_dynamic(x, axis)\n", "    pass\n",
+          "a graph for each length", COMPILED),
+    Fault(f"{MODEL}/compiled.py", "slots + -slots % BUCKET", "slots", "a graph for a single slot", COMPILED),
+    Fault(f"{MODEL}/flow.py", "not (control or torch.is_grad_enabled())", "not control",
+          "gradients go through compiled graphs", COMPILED),
+    Fault("starflow_core/solve/runs.py", "        self.cache.put(at, both)\n", "", "compiled sweeps keep no keys",
+          COMPILED),
+    Fault(f"{MODEL}/placement.py", "config.deep_width >= WIDE and ", "", "small models are in bfloat16 on a CPU",
+          "tests/core/model/test_placement.py"),
     Fault(f"{MODEL}/attention.py", ".triu(1)", ".triu(2)", "the causal mask of a device without fused kernels",
           ATTENTION),
-    Fault(f"{MODEL}/attention.py", "is_causal=causal)\n    if queries.device.type == \"cuda\"",
-          "is_causal=False)\n    if queries.device.type == \"cuda\"", "a sweep sees what comes later", FLOW),
+    Fault(f"{MODEL}/attention.py", "flash_attention_for_cpu(queries, keys, values, is_causal=causal)",
+          "flash_attention_for_cpu(queries, keys, values, is_causal=False)", "a sweep sees what comes later", FLOW),
     Fault(f"{MODEL}/flow.py", "tuple(torch.cat(p) for p in zip(*parts, strict=True))", "parts[0]",
           "split shallow blocks drop all but the first part", FLOW),
     Fault(f"{MODEL}/flow.py", "for part in ((x - b) / a, -a.log()))", "for part in ((x - b) / a, a.log()))",
@@ -32,8 +47,8 @@ FAULTS = [
           "blocks in the other order", GOLDEN),
     Fault(f"{MODEL}/flow.py", "before, text = tokens[:, :-1].to(self.compute_dtype)",
           "before, text = tokens[:, 1:].to(self.compute_dtype)", "inputs shifted the wrong way", FLOW),
-    Fault(f"{MODEL}/flow.py", "expand(len(before), 1, -1), before), 1) if first else before",
-          "expand(len(before), 1, -1), before), 1)[:, : before.shape[1]]", "the start token before every slot", FLOW),
+    Fault(f"{MODEL}/flow.py", "expand(len(before), 1, -1), before), 1)\n",
+          "expand(len(before), 1, -1), before), 1)[:, : before.shape[1]]\n", "the start token before every slot", FLOW),
     Fault(f"{MODEL}/rope.py", "time = torch.arange(tokens, dtype=torch.float32) * (length / tokens)",
           "time = torch.arange(tokens, dtype=torch.float32)", "text positions not scaled", GOLDEN),
     Fault(f"{MODEL}/denoiser.py", "frame + self.ahead + 1)", "frame + self.ahead)",

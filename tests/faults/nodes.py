@@ -7,7 +7,7 @@ from . import Fault
 CANCEL = "tests/nodes/test_cancel.py"
 TESTS = {
     "sampling": f"tests/nodes/test_sampler.py tests/nodes/test_memory.py tests/nodes/test_latent.py {CANCEL} "
-    "tests/nodes/test_noise.py",
+    "tests/nodes/test_noise.py tests/nodes/test_compile.py",
     "conditioning": "tests/nodes/test_text.py tests/nodes/test_sampler.py tests/nodes/test_noise.py",
     "contexts": "tests/nodes/test_contexts.py",
     "latent": "tests/nodes/test_latent.py tests/nodes/test_vae.py tests/nodes/test_video.py",
@@ -62,7 +62,7 @@ FAULTS = [
     node("sampling", 'f"memory: {plan}"', 'f"memory: {plan.need.total}"', "the report doesn't name the plan"),
     node("sampling", '    host.load(model, work, "this job")\n', "", "the flow is never loaded"),
     node("sampling", "if piece.final:", "if True:", "provisional frames are part of the result"),
-    node("sampling", "        watch.show(piece)\n", "", "no preview"),
+    node("sampling", "            watch.show(piece)\n", "", "no preview"),
     node("sampling", 'samples if flow.config.kind == "video" else samples.squeeze(2)', "samples",
          "an image model's latents have a frame axis"),
     node("sampling", "        host.check_interrupted()\n        if progress.phase", "        if progress.phase",
@@ -319,6 +319,11 @@ FAULTS = [
     node("training", "    yield replace(settings, recompute=False)\n", "", "what fits is computed again all the same"),
     node("training", "    target = next(same, folder", "    target = next(iter(()), folder",
          "the same LoRA is kept twice"),
+    Fault("nodes/host.py", "        wrappers = []\n", "", "a flow is compiled that isn't all there",
+          "tests/nodes/test_compile.py"),
+    Fault("nodes/host.py", '    if getattr(handle.model, "model_lowvram", False):', "    if False:",
+          "weights in main memory aren't noticed", "tests/nodes/test_compile.py"),
+    node("sampling", "host.compute(model, act, second is not None)", "act()", "what is asked for isn't compiled"),
     Fault("nodes/host.py", "    return bool(handle.patches or any(_beside(handle).values()))",
           "    return bool(handle.patches)", "a LoRA beside 8 bit isn't seen", TESTS["training"]),
 ]  # fmt: skip

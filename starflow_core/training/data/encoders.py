@@ -50,7 +50,7 @@ class Encoders:
 
     def load_text(self, device: torch.device) -> TextEncoder:
         """In the type that prompts are read with later."""
-        return self.text.load(default_dtype(device), device)
+        return self.text.load(default_dtype(device, self.config), device)
 
 
 def with_noise(config: FlowConfig, settings: Settings) -> FlowConfig:

@@ -25,6 +25,7 @@ from starflow_core.control import Progress
 from starflow_core.errors import OutOfMemoryForecast
 from starflow_core.jobs import memory
 from starflow_core.media import fit, read_metadata, read_video, write_video, writing
+from starflow_core.model.compiled import evaluate
 from starflow_core.model.vae.codec import VAE
 from starflow_core.solve import solvers
 from starflow_core.weights.flow import CONFIG_KEY, load_flow
@@ -42,7 +43,7 @@ SETTINGS = (
 )
 # What to make and how, of `generate` and of `batch`.
 JOB = (
-    "aspect batch best-of cache change-kept denoise device dtype first-span fps frames guidance height image "
+    "aspect batch best-of cache change-kept compile denoise device dtype first-span fps frames guidance height image "
     "image-span join keep keep-at-change last-image lora max-sweeps memory model negative no-change-kept no-denoise "
     "offload output preset quality resume seed shallow-tolerance size solver span task text-encoder tile timeline "
     "tolerance vae video width window"
@@ -53,14 +54,14 @@ FLAGS = {
     "encode": "aspect device dtype fps frames guidance height keep lora model negative output prompt seed size "
     "text-encoder vae width window",
     "mix": "amount keep-frames output seed",
-    "reprompt": "aspect candidates device dtype first-span fps frames guidance height hold image-span lora max-sweeps "
-    "model negative output preset quality seed shallow-tolerance size solver span strength text-encoder tile tolerance "
-    "vae was width",
-    "fill": "aspect device dtype first-span fps frames guidance height image-span keep lora mask max-sweeps missing "
-    "model negative outpaint output particles preset quality seed shallow-tolerance size solver span text-encoder tile "
-    "tolerance vae width window",
-    "decode": "cache device dtype first-span guidance image-span lora max-sweeps memory model offload output preset "
-    "prompt quality shallow-tolerance solver span text-encoder tile tolerance vae",
+    "reprompt": "aspect candidates compile device dtype first-span fps frames guidance height hold image-span lora "
+    "max-sweeps model negative output preset quality seed shallow-tolerance size solver span strength text-encoder "
+    "tile tolerance vae was width",
+    "fill": "aspect compile device dtype first-span fps frames guidance height image-span keep lora mask max-sweeps "
+    "missing model negative outpaint output particles preset quality seed shallow-tolerance size solver span "
+    "text-encoder tile tolerance vae width window",
+    "decode": "cache compile device dtype first-span guidance image-span lora max-sweeps memory model offload output "
+    "preset prompt quality shallow-tolerance solver span text-encoder tile tolerance vae",
     "score": "aspect choose device dtype fps frames height json keep lora map model prompt size text-encoder vae width "
     "window",
     "convert": "dtype overwrite",
@@ -254,9 +255,38 @@ def test_several_devices_make_the_same(run, three_devices, given, devices, guida
         torch.testing.assert_close(pixels(f"one-{index}/"), pixels(f"two-{index}/"), atol=2.1 / 255, rtol=0)  # in 8 bit
 
 
+def test_compiled_it_makes_the_same(run, monkeypatch):
+    """What would be compiled runs as PyTorch finds it."""
+    monkeypatch.setattr(settings, "require_compiler", lambda *devices: None)
+    monkeypatch.setattr(
+        "starflow_core.model.flow.compiled", lambda: torch.compile(evaluate, fullgraph=True, backend="eager")
+    )
+    words = ("generate", "a ring", "--frames", 1, "--preset", "exact")
+    run(*words, "-o", "as-it-is.png")
+    run(*words, "-o", "compiled.png", "--compile", err="compiling what sweeps compute")
+    torch.testing.assert_close(pixels("as-it-is.png"), pixels("compiled.png"), atol=1.1 / 255, rtol=0)
+    run(
+        *words, "-o", "left-out.png", "--compile", "--cache", "int8", err="the flow isn't compiled: its keys and values"
+    )
+    told = [read_metadata(f"{name}.png").get("compiled") for name in ("as-it-is", "compiled", "left-out")]
+    assert told == [None, True, None]
+
+
+def test_without_a_compiler_nothing_is_loaded(run, monkeypatch):
+    monkeypatch.setenv("CXX", "nothing-like-it")
+    monkeypatch.setattr(pipeline.Parts, "load", None)
+    for command in (
+        ("generate", "a ring"),
+        ("reprompt", "a.png", "a ring"),
+        ("fill", "a.png", "a ring", "--missing", "0-1"),
+    ):
+        run(*command, "--compile", code=2, err="needs the C[+][+] compiler nothing-like-it")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
+        (("--devices", "cpu,cpu:0", "--compile"), "compiled for one device"),
         (("--devices", "cpu,cpu"), "names a device twice"),
         (("--devices", "cpu,gpu"), "'gpu' isn't there"),
         (("--devices", "cpu,cpu:0", "--device", "cpu"), "--device and --devices say the same"),

@@ -8,13 +8,14 @@ class ModelPatcher:
 
     def __init__(self, model, load_device, offload_device):
         self.model, self.load_device, self.offload_device = model, load_device, offload_device
-        self.patches, self.injections, self.is_injected = {}, {}, False
+        self.patches, self.injections, self.is_injected, self.wrappers = {}, {}, False, {}
         self.patches_uuid = uuid.uuid4()
 
     def clone(self):
         other = type(self)(self.model, self.load_device, self.offload_device)
         other.patches = {name: [*patches] for name, patches in self.patches.items()}
         other.injections, other.patches_uuid = dict(self.injections), self.patches_uuid
+        other.wrappers = dict(self.wrappers)
         return other
 
     def add_patches(self, patches, strength_patch=1.0):
@@ -29,6 +30,12 @@ class ModelPatcher:
 
     def get_injections(self, key):
         return self.injections.get(key)
+
+    def add_wrapper_with_key(self, kind, key, wrapper) -> None:
+        self.wrappers[kind, key] = [wrapper]
+
+    def get_wrappers(self, kind, key):
+        return self.wrappers.get((kind, key), [])
 
     def load(self) -> None:
         self.model.to(self.load_device)
