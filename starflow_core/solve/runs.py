@@ -96,7 +96,7 @@ class DeepRun:
         devices: tuple[torch.device, ...] | None = None, widest: int | None = None,
         make_cache: Callable[..., Cache] = Cache,
     ):  # fmt: skip
-        self.guidance, self.team = guidance if uncond is not None else 0.0, flow.team
+        self.guidance, self.team, self.dtype = guidance if uncond is not None else 0.0, flow.team, flow.compute_dtype
         devices, prefix = devices or (text.device,), text.shape[1]
         copies = 2 if self.guidance else 1  # of the batch
         self.both = copies > 1
@@ -181,7 +181,7 @@ class PromptedRun(DeepRun):
         self._read(extent.prompt)
         now = Window((tokens - was.b) / was.a, **place)
         with self._weighted(BRINGING):
-            settings = PRESETS["exact"].spanned(span_for(now.z.device, len(now.z)))
+            settings = PRESETS["exact"].spanned(span_for(now.z.device, len(now.z))).resolvable(self.dtype)
             for _, residual in solve_span(self, now, settings, Statistics()):
                 report(residual)
         return now.x.view_as(frames)

@@ -84,7 +84,8 @@ class Sampler:
         self.prompts = Prompts.of(text)
         self.context, self.control = context, control or Control()
         self.placement, self.cache = placement or Placement.on(self.prompts.texts.device), cache
-        self.settings = settings.spanned(span_for(self.placement.deep[0], len(noise) * (2 if guidance else 1)))
+        span = span_for(self.placement.deep[0], len(noise) * (2 if guidance else 1))
+        self.settings = settings.spanned(span).resolvable(flow.compute_dtype)
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
         self.given = 0 if context is None else context.shape[1]

@@ -21,6 +21,7 @@ from ..model.schema import check_kinds
 
 SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
 UNKNOWN = 0.5  # a squared change of half the tokens' own size: next to nothing is known of the token yet
+ROUNDING = 50  # squared change that rounding alone keeps up in the deep block, in units of the compute type's eps squared
 REACH = 4  # a span goes on for a quarter of its length after the first token of which nothing is known
 SPANS = ("image_span", "first_span", "span")
 FEW_SWEEPS, FEW_EVALUATIONS = 96, 48  # spans that suit a sweep that waits for the weights, and one that computes
@@ -68,6 +69,14 @@ class SolverSettings:
     def widest(self) -> int:
         """The most tokens of the deep block that are evaluated at once."""
         return max(ABSORBED, *(getattr(self, name) or 0 for name in SPANS))
+
+    def resolvable(self, dtype: torch.dtype) -> SolverSettings:
+        """The same settings with tolerances no smaller than a compute type allows: below, rounding moves every token a
+        little in every sweep, so that none settles, and nothing gets more accurate."""
+        least = torch.finfo(dtype).eps ** 2
+        return self.with_numbers(
+            tolerance=max(self.tolerance, ROUNDING * least), shallow_tolerance=max(self.shallow_tolerance, least)
+        )
 
     def spanned(self, span: int) -> SolverSettings:
         """The same settings with this span in place of those that are None."""

@@ -161,6 +161,20 @@ WAITS = {"item", "tolist", "__bool__", "__float__", "__int__", "__index__", "non
 SENDS = {"tensor", "as_tensor", "from_numpy"}
 
 
+@pytest.mark.parametrize("preset", ["balanced", "exact"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_takes_hardly_more_sweeps(dtype, preset):
+    """Below what a type resolves no token settles, and every one of them would take a sweep."""
+    z, sweeps = models.randn(1, 3, 4, 6, 6), {}
+    for kind in (torch.float32, dtype):
+        flow = models.flow().to(kind)
+        flow.compute_dtype = kind
+        done = sample(flow, z, models.text(flow).to(kind), settings=PRESETS[preset].with_numbers(span=48)).statistics
+        sweeps[kind] = (done.deep_sweeps, done.shallow_sweeps)
+    for few, many in zip(sweeps[torch.float32], sweeps[dtype], strict=True):
+        assert many <= few + 2
+
+
 class Calls(TorchFunctionMode):
     """Counts these calls by name."""
 
