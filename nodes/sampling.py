@@ -40,7 +40,8 @@ class STARFlowJacobiSettings(io.ComfyNode):
             display_name="STARFlow Jacobi Settings",
             category=CATEGORY,
             **SEARCH,
-            description="How the flow is inverted: a preset, or numbers of your own. 0 uses the preset's number.",
+            description="How the flow is inverted: a preset, or numbers of your own. 0 leaves a number to the preset, a span "
+            "to what suits the device.",
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -55,22 +56,22 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     default=OWN,
                     min=0,
                     max=4096,
-                    tooltip="Tokens solved at once in an image. Larger: fewer sweeps, but slower ones.",
+                    tooltip="Tokens solved at once in an image, at most. Larger: fewer sweeps, but slower ones.",
                 ),
                 io.Int.Input(
                     "first_span",
                     default=OWN,
                     min=0,
                     max=4096,
-                    tooltip="Tokens solved at once in a clip's first frame. Larger: fewer sweeps, but slower ones.",
+                    tooltip="Tokens solved at once in a clip's first frame, at most. Larger: fewer sweeps, but slower ones.",
                 ),
                 io.Int.Input(
                     "span",
                     default=OWN,
                     min=0,
                     max=65536,
-                    tooltip="Tokens solved at once after the first frame. Larger suits fast graphics cards; smaller "
-                    "wastes less work on slow ones.",
+                    tooltip="Tokens solved at once after the first frame, at most. Larger suits fast graphics cards; "
+                    "smaller wastes less work on slow ones and in batches.",
                 ),
                 io.Float.Input(
                     "tolerance",

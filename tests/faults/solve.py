@@ -12,9 +12,9 @@ INVERTING = "tests/core/solve/test_inverting.py"
 PARALLEL = "tests/core/parallel/test_parallel.py"
 
 FAULTS = [
-    Fault(f"{SOLVE}/solvers.py", "return int(leading), residual", "return min(int(leading) + 1, len(change)), residual",
-          "one token too many committed", WORK),
-    Fault(f"{SOLVE}/solvers.py", "return int(leading), residual", "return int(leading), 0.0",
+    Fault(f"{SOLVE}/solvers.py", "return max(int(leading), 1), int(known), residual",
+          "return min(int(leading) + 1, len(change)), int(known), residual", "one token too many committed", WORK),
+    Fault(f"{SOLVE}/solvers.py", "return max(int(leading), 1), int(known), residual", "return max(int(leading), 1), int(known), 0.0",
           "residual always 0", WORK),
     Fault(f"{SOLVE}/solvers.py", "return inputs + parallel_scan(slope, outputs - inputs)", "return outputs",
           "no acceleration", WORK),
@@ -101,4 +101,20 @@ FAULTS = [
           "a context reaches the leader alone", PARALLEL),
     Fault(f"{SOLVE}/solvers.py", "evaluate.agree(*decide(change, settings.tolerance, aged))",
           "decide(change, settings.tolerance, aged)", "each process decides by itself", WORK),
+    Fault(f"{SOLVE}/solvers.py", "known + math.ceil(size / REACH), ", "", "a span goes on after an unknown token", WORK),
+    Fault(f"{SOLVE}/solvers.py", "known = settled + max(sure, leading)", "known = settled + leading",
+          "what is known beyond the settled tokens is forgotten", WORK),
+    Fault(f"{SOLVE}/solvers.py", "current = a * z + b\n", "current = z\n", "shallow blocks start from noise alone", WORK),
+    Fault(f"{SOLVE}/sampling.py", "if block.index not in self._openings:", "if True:",
+          "the first token's map is computed again for each frame", WORK),
+    Fault(f"{SOLVE}/sampling.py", "rotary[:1])", "rotary[1:2])", "shallow blocks start as another token", WORK),
+    Fault(f"{SOLVE}/solvers.py", "tolerance=max(self.tolerance, ROUNDING * least)", "tolerance=self.tolerance",
+          "a tolerance below what bfloat16 resolves: no token settles", SOLVERS),
+    Fault(f"{SOLVE}/solvers.py", "shallow_tolerance=max(self.shallow_tolerance, least)",
+          "shallow_tolerance=self.shallow_tolerance", "the same in shallow blocks", SOLVERS),
+    Fault(f"{SOLVE}/solvers.py", "rows * FEW_SWEEPS <= WAITING", "True", "spans don't depend on the batch",
+          "tests/core/jobs/test_planner.py"),
+    Fault("starflow_core/jobs/planner.py", "STREAMED_SPAN if self.means.streamed else span_for",
+          "span_for if False else span_for", "streamed weights come for narrow spans",
+          "tests/core/jobs/test_planner.py"),
 ]  # fmt: skip
