@@ -287,8 +287,8 @@ class Sampler:
     def _opening(self, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift (1, 1, c) of a frame's first token, which reads no other: they are the weights' own."""
         if block.index not in self._openings:
-            rotary = self.flow.frame_rotary(self.grid, z.device)
-            self._openings[block.index] = self.flow.shallow_affine(block, z[:1, :1], rotary[:1])
+            nothing, rotary = z[:1, :0].to(self.flow.compute_dtype), self.flow.frame_rotary(self.grid, z.device)
+            self._openings[block.index] = block(nothing, rotary[:1], first=True)
             self.statistics.shallow_sweeps += 1
             self.statistics.shallow_evaluations += 1
         return self._openings[block.index]
