@@ -54,8 +54,9 @@ def iterate_chunks(
 ) -> tuple[Tensor, int, int]:
     """Invert a block for z (rows, L, c): its tokens, the sweeps, and the tokens evaluated in each row.
 
-    With `frame_tokens`, what comes after a video's first frame has chunks `growth` times as large. They start from the tokens one frame
-    earlier as far as these are known, which also take the place of the known token on the left in the first sweep.
+    With `frame_tokens`, what comes after a video's first frame has chunks `growth` times as large. They start from the
+    tokens one frame earlier as far as these are known, which also take the place of the known token on the left in the
+    first sweep.
     """
     x = z.clone()
     start = sweeps = evaluations = 0

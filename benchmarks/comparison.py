@@ -1,10 +1,11 @@
-"""The solvers' fronts of sweeps against token evaluations, at equal error: what one says about the other, and pictures."""
+"""The solvers' fronts of sweeps against token evaluations, at equal error: a table and a picture."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from statistics import median
 
 COSTS = ("sweeps", "evaluations", "cpu_seconds")
@@ -65,7 +66,7 @@ def evaluations_at(points: Sequence[Row], sweeps: float) -> float | None:
     """What a front takes in evaluations with so many sweeps (log against log); None with fewer than it can do with."""
     if sweeps < points[0].sweeps:
         return None
-    for few, many in zip(points, points[1:], strict=False):
+    for few, many in pairwise(points):
         if sweeps <= many.sweeps:
             share = math.log(sweeps / few.sweeps) / math.log(many.sweeps / few.sweeps)
             return _between(few.evaluations, many.evaluations, share)
@@ -137,11 +138,11 @@ def case_name(case: dict) -> str:
 def picture(cases: Sequence[dict], error: float = 2e-3) -> str:
     """An SVG: a column for each case, the deep block above the shallow ones; sweeps to the right, evaluations upwards,
     both for each token and on logarithmic axes. Each point is a chunk or a span."""
-    panels = [
-        f'<g transform="translate({MARGIN + x * (WIDE + MARGIN)},{40 + y * (HIGH + 70)})">{_panel(case, part, error)}</g>'
-        for x, case in enumerate(cases)
-        for y, part in enumerate(PARTS)
+    places = [
+        (MARGIN + x * (WIDE + MARGIN), 40 + y * (HIGH + 70)) for x in range(len(cases)) for y in range(len(PARTS))
     ]
+    drawn = [_panel(case, part, error) for case in cases for part in PARTS]
+    panels = [f'<g transform="translate({x},{y})">{panel}</g>' for (x, y), panel in zip(places, drawn, strict=True)]
     width, height = MARGIN + len(cases) * (WIDE + MARGIN), 40 + len(PARTS) * (HIGH + 70)
     keys = "".join(
         f'<circle cx="{MARGIN + 4 + 190 * i}" cy="10" r="4" fill="{colour}"/>'

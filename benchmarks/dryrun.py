@@ -31,7 +31,7 @@ from benchmarks.meter import Meter
 from benchmarks.solver import write_json
 from starflow_core.jobs import memory
 from starflow_core.jobs.context import Context
-from starflow_core.jobs.planner import STREAMED_SPAN, MemoryOptions, MemoryPlan, choose
+from starflow_core.jobs.planner import MemoryOptions, MemoryPlan, choose
 from starflow_core.jobs.tasks import Generation, Job, Means
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B, FlowConfig
 from starflow_core.model.flow import Flow
@@ -145,9 +145,8 @@ def run(job: DryJob) -> dict:
 
 def span_of(job: DryJob, plan: MemoryPlan) -> int:
     """Tokens that a sweep works on, but for the first frame's."""
-    if job.job.frames == 1:
-        return PRESETS["balanced"].image_span
-    return STREAMED_SPAN if plan.means.streamed else PRESETS["balanced"].span
+    solver = plan.fitted(job.job, CARD).solver
+    return solver.image_span if job.job.frames == 1 else solver.span
 
 
 def planned(job: DryJob) -> MemoryPlan:

@@ -1,16 +1,16 @@
-"""How fast the flow is inverted, at what error: plain block Jacobi, and ours, the deep block and the shallow ones apart.
+"""How fast the flow is inverted, at what error: plain block Jacobi, and ours, of deep and shallow blocks apart.
 
-    python -m benchmarks.solver [--model demo|demo-192|mid] [--kind image|video] [--seeds 5] [--guidance G] [--json PATH]
+    python -m benchmarks.solver [--model demo demo-192 mid] [--kind image video] [--seeds 5] [--json PATH]
     python -m benchmarks.solver --table benchmarks/results/solver-*.json
     python -m benchmarks.solver --picture docs/fronts.svg benchmarks/results/solver-*.json
 
 Larger chunks and spans take fewer sweeps and more token evaluations, so neither figure says anything alone: each solver
 runs over a range of them, and their fronts are compared. An error is the relative squared error of a part's tokens
 against the autoregressive answer: the deep block's from noise, the shallow blocks' from the deep block's exact tokens.
-All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an error: both
-solvers run over a range of thresholds, and what each needs for one and the same error is interpolated between these (log
-against log). The baseline's chunks are GROWTH times as large after a clip's first frame, as its authors' are, or equal.
-The solvers take turns on one thread, so that whatever else the machine does slows all of them.
+All figures are geometric means over the seeds, whose samples are made one at a time. A threshold is not an error:
+both solvers run over a range of thresholds, and what each needs for one and the same error is interpolated between
+these (log against log). The baseline's chunks are GROWTH times as large after a clip's first frame, as its
+authors' are, or equal. The solvers take turns on one thread, so that whatever else the machine does slows all of them.
 """
 
 from __future__ import annotations
@@ -40,10 +40,18 @@ from starflow_core.pipeline import load_pipeline
 from starflow_core.solve import noise as noises
 from starflow_core.solve.runs import DeepRun, block_run
 from starflow_core.solve.sampling import Sampler, sample
-from starflow_core.solve.solvers import AUTOREGRESSIVE, SolverSettings, Statistics, Window, solve_span, solve_tokens
+from starflow_core.solve.solvers import (
+    AUTOREGRESSIVE,
+    REACH,
+    SolverSettings,
+    Statistics,
+    Window,
+    solve_span,
+    solve_tokens,
+)
 from starflow_core.training.demo import clips
 
-SPANS = (4, 8, 16, 32, 64, 96, 128, 256)  # of ours
+SPANS = (4, 8, 16, 32, 64, 96, 128, 256, 512, 1024)  # of ours, of which far less is evaluated at first
 CHUNKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 256)  # of the baseline
 THRESHOLDS = tuple(0.9 * 10 ** (-digits / 2) for digits in range(15))
 ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
@@ -87,7 +95,7 @@ class Problem:
     def solvers(self) -> Iterator[tuple[str, str, list[int], Solve]]:
         """Part, name, tokens that are solved at once in the first frame and after it, and the solver."""
         tokens, frame = self.z.shape[1], self.grid.frame_tokens
-        for span in _distinct(SPANS, tokens):
+        for span in _distinct(SPANS, REACH * tokens):
             yield "deep", "ours", [span, span], partial(self._deep_ours, span)
         for chunk in _distinct(CHUNKS, tokens):
             for growth in (1, GROWTH) if self.grid.frames > 1 and chunk * GROWTH <= CHUNKS[-1] else (1,):
@@ -139,9 +147,7 @@ def measure(case: Case) -> dict:
         part, name, tokens, _ = solvers[0]
         exact = [problem.exact[part] for problem in problems]
         for threshold in THRESHOLDS:
-            found = [
-                _figures(solve, threshold, answer) for (*_, solve), answer in zip(solvers, exact, strict=True)
-            ]
+            found = [_figures(solve, threshold, answer) for (*_, solve), answer in zip(solvers, exact, strict=True)]
             rows.append(Row(part, name, tokens, threshold, *(_mean(values) for values in zip(*found, strict=True))))
             if rows[-1].error < min(ERRORS):
                 break
@@ -264,7 +270,9 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--json", type=Path, help="write all figures to this file")
     parser.add_argument("--table", type=Path, nargs="+", metavar="JSON", help="only print the table of these files")
-    parser.add_argument("--picture", type=Path, nargs="+", metavar="SVG JSON", help="only draw the fronts of these files")
+    parser.add_argument(
+        "--picture", type=Path, nargs="+", metavar="FILE", help="only draw, to an SVG, the fronts of JSON"
+    )
     arguments = parser.parse_args()
     if arguments.table:
         print(table(read_cases(arguments.table)))

@@ -40,8 +40,8 @@ class STARFlowJacobiSettings(io.ComfyNode):
             display_name="STARFlow Jacobi Settings",
             category=CATEGORY,
             **SEARCH,
-            description="How the flow is inverted: a preset, or numbers of your own. 0 leaves a number to the preset, a span "
-            "to what suits the device.",
+            description="How the flow is inverted: a preset, or numbers of your own. 0 leaves a number to the preset, "
+            "a span to what suits the device.",
             inputs=[
                 io.Combo.Input(
                     "preset",
@@ -63,7 +63,8 @@ class STARFlowJacobiSettings(io.ComfyNode):
                     default=OWN,
                     min=0,
                     max=4096,
-                    tooltip="Tokens solved at once in a clip's first frame, at most. Larger: fewer sweeps, but slower ones.",
+                    tooltip="Tokens solved at once in a clip's first frame, at most. Larger: fewer sweeps, but slower "
+                    "ones.",
                 ),
                 io.Int.Input(
                     "span",

@@ -391,7 +391,10 @@ def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
     group = command.add_argument_group("solver", "A preset sets all numbers; each can be overridden.")
     group.add_argument("--solver", choices=("jacobi", "autoregressive"), default="jacobi", help="(default: jacobi)")
     group.add_argument("--preset", choices=("fast", "balanced", "exact"), help=f"(default: {preset})")
-    group.add_argument("--image-span", type=whole, metavar="N", help="tokens solved at once in an image, at most (default: as suits the device)")
+    group.add_argument(
+        "--image-span", type=whole, metavar="N",
+        help="tokens solved at once in an image, at most (default: as suits the device)",
+    )  # fmt: skip
     group.add_argument("--first-span", type=whole, metavar="N", help="the same for the first frame of a clip")
     group.add_argument("--span", type=whole, metavar="N", help="the same for the frames after it")
     group.add_argument(

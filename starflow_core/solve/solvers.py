@@ -21,7 +21,7 @@ from ..model.schema import check_kinds
 
 SLOPE_LIMIT = 0.9  # keeps the secant step from growing along the scan
 UNKNOWN = 0.5  # a squared change of half the tokens' own size: next to nothing is known of the token yet
-ROUNDING = 50  # squared change that rounding alone keeps up in the deep block, in units of the compute type's eps squared
+ROUNDING = 50  # squared change that rounding alone keeps up in the deep block, in a compute type's eps squared
 REACH = 4  # a span goes on for a quarter of its length after the first token of which nothing is known
 SPANS = ("image_span", "first_span", "span")
 FEW_SWEEPS, FEW_EVALUATIONS = 96, 48  # spans that suit a sweep that waits for the weights, and one that computes

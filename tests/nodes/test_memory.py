@@ -201,9 +201,10 @@ def test_weights_in_8_bit_are_seen(demo):
 def test_weights_that_wait_in_main_memory_want_larger_spans(demo, core, room):
     """And the host is asked for all that the budget leaves out."""
     room(device=CARD, streamed=(True,), free=10**10)
-    job = core.job(height=32, width=48, frames=13)
-    own = replace(job, solver=job.solver.with_numbers(span=7))
-    for job, fixed_span, span in ((job, None, planner.STREAMED_SPAN), (job, 9, 9), (own, None, 7), (own, 9, 9)):
+    open_job = core.job(height=32, width=48, frames=13)
+    own = replace(open_job, solver=open_job.solver.with_numbers(span=7))
+    streamed = planner.STREAMED_SPAN
+    for job, fixed_span, span in ((open_job, None, streamed), (open_job, 9, 9), (own, None, 7), (own, 9, 9)):
         given = planner.HostedOptions(span=fixed_span)
         chosen, plan, _ = options.fitted(demo.model, job, options.Options(given))
         assert chosen.solver.span == span

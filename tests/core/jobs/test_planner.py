@@ -286,8 +286,12 @@ def test_streamed_weights_want_larger_spans():
 def test_spans_suit_the_device_and_the_rows():
     plan, card = MemoryPlan(Means(), Forecast(0, 0, 0), None), torch.device("cuda")
     guided = replace(JOB, guidance=2.0)
-    cases = ((CPU, JOB, FEW_EVALUATIONS), (card, replace(guided, batch=1), FEW_SWEEPS),
-             (card, replace(guided, batch=2), FEW_EVALUATIONS), (card, replace(JOB, batch=2, guidance=0.0), FEW_SWEEPS))  # fmt: skip
+    cases = (
+        (CPU, JOB, FEW_EVALUATIONS),
+        (card, replace(guided, batch=1), FEW_SWEEPS),
+        (card, replace(guided, batch=2), FEW_EVALUATIONS),
+        (card, replace(JOB, batch=2, guidance=0.0), FEW_SWEEPS),
+    )
     for device, job, span in cases:
         solver = plan.fitted(job, device).solver
         assert (solver.image_span, solver.first_span, solver.span) == (span,) * 3
