@@ -10,7 +10,7 @@ from statistics import median
 
 COSTS = ("sweeps", "evaluations", "cpu_seconds")
 PARTS = ("deep", "shallow")
-WIDE, HIGH, MARGIN = 230, 190, 42  # of a panel, in pixels
+COLUMNS, WIDE, HIGH, MARGIN, TOP, FOOT = 3, 250, 190, 42, 44, 70  # panels, their size and what is around, in pixels
 COLOURS = {"baseline": "#b35900", "ours": "#0060a8"}
 
 
@@ -136,19 +136,22 @@ def case_name(case: dict) -> str:
 
 
 def picture(cases: Sequence[dict], error: float = 2e-3) -> str:
-    """An SVG: a column for each case, the deep block above the shallow ones; sweeps to the right, evaluations upwards,
-    both for each token and on logarithmic axes. Each point is a chunk or a span."""
-    places = [
-        (MARGIN + x * (WIDE + MARGIN), 40 + y * (HIGH + 70)) for x in range(len(cases)) for y in range(len(PARTS))
-    ]
-    drawn = [_panel(case, part, error) for case in cases for part in PARTS]
-    panels = [f'<g transform="translate({x},{y})">{panel}</g>' for (x, y), panel in zip(places, drawn, strict=True)]
-    width, height = MARGIN + len(cases) * (WIDE + MARGIN), 40 + len(PARTS) * (HIGH + 70)
+    """An SVG: COLUMNS cases side by side, the deep block above the shallow ones; sweeps to the right, evaluations
+    upwards, both for each token and on logarithmic axes. Each point is a chunk or a span."""
+    panels = []
+    for i, case in enumerate(cases):
+        for j, part in enumerate(PARTS):
+            x, y = i % COLUMNS, i // COLUMNS * len(PARTS) + j
+            place = f"translate({MARGIN + x * (WIDE + MARGIN)},{TOP + y * (HIGH + FOOT)})"
+            panels.append(f'<g transform="{place}">{_panel(case, part, error)}</g>')
+    rows = math.ceil(len(cases) / COLUMNS) * len(PARTS)
+    width, height = MARGIN + min(len(cases), COLUMNS) * (WIDE + MARGIN), TOP + rows * (HIGH + FOOT)
     keys = "".join(
         f'<circle cx="{MARGIN + 4 + 190 * i}" cy="10" r="4" fill="{colour}"/>'
         f'<text x="{MARGIN + 14 + 190 * i}" y="14">{"plain block Jacobi" if name == "baseline" else "ours"}</text>'
         for i, (name, colour) in enumerate(COLOURS.items())
     )
+    keys += f'<text x="{MARGIN + 400}" y="14">upwards: evaluations a token</text>'
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
         f'font-size="11"><rect width="{width}" height="{height}" fill="white"/>{keys}{"".join(panels)}</svg>\n'
@@ -188,6 +191,6 @@ def _axis(values: Sequence[float], start: float, stop: float):
 
 def _ticks(values: Sequence[float]) -> list[float]:
     """Round numbers within a range of logarithms."""
-    numbers = (digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 5, 7))
+    numbers = (digit * 10**power for power in range(-4, 4) for digit in (1, 1.5, 2, 3, 4, 5, 7))
     found = [round(number, 6) for number in numbers if min(values) - 0.03 <= math.log10(number) <= max(values) + 0.03]
     return found[:: math.ceil(len(found) / 7)] if found else []
