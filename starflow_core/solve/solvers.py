@@ -325,12 +325,13 @@ def solve_frames(
         report(len(z) - len(going), residual)
         if not len(going) or residual != residual:
             break
-        going = going.to(z.device)
         current, active = output[going], active[going]
     return x
 
 
 def still_going(change: Tensor, tolerance: float) -> tuple[float, Tensor]:
-    """The residual, and the rows whose change (rows,) is not below the tolerance."""
-    change = change.cpu()  # a sweep's only question to the device
-    return float(change.max()), (~(change < tolerance)).nonzero()[:, 0]
+    """The residual, and the rows whose change (rows,) is not below the tolerance: a sweep's only question to the device,
+    where the rows stay."""
+    settled = (change < tolerance).float()
+    count, residual = torch.stack(((1 - settled).sum(), change.max())).tolist()
+    return residual, settled.argsort(stable=True)[: int(count)]
