@@ -388,7 +388,9 @@ def _add_input(command: argparse.ArgumentParser, described: str = "--prompt") ->
 
 
 def _add_solver(command: argparse.ArgumentParser, preset: str) -> None:
-    group = command.add_argument_group("solver", "A preset sets the tolerances, spans suit the device; each can be overridden.")
+    group = command.add_argument_group(
+        "solver", "Presets set tolerances, spans suit the device; each can be overridden."
+    )
     group.add_argument("--solver", choices=("jacobi", "autoregressive"), default="jacobi", help="(default: jacobi)")
     group.add_argument("--preset", choices=("fast", "balanced", "exact"), help=f"(default: {preset})")
     group.add_argument(

@@ -330,8 +330,8 @@ def solve_frames(
 
 
 def still_going(change: Tensor, tolerance: float) -> tuple[float, Tensor]:
-    """The residual, and the rows whose change (rows,) is not below the tolerance: a sweep's only question to the device,
-    where the rows stay."""
+    """The residual, and the rows whose change (rows,) is not below the tolerance, which stay on the device: a sweep's
+    only question to it."""
     settled = (change < tolerance).float()
     count, residual = torch.stack(((1 - settled).sum(), change.max())).tolist()
     return residual, settled.argsort(stable=True)[: int(count)]
