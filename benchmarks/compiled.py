@@ -22,8 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.comparison import COSTS
-from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
+from benchmarks.solver import CASES, COSTS, Case, machine, mid_case, relative_error, timed, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.placement import pick_device
 from starflow_core.solve.solvers import PRESETS

@@ -18,8 +18,7 @@ from statistics import geometric_mean
 
 import torch
 
-from benchmarks.comparison import COSTS
-from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
+from benchmarks.solver import CASES, COSTS, Case, machine, mid_case, relative_error, timed, write_json
 from starflow_core.model.config import STARFLOW_3B
 from starflow_core.model.flow import Flow
 from starflow_core.solve import noise as noises
