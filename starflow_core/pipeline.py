@@ -115,11 +115,11 @@ class Pipeline:
         OutOfMemoryForecast if the job or the text encoder can't be made to fit on the deep block's device."""
         captions, job = timed(captions, job)
         plan = self.plan_for(job, keep_text_encoder)
+        job = plan.fitted(job, self.placement.deep[0])
         team, kept = self.flow.team, {}
         if unfinished:
             file = Unfinished(unfinished, identity(self.flow, job, plan.means, captions, negative))
             kept = {"settled": file.load(), "on_window": file.save}
-        job = plan.fitted(job, self.placement.deep[0])
         text, uncond, cut = self.encode_text(captions, negative, job, keep_text_encoder)
         fallbacks = plan.fallbacks
         if team.mesh.count > 1:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from argparse import Namespace
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -23,7 +22,18 @@ from ..jobs.tasks import Means
 from ..media import VideoWriter, check_writable, read_video
 from .invert import Source
 from .progress import Meter, warn
-from .settings import Setup, check_tile, chosen, default_output, size_options, slug, solver, tell_plan, warn_of_cut
+from .settings import (
+    Setup,
+    check_tile,
+    chosen,
+    default_output,
+    size_options,
+    slug,
+    solver,
+    tell_plan,
+    used,
+    warn_of_cut,
+)
 
 BLACK = 0.1  # of 2: darker pixels of a mask stay, although a .jpg or .mp4 may have blurred its black
 
@@ -146,7 +156,7 @@ def _metadata(args: Namespace, source: Source, found: Filled, mask: Tensor) -> d
         "seed": args.seed,
         **{name: getattr(job, name) for name in ("guidance", "height", "width", "frames", "fps", "window", "keep")},
         "effective": [round(n, 2) for n in found.effective],
-        "solver": asdict(job.solver),
+        "solver": used(source.setup, job),
         **source.setup.named,
         "version": __version__,
     }

@@ -74,7 +74,9 @@ def make(args: Namespace, plan: Plan, pipeline: Pipeline, meter: Meter) -> Made:
         run = start(pipeline, captions, part, args.negative, control, keep_text_encoder=more, unfinished=unfinished)
         whole, started = run.sampler.done == run.layout.given, time.monotonic()
         write(pipeline, run, writers, sampling, plan.source, args.tile)
-        if whole and run.means == plan.memory.means and not plan.setup.compile:  # its first run says little
+        if (
+            whole and run.means == plan.memory.means and not plan.setup.compiles(plan.memory)
+        ):  # its first run says little
             plan.setup.pace(part, plan.memory).note(time.monotonic() - started)
         if unfinished:
             remove(path_of(unfinished))

@@ -6,7 +6,7 @@ import json
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,18 @@ from ..pipeline import Pipeline
 from ..weights.tensorfiles import check_target
 from .generate import report, write
 from .progress import Meter, warn
-from .settings import OUTPUTS, Setup, check_tile, chosen, default_output, size_options, solver, tell_plan, warn_of_cut
+from .settings import (
+    OUTPUTS,
+    Setup,
+    check_tile,
+    chosen,
+    default_output,
+    size_options,
+    solver,
+    tell_plan,
+    used,
+    warn_of_cut,
+)
 
 LIKELIHOOD = ("log_likelihood", "bits_per_dim")
 
@@ -139,7 +150,7 @@ def decode(args: Namespace) -> None:
         "task": "decode",
         **{name: getattr(job, name) for name in ("fps", "guidance", "denoise")},
         "noise": [*noise.made, f"prompt {noise.prompt!r}"],
-        "solver": asdict(job.solver),
+        "solver": used(setup, job),
         **setup.named,
         "version": __version__,
     }

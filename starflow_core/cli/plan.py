@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from ..model.config import FlowConfig
 from ..solve import noise
 from ..weights import INT8
 from .progress import warn
-from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver
+from .settings import Setup, check_tile, chosen, default_output, numbered, size_options, slug, solver, used
 from .together import check_parallel
 
 
@@ -199,7 +199,7 @@ def metadata(
         "window": frames.window,
         "keep": frames.keep,
         **changes(setup, job, frames, given.pixels["clip"] if args.join else None),
-        "solver": asdict(job.solver),
+        "solver": used(setup, job),
         **given.files,
         **({"joined": True, "frames": file_frames(setup, job, given.pixels["clip"])} if args.join else {}),
         **setup.named,

@@ -14,7 +14,7 @@ from ..control import Control
 from ..media import VideoWriter, check_writable
 from .invert import Source
 from .progress import Meter, warn
-from .settings import Setup, check_tile, default_output, slug, solver, warn_of_cut
+from .settings import Setup, check_tile, default_output, slug, solver, used, warn_of_cut
 
 
 def reprompt(args: Namespace) -> None:
@@ -54,7 +54,7 @@ def _metadata(args: Namespace, source: Source, wish: Wish, edited: Edited) -> di
         "candidate": edited.kept,
         "scores": edited.scores,
         "noise": list(edited.best.noise.made),
-        "solver": asdict(job.solver),
+        "solver": used(source.setup, job),
         **source.setup.named,
         "version": __version__,
     }

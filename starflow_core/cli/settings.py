@@ -6,7 +6,7 @@ import os
 import re
 import sys
 from argparse import Namespace
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from ..model.placement import Placement, default_dtype, pick_device
 from ..model.vae.tiles import LEAST_TILE
 from ..pipeline import Parts, Pipeline, find_parts
 from ..processes import own_device, started
-from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
+from ..solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings, span_for
 from ..weights import INT8
 from ..weights.tensorfiles import DTYPES
 from .progress import Meter, warn
@@ -137,6 +137,14 @@ def solver(args: Namespace) -> SolverSettings:
     if args.preset or any(value is not None for value in numbers.values()):
         raise InputError("the autoregressive solver has no settings; leave out --preset and its numbers")
     return AUTOREGRESSIVE
+
+
+def used(setup: Setup, job: Job) -> dict[str, Any]:
+    """The solver's settings as they are used, for metadata."""
+    if job.solver.method == "autoregressive":
+        return {"method": job.solver.method}
+    span = span_for(setup.device, job.batch * (2 if job.guidance else 1))
+    return asdict(job.solver.spanned(span).resolvable(setup.dtype))
 
 
 def size_options(args: Namespace) -> dict[str, Any]:

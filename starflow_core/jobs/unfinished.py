@@ -85,7 +85,7 @@ def identity(flow: Flow, job: Job, means: Means, captions: list[Timeline], negat
     named = {"prompt": [str(each) for each in captions], "negative": negative, "noise version": noise.VERSION}
     given = context and [context.task, context.hidden, context.noisy, _digest([context.latents])]
     numbers = {k: v for k, v in vars(job).items() if k not in ("context", "solver", "denoise")}
-    types = {"dtype": str(flow.compute_dtype), "cache": asdict(means.cache)}
+    types = {"dtype": str(flow.compute_dtype), "compiled": flow.compiled, "cache": asdict(means.cache)}
     values = {**named, **numbers, "solver": asdict(job.solver), "given frames": given, **types, "weights": _known(flow)}
     return json.loads(json.dumps(values))
 

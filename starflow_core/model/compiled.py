@@ -14,6 +14,7 @@ import importlib.util
 import os
 import platform
 import shutil
+import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -93,11 +94,14 @@ def swept(graph: Evaluate, block: Block, inputs: Tensor, rotary: Rotary, earlier
 
 
 def _run(graph: Evaluate, *inputs):
-    from torch._dynamo.exc import TorchDynamoException
+    from torch._dynamo import exc
 
     try:
         return graph(*inputs)
-    except TorchDynamoException as error:
+    except getattr(exc, "FailOnRecompileLimitHit", ()):  # more forms in a session than PyTorch keeps
+        warnings.warn(f"more than {FORMS} kinds of sweeps were compiled; the others aren't", stacklevel=2)
+        return evaluate(*inputs)
+    except exc.TorchDynamoException as error:
         reason = " ".join(str(error).split("\n")[:2])  # a page follows
         raise InputError(f"the flow could not be compiled here; leave that out ({reason})") from error
 

@@ -95,6 +95,7 @@ class Particles:
         self.noise = torch.cat([draws.draw(seed, 1, frames, shape) for seed in seeds[: self.particles]])
         further = [draws.draw(seed, 1, 1, shape) for seed in seeds[self.particles :]]
         self.first_noise = torch.cat((self.noise[:, :1], *further))  # of all rows, which later frames haven't
+        self.sampler = Sampler(flow, self.first_noise[:1], self.text, settings=self.settings, control=self.control)
         self.choice = torch.Generator().manual_seed((self.seed ^ CHOICE_STREAM) % 2**64)
         self.weights, self.counted = torch.zeros(self.rows), torch.zeros(self.rows)
         self.tokens = self.cells.new_zeros(self.rows, 0, *self.cells.shape[1:])  # of the frames that are done
@@ -202,9 +203,7 @@ class Particles:
 
     def _shallow(self, tokens: Tensor, index: int) -> Tensor:
         """Latents of a frame's deep tokens (rows, 1, N, c): one frame through the sampler's shallow blocks."""
-        blank = self.first_noise[: len(tokens)]
-        sampler = Sampler(self.flow, blank, self.text, settings=self.settings, control=self.control)
-        return sampler.through_shallow(tokens.to(self.placement.shallow), index)
+        return self.sampler.through_shallow(tokens.to(self.placement.shallow), index)
 
     def _before(self, index: int, u: Tensor) -> Tensor:
         """A frame's deep tokens behind the one before them, if the window has one."""

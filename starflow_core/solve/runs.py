@@ -181,7 +181,7 @@ class PromptedRun(DeepRun):
         self._read(extent.prompt)
         now = Window((tokens - was.b) / was.a, **place)
         with self._weighted(BRINGING):
-            settings = PRESETS["exact"].spanned(span_for(now.z.device, len(now.z))).resolvable(self.dtype)
+            settings = PRESETS["exact"].spanned(span_for(now.z.device, self.copies * len(now.z))).resolvable(self.dtype)
             for _, residual in solve_span(self, now, settings, Statistics()):
                 report(residual)
         return now.x.view_as(frames)

@@ -84,7 +84,8 @@ class Sampler:
         self.prompts = Prompts.of(text)
         self.context, self.control = context, control or Control()
         self.placement, self.cache = placement or Placement.on(self.prompts.texts.device), cache
-        span = span_for(self.placement.deep[0], len(noise) * (2 if guidance else 1))
+        rows = len(noise) * (2 if guidance else 1) // (len(self.placement.deep) * flow.team.mesh.guidance)
+        span = span_for(self.placement.deep[0], max(rows, 1))
         self.settings = settings.spanned(span).resolvable(flow.compute_dtype)
         self.grid = flow.grid(noise)
         self.frames = noise.shape[1]
@@ -187,7 +188,7 @@ class Sampler:
         for block in reversed(self.flow.shallow):
             z = block.ordered(tokens)[:, 0]
             affine = partial(self.flow.shallow_affine, block, rotary=rotary)
-            x = solve_frames(affine, z, self._opening(block, z), DRAFT, Statistics(), lambda done, residual: None)
+            x = solve_frames(affine, z, self._open(block, z), DRAFT, Statistics(), lambda done, residual: None)
             tokens = block.ordered(x.unsqueeze(1))
         return frame, self.flow.latents(tokens, self.grid)
 
@@ -285,13 +286,17 @@ class Sampler:
         return self.flow.latents(tokens, self.grid)
 
     def _opening(self, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
-        """Scale and shift (1, 1, c) of a frame's first token, which reads no other: they are the weights' own."""
+        """As `_open`, once for each block."""
         if block.index not in self._openings:
-            nothing, rotary = z[:1, :0].to(self.flow.compute_dtype), self.flow.frame_rotary(self.grid, z.device)
-            self._openings[block.index] = block(nothing, rotary[:1], first=True)
+            self._openings[block.index] = self._open(block, z)
             self.statistics.shallow_sweeps += 1
             self.statistics.shallow_evaluations += 1
         return self._openings[block.index]
+
+    def _open(self, block: Block, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift (1, 1, c) of a frame's first token, which reads no other: they are the weights' own."""
+        nothing, rotary = z[:1, :0].to(self.flow.compute_dtype), self.flow.frame_rotary(self.grid, z.device)
+        return block(nothing, rotary[:1], first=True)
 
     def _shallow_block(self, block: Block, z: Tensor) -> Tensor:
         """Invert one block of frames (rows, N, c), rows in any order."""

@@ -25,6 +25,7 @@ ROUNDING = 50  # squared change that rounding alone keeps up in the deep block, 
 REACH = 4  # a span goes on for a quarter of its length after the first token of which nothing is known
 SPANS = ("image_span", "first_span", "span")
 FEW_SWEEPS, FEW_EVALUATIONS = 96, 48  # spans that suit a sweep that waits for the weights, and one that computes
+COMPUTING = ("cpu", "mps")  # devices whose memory is fast for what they compute
 WAITING = 256  # tokens of all rows that an accelerator evaluates in about the time of one, while it reads the weights
 ABSORBED = 512  # known tokens that are run at once
 
@@ -71,8 +72,8 @@ class SolverSettings:
         return max(ABSORBED, *(getattr(self, name) or 0 for name in SPANS))
 
     def resolvable(self, dtype: torch.dtype) -> SolverSettings:
-        """The same settings with tolerances no smaller than a compute type allows: below, rounding moves every token a
-        little in every sweep, so that none settles, and nothing gets more accurate."""
+        """The same settings with tolerances no smaller than a compute type resolves: below, rounding moves every token
+        a little in every sweep, so that hardly any settles before `max_sweeps`, for little that is gained."""
         least = torch.finfo(dtype).eps ** 2
         return self.with_numbers(
             tolerance=max(self.tolerance, ROUNDING * least), shallow_tolerance=max(self.shallow_tolerance, least)
@@ -98,7 +99,7 @@ AUTOREGRESSIVE = SolverSettings(method="autoregressive")
 def span_for(device: torch.device, rows: int) -> int:
     """The span that suits a device and so many rows of the deep block: where a sweep of few tokens takes as long as one
     of many, since it waits for the weights, the one with few sweeps, else the one with few evaluations."""
-    waits = device.type != "cpu" and rows * FEW_SWEEPS <= WAITING
+    waits = device.type not in COMPUTING and rows * FEW_SWEEPS <= WAITING
     return FEW_SWEEPS if waits else FEW_EVALUATIONS
 
 
@@ -180,7 +181,8 @@ def solve_span(
     secant, sweep, first_sweeps = Secant(), 0, []  # of each token of the span, in which it was first evaluated
     while settled < window.length:
         size = settings.span_at(settled, window.frame_tokens, window.length)
-        stop = max(min(settled + size, known + math.ceil(size / REACH), window.length), entered)
+        beyond = max(math.ceil(size / REACH), 2)  # one would be autoregressive
+        stop = max(min(settled + size, known + beyond, window.length), entered)
         warm_start(window, entered, stop)
         first_sweeps += [sweep] * (stop - max(entered, settled))
         output, change = _sweep(evaluate, window, settled, stop)
@@ -308,8 +310,7 @@ def solve_frames(
 
     `affine(tokens)` gives a, b of whole rows. All tokens start from their noise and the `opening` a, b, which broadcast
     to them: the first token's, which is right at once, suit the others better than the noise alone, by a whole sweep in
-    the demo.
-    `report(rows done, residual)` is called every sweep.
+    the demo. `report(rows done, residual)` is called every sweep.
     """
     a, b = opening
     current = a * z + b
