@@ -417,7 +417,7 @@ def test_metadata_tells_how_to_make_it_again(run, given):
     found = read_metadata("a/")
     solver = found.pop("solver")
     assert solver == {
-        "image_span": 18, "first_span": 32, "span": 7, "tolerance": 0.01, "shallow_tolerance": 3e-4,
+        "image_span": 48, "first_span": 48, "span": 7, "tolerance": 3e-3, "shallow_tolerance": 3e-4,
         "max_sweeps": 64, "method": "jacobi",
     }  # fmt: skip
     assert found == {
