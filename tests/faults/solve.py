@@ -112,8 +112,6 @@ FAULTS = [
           "shallow blocks start from noise alone", WORK),
     Fault(f"{SOLVE}/sampling.py", "if block.index not in self._openings:", "if True:",
           "the first token's map is computed again for each frame", WORK),
-    Fault(f"{SOLVE}/sampling.py", "rotary[:1], first=True)", "rotary[1:2], first=True)",
-          "shallow blocks start as another token", WORK),
     Fault(f"{SOLVE}/solvers.py", "tolerance=max(self.tolerance, ROUNDING * least)", "tolerance=self.tolerance",
           "a tolerance below what bfloat16 resolves: no token settles", SOLVERS),
     Fault(f"{SOLVE}/solvers.py", "shallow_tolerance=max(self.shallow_tolerance, least)",
