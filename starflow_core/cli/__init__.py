@@ -9,7 +9,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import CodeType
 
 from ..errors import JobsFailed, StarflowError, ran_out
 from .arguments import parser
@@ -83,7 +82,7 @@ def _stoppable() -> Iterator[None]:
             kind = signal.SIGTERM
             signal.signal(kind, stop)
         told = threading.Event()
-        threading.Thread(target=_interrupt, args=(kind, told, dropped.__code__), daemon=True).start()
+        threading.Thread(target=_interrupt, args=(kind, told), daemon=True).start()
         told.set()
 
     before, hook = signal.signal(signal.SIGTERM, stop), sys.unraisablehook
@@ -95,25 +94,14 @@ def _stoppable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _interrupt(kind: signal.Signals, told: threading.Event, hook: CodeType) -> None:
-    """Send the main thread a signal soon after it was `told` and has left the `hook`, in which it would be dropped,
-    too; one that also ends its sleep, where the system can."""
+def _interrupt(kind: signal.Signals, told: threading.Event) -> None:
+    """Send the main thread a signal soon after it was `told`; one that also ends its sleep, where the system can."""
     told.wait()
     time.sleep(SOON)
-    while _is_in(hook):
-        time.sleep(SOON)
     if hasattr(signal, "pthread_kill"):
         signal.pthread_kill(threading.main_thread().ident, kind)
     else:
         signal.raise_signal(kind)
-
-
-def _is_in(code: CodeType) -> bool:
-    """Whether the main thread runs this code, or something that it called."""
-    frame = sys._current_frames().get(threading.main_thread().ident)
-    while frame and frame.f_code is not code:
-        frame = frame.f_back
-    return frame is not None
 
 
 def _fail(message: str) -> int:
