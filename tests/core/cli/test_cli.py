@@ -1388,7 +1388,11 @@ def test_a_stop_that_a_finaliser_swallows_is_sent_again(monkeypatch, capsys, tmp
         time.sleep(20)
 
     monkeypatch.setattr("starflow_core.cli.files.convert", work)
-    assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == code
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    try:
+        assert main(["convert", "a.pth", str(tmp_path / "b.safetensors")]) == code
+    finally:
+        signal.signal(signal.SIGINT, before)
     said = capsys.readouterr().err
     assert "Traceback" not in said
     assert "no partial files were left" in said
