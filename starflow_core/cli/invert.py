@@ -144,6 +144,8 @@ def decode(args: Namespace) -> None:
     job = noise.job(config, solver(args), **settings)
     output = args.output or default_output(Path(args.input).stem, job.frames)
     check_writable(output, job.frames)
+    plan = setup.plan(args, job)
+    job = plan.fitted(job, setup.device)
     values = {
         "prompt": noise.prompt if prompt is None else prompt,
         "negative": noise.negative,
@@ -155,7 +157,6 @@ def decode(args: Namespace) -> None:
         "version": __version__,
     }
     writer = VideoWriter(output, job.fps, values, args.quality)
-    plan = setup.plan(args, job)
     tell_plan(plan)
     with Meter() as meter:
         pipeline = setup.load(meter, plan)

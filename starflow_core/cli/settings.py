@@ -143,8 +143,7 @@ def used(setup: Setup, job: Job) -> dict[str, Any]:
     """The solver's settings as they are used, for metadata."""
     if job.solver.method == "autoregressive":
         return {"method": job.solver.method}
-    span = span_for(setup.device, job.batch * (2 if job.guidance else 1))
-    return asdict(job.solver.spanned(span).resolvable(setup.dtype))
+    return asdict(job.solver.spanned(span_for(setup.device, job.rows)).resolvable(setup.dtype))
 
 
 def size_options(args: Namespace) -> dict[str, Any]:

@@ -113,7 +113,7 @@ def cache_shape(config: FlowConfig, job: Job, mesh: Mesh = ONE) -> CacheShape:
     plan, prefix = layout(config, job), config.prompt.tokens
     frame_tokens = (job.height // config.cell) * (job.width // config.cell)
     slots = prefix + min(plan.window, plan.total) * frame_tokens
-    rows = job.batch * (2 if job.guidance else 1) // mesh.guidance
+    rows = job.rows // mesh.guidance
     heads = config.deep_width // config.head_dim // mesh.tensor
     widest = min(job.solver.widest, slots)
     return CacheShape(config.layers[-1], rows, heads, slots, config.head_dim, prefix, widest)

@@ -59,8 +59,7 @@ def _work(config: FlowConfig, job: Job) -> float:
     frame = math.prod(plan.shape[1:]) // config.patch_size**2
     seen = config.prompt.tokens + min(plan.window, plan.total) * frame / 2  # on average
     token = config.layers[-1] * config.deep_width * (24 * config.deep_width + 4 * seen)
-    rows = job.batch * (2 if job.guidance else 1)
-    return rows * (plan.total - plan.given) * frame * token
+    return job.rows * (plan.total - plan.given) * frame * token
 
 
 def _name(device: torch.device) -> str:

@@ -162,7 +162,7 @@ class MemoryPlan:
 
     def fitted(self, job: Job, device: torch.device) -> Job:
         """The job with spans that suit the means and the device, where its solver's settings leave them open."""
-        span = STREAMED_SPAN if self.means.streamed else span_for(device, job.batch * (2 if job.guidance else 1))
+        span = STREAMED_SPAN if self.means.streamed else span_for(device, job.rows)
         return replace(job, solver=job.solver.spanned(span))
 
     def __str__(self) -> str:

@@ -65,6 +65,11 @@ class Job:
     def task(self) -> str:
         return self.context.task if self.context else "text"
 
+    @property
+    def rows(self) -> int:
+        """Sequences of the deep block: the batch, under guidance twice."""
+        return self.batch * (2 if self.guidance else 1)
+
 
 @dataclass(frozen=True)
 class Means:

@@ -107,7 +107,7 @@ FAULTS = [
           "frames within a window are kept", TASKS),
     Fault(f"{JOBS}/planner.py", "needs = {MAIN: need.host} | {device: need.total}", "needs = {device: need.total}",
           "main memory isn't asked for", PLANNER),
-    Fault(f"{JOBS}/pace.py", "rows = job.batch * (2 if job.guidance else 1)", "rows = job.batch",
+    Fault(f"{JOBS}/pace.py", "job.rows * (plan.total", "job.batch * (plan.total",
           "guidance costs no time", "tests/core/jobs/test_pace.py"),
     Fault(f"{JOBS}/planner.py", "text_away=True)", "text_away=False)", "the text encoder stays", PLANNER),
     Fault(f"{JOBS}/tasks.py", "yield from self._piece(0, self.denoised(torch.cat(sampled, 1)), True)",

@@ -118,7 +118,7 @@ FAULTS = [
           "shallow_tolerance=self.shallow_tolerance", "the same in shallow blocks", SOLVERS),
     Fault(f"{SOLVE}/solvers.py", "rows * FEW_SWEEPS <= WAITING", "True", "spans don't depend on the batch",
           "tests/core/jobs/test_planner.py"),
-    Fault("starflow_core/jobs/planner.py", "STREAMED_SPAN if self.means.streamed else span_for",
-          "span_for if False else span_for", "streamed weights come for narrow spans",
+    Fault("starflow_core/jobs/planner.py", "STREAMED_SPAN if self.means.streamed else span_for(",
+          "span_for(", "streamed weights come for narrow spans",
           "tests/core/jobs/test_planner.py"),
 ]  # fmt: skip
