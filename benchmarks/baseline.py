@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from starflow_core.model.flow import Flow
+from starflow_core.model.flow import Flow, Grid
 from starflow_core.solve.runs import DeepRun, block_run
 from starflow_core.solve.solvers import Evaluate, Statistics
 
@@ -39,14 +39,20 @@ def sample_baseline(
     x, sweeps, evaluations = iterate_chunks(run, z.flatten(1, 2), settings, frame_tokens)
     statistics.deep_sweeps, statistics.deep_evaluations = sweeps, evaluations
     tokens = deep.ordered(x.unflatten(1, z.shape[1:3]))
-    rotary = flow.frame_rotary(grid, z.device)
+    latents, statistics.shallow_sweeps, statistics.shallow_evaluations = invert_shallow(flow, tokens, grid, settings)
+    return latents, statistics
+
+
+def invert_shallow(flow: Flow, tokens: Tensor, grid: Grid, settings: Baseline) -> tuple[Tensor, int, int]:
+    """Latents (B, T, C, H, W) of tokens (B, T, N, c) as the deep block leaves them, in row-major order; the sweeps, and
+    the tokens evaluated in all frames."""
+    rotary, sweeps, evaluations = flow.frame_rotary(grid, tokens.device), 0, 0
     for block in reversed(flow.shallow):
         z = block.ordered(tokens).flatten(0, 1)
-        x, sweeps, evaluations = iterate_chunks(block_run(flow, block, rotary, len(z)), z, settings)
-        statistics.shallow_sweeps += sweeps
-        statistics.shallow_evaluations += evaluations * len(z)
+        x, more, each = iterate_chunks(block_run(flow, block, rotary, len(z)), z, settings)
+        sweeps, evaluations = sweeps + more, evaluations + each * len(z)
         tokens = block.ordered(x.unflatten(0, tokens.shape[:2]))
-    return flow.latents(tokens, grid), statistics
+    return flow.latents(tokens, grid), sweeps, evaluations
 
 
 def iterate_chunks(

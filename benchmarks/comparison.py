@@ -83,9 +83,10 @@ def _between(a: float, b: float, share: float) -> float:
     return a ** (1 - share) * b**share
 
 
-def fronts(case: dict, part: str, error: float) -> dict[str, list[Row]]:
+def choices(case: dict, part: str, error: float) -> dict[str, list[Row]]:
+    """What each solver needs with each choice of its tokens."""
     rows = [row for row in (Row(**found) for found in case["at_equal_error"]) if (row.part, row.error) == (part, error)]
-    return {name: front(row for row in rows if row.solver == name) for name in COLOURS}
+    return {name: [row for row in rows if row.solver == name] for name in COLOURS}
 
 
 def table(cases: Sequence[dict]) -> str:
@@ -104,21 +105,18 @@ def table(cases: Sequence[dict]) -> str:
 
 
 def _cells(case: dict, part: str, error: float) -> list[str]:
-    both = fronts(case, part, error)
+    both = choices(case, part, error)
     ours, theirs = both["ours"], both["baseline"]
     if not ours or not theirs:
         return []
-    equal = gains(ours, theirs)
+    equal = gains(front(ours), front(theirs))
     span = "none of theirs has so few"
     if equal:
         few, most = min(equal), max(equal)
         span = _ratio(few) if len(equal) == 1 else f"{_ratio(few)} to {_ratio(most)} ({_ratio(median(equal))})"
-    rows = [Row(**row) for row in case["at_equal_error"] if (row["part"], row["error"]) == (part, error)]
-    least = {
-        (name, cost): min(getattr(row, cost) for row in rows if row.solver == name) for name in both for cost in COSTS
-    }
     order = ("evaluations", "sweeps", "cpu_seconds")
-    return [span, *(_ratio(least["baseline", cost] / least["ours", cost]) for cost in order)]
+    least = [[min(getattr(row, cost) for row in rows) for cost in order] for rows in (ours, theirs)]
+    return [span, *(_ratio(their / own) for own, their in zip(*least, strict=True))]
 
 
 def _ratio(value: float) -> str:
@@ -160,9 +158,9 @@ def picture(cases: Sequence[dict], error: float = 2e-3) -> str:
 
 def _panel(case: dict, part: str, error: float) -> str:
     frames, height, width = case["tokens"]
-    tokens, both = frames * height * width, fronts(case, part, error)
+    tokens, both = frames * height * width, choices(case, part, error)
     points = {
-        name: [(math.log10(row.sweeps / tokens), math.log10(row.evaluations / tokens)) for row in rows]
+        name: [(math.log10(row.sweeps / tokens), math.log10(row.evaluations / tokens)) for row in front(rows)]
         for name, rows in both.items()
     }
     xs, ys = zip(*(point for found in points.values() for point in found), strict=True)

@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.solver import CASES, COSTS, Case, machine, mid_case, relative_error, timed, write_json
+from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.placement import pick_device
 from starflow_core.solve.solvers import PRESETS
@@ -72,7 +72,7 @@ def measure(case: Case, device: torch.device) -> dict:
 def sampled(case: Case, flow: Flow, i: int, preset: str = "balanced") -> tuple[torch.Tensor, dict[str, float]]:
     one = slice(i, i + 1)
     latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, PRESETS[preset])
-    return latents.cpu(), dict(zip(COSTS, costs, strict=True))
+    return latents.cpu(), costs
 
 
 def text(found: dict) -> str:

@@ -18,7 +18,7 @@ from statistics import geometric_mean
 
 import torch
 
-from benchmarks.solver import CASES, COSTS, Case, machine, mid_case, relative_error, timed, write_json
+from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
 from starflow_core.model.config import STARFLOW_3B
 from starflow_core.model.flow import Flow
 from starflow_core.solve import noise as noises
@@ -88,7 +88,7 @@ def seeds(case: Case) -> range:
 def sampled(case: Case, flow: Flow, i: int, preset: str = "balanced") -> tuple[torch.Tensor, dict[str, float]]:
     one = slice(i, i + 1)
     latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, PRESETS[preset])
-    return latents, dict(zip(COSTS, costs, strict=True))
+    return latents, costs
 
 
 def mean_cost(costs: list[dict[str, float]], name: str) -> float:

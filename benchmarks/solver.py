@@ -27,18 +27,19 @@ from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 
-from benchmarks.baseline import GROWTH, Baseline, iterate_chunks
+from benchmarks.baseline import GROWTH, Baseline, invert_shallow, iterate_chunks
 from benchmarks.comparison import Row, at_errors, picture, table
 from starflow_core.model.config import FlowConfig, PromptFormat
 from starflow_core.model.flow import Flow
 from starflow_core.model.latent import LatentFormat
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve import noise as noises
-from starflow_core.solve.runs import DeepRun, block_run
+from starflow_core.solve.runs import DeepRun
 from starflow_core.solve.sampling import Sampler, sample
 from starflow_core.solve.solvers import (
     AUTOREGRESSIVE,
@@ -85,7 +86,7 @@ class Problem:
         self.run = DeepRun(self.flow, self.grid, self.text, case.uncond, case.guidance)
         block = self.flow.deep
         self.z = block.ordered(self.flow.tokens(self.noise)).flatten(1, 2)
-        window = self._window()
+        window = self.window()
         for _ in solve_tokens(self.run, window):
             pass
         self.deep = window.x
@@ -104,11 +105,11 @@ class Problem:
         for chunk in _distinct(CHUNKS, frame):
             yield "shallow", "baseline", [chunk, chunk], partial(self._shallow_baseline, chunk)
 
-    def _window(self) -> Window:
+    def window(self) -> Window:
         return Window(self.z, self.grid.frame_tokens, self.grid.width)
 
     def _deep_ours(self, span: int, threshold: float) -> tuple[Tensor, int, int]:
-        window, done = self._window(), Statistics()
+        window, done = self.window(), Statistics()
         for _ in solve_span(self.run, window, SolverSettings(tolerance=threshold).spanned(span), done):
             pass
         return window.x, done.deep_sweeps, done.deep_evaluations
@@ -123,14 +124,7 @@ class Problem:
         return latents, sampler.statistics.shallow_sweeps, sampler.statistics.shallow_evaluations
 
     def _shallow_baseline(self, chunk: int, threshold: float) -> tuple[Tensor, int, int]:
-        tokens, sweeps, evaluations = self.between, 0, 0
-        rotary = self.flow.frame_rotary(self.grid, tokens.device)
-        for block in reversed(self.flow.shallow):
-            z = block.ordered(tokens).flatten(0, 1)
-            x, more, each = iterate_chunks(block_run(self.flow, block, rotary, len(z)), z, Baseline(chunk, threshold))
-            sweeps, evaluations = sweeps + more, evaluations + each * len(z)
-            tokens = block.ordered(x.unflatten(0, tokens.shape[:2]))
-        return self.flow.latents(tokens, self.grid), sweeps, evaluations
+        return invert_shallow(self.flow, self.between, self.grid, Baseline(chunk, threshold))
 
 
 def _distinct(sizes: Sequence[int], tokens: int) -> list[int]:
@@ -148,7 +142,9 @@ def measure(case: Case) -> dict:
         exact = [problem.exact[part] for problem in problems]
         for threshold in THRESHOLDS:
             found = [_figures(solve, threshold, answer) for (*_, solve), answer in zip(solvers, exact, strict=True)]
-            rows.append(Row(part, name, tokens, threshold, *(_mean(values) for values in zip(*found, strict=True))))
+            rows.append(
+                Row(part, name, tokens, threshold, *(geometric_mean(values) for values in zip(*found, strict=True)))
+            )
             if rows[-1].error < min(ERRORS):
                 break
     grid = problems[0].grid
@@ -168,20 +164,16 @@ def _figures(solve: Solve, threshold: float, exact: Tensor) -> tuple[float, ...]
     return relative_error(tokens, exact), sweeps, evaluations, time.process_time() - began
 
 
-def _mean(values: Sequence[float]) -> float:
-    return math.exp(sum(map(math.log, values)) / len(values))
-
-
 @torch.no_grad()
 def timed(
     flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: SolverSettings
-) -> tuple[Tensor, list[float]]:
+) -> tuple[Tensor, dict[str, float]]:
     """Latents of a sample, and its `COSTS`."""
     wall, cpu = time.perf_counter(), time.process_time()
     out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
     spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
     costs = vars(out.statistics) | spent
-    return out.latents, [costs[name] for name in COSTS]
+    return out.latents, {name: costs[name] for name in COSTS}
 
 
 def relative_error(latents: Tensor, exact: Tensor) -> float:

@@ -14,9 +14,9 @@ from __future__ import annotations
 import argparse
 from contextlib import contextmanager
 from pathlib import Path
+from statistics import geometric_mean
 from unittest.mock import patch
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
@@ -74,7 +74,7 @@ def started(problem: Problem, error: float | None, found: list[Tensor]):
 
 def solved(problem: Problem, threshold: float) -> tuple[float, Statistics]:
     """The error that remains, and the work."""
-    window, done = problem._window(), Statistics()
+    window, done = problem.window(), Statistics()
     for _ in solve_span(problem.run, window, PRESETS["balanced"].with_numbers(tolerance=threshold).spanned(
         FEW_EVALUATIONS), done):  # fmt: skip
         pass
@@ -92,7 +92,7 @@ def oracle(problems: list[Problem], error: float | None) -> dict:
         count = len(found) * problems[0].z.shape[1]
         sweeps, evaluations = (sum(getattr(work, f"deep_{name}") for _, work in found) / count
                                for name in ("sweeps", "evaluations"))  # fmt: skip
-        remains = float(np.exp(np.mean([np.log(error) for error, _ in found])))
+        remains = geometric_mean(error for error, _ in found)
         rows.append(Row("deep", "ours", [], threshold, remains, sweeps, evaluations, 1.0))
         if remains < min(ERRORS):
             break
