@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.judge import Sight, look, verdict
-from benchmarks.solver import write_json
+from benchmarks.report import write_json
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips
 from starflow_core.weights.tensorfiles import DTYPES

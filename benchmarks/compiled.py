@@ -22,8 +22,8 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
-from starflow_core.model.flow import Flow
+from benchmarks.cases import CASES, Case, mid_case, relative_error, sampled
+from benchmarks.report import machine, write_json
 from starflow_core.model.placement import pick_device
 from starflow_core.solve.solvers import PRESETS
 
@@ -45,12 +45,16 @@ def measure(case: Case, device: torch.device) -> dict:
             torch._dynamo.reset()
             counters.clear()
             began = time.perf_counter()
-            sampled(case, fast, 0)
+            sampled(case, 0, PRESETS["balanced"], fast)
             firsts.append(time.perf_counter() - began)
     graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
-    sampled(case, case.flow, 0)
-    exact = [[sampled(case, flow, i, "exact")[0] for flow in (case.flow, fast)] for i in range(len(case.noise))]
-    costs = [[sampled(case, flow, i)[1] for flow in (case.flow, fast)] for i in range(len(case.noise))]
+    sampled(case, 0, PRESETS["balanced"])
+    exact = [
+        [sampled(case, i, PRESETS["exact"], flow)[0] for flow in (case.flow, fast)] for i in range(len(case.noise))
+    ]
+    costs = [
+        [sampled(case, i, PRESETS["balanced"], flow)[1] for flow in (case.flow, fast)] for i in range(len(case.noise))
+    ]
     ratios = {
         f"{name}_ratio": geometric_mean(fast[name] / slow[name] for slow, fast in costs)
         for name in ("cpu_seconds", "seconds")
@@ -67,12 +71,6 @@ def measure(case: Case, device: torch.device) -> dict:
         **ratios,
         "error": geometric_mean(relative_error(b, a) for a, b in exact),
     }
-
-
-def sampled(case: Case, flow: Flow, i: int, preset: str = "balanced") -> tuple[torch.Tensor, dict[str, float]]:
-    one = slice(i, i + 1)
-    latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, PRESETS[preset])
-    return latents.cpu(), costs
 
 
 def text(found: dict) -> str:

@@ -28,7 +28,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks.gpu import SD_VAE, WAN22, t5_settings
 from benchmarks.meter import Meter
-from benchmarks.solver import write_json
+from benchmarks.report import write_json
 from starflow_core.jobs import memory
 from starflow_core.jobs.context import Context
 from starflow_core.jobs.planner import MemoryOptions, MemoryPlan, choose

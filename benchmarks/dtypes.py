@@ -18,7 +18,8 @@ from statistics import geometric_mean
 
 import torch
 
-from benchmarks.solver import CASES, Case, machine, mid_case, relative_error, timed, write_json
+from benchmarks.cases import CASES, Case, mid_case, relative_error, sampled
+from benchmarks.report import machine, write_json
 from starflow_core.model.config import STARFLOW_3B
 from starflow_core.model.flow import Flow
 from starflow_core.solve import noise as noises
@@ -46,7 +47,7 @@ MODELS = {"demo": CASES["demo"], "mid": mid_case, "wide": wide_case}
 def measure(case: Case) -> dict:
     """Both types on one case, ready for JSON."""
     flows = {dtype: in_type(case.flow, dtype) for dtype in TYPES}
-    exact = {dtype: [sampled(case, flow, i, "exact") for i in seeds(case)] for dtype, flow in flows.items()}
+    exact = {dtype: [sampled(case, i, PRESETS["exact"], flow) for i in seeds(case)] for dtype, flow in flows.items()}
     whole, half = exact.values()
     error = geometric_mean(relative_error(b[0], a[0]) for a, b in zip(whole, half, strict=True))
     return {
@@ -63,11 +64,11 @@ def in_turn(case: Case, flows: dict[torch.dtype, Flow], threads: int) -> dict:
     """Seconds of float32, and bfloat16's divided by them."""
     torch.set_num_threads(threads)
     for flow in flows.values():
-        sampled(case, flow, 0)  # the first run prepares
+        sampled(case, 0, PRESETS["balanced"], flow)  # the first run prepares
     costs = {dtype: [] for dtype in flows}
     for i in seeds(case):
         for dtype, flow in flows.items():
-            costs[dtype].append(sampled(case, flow, i)[1])
+            costs[dtype].append(sampled(case, i, PRESETS["balanced"], flow)[1])
     found = {"threads": threads}
     for name in RATIOS:
         whole, half = (mean_cost(each, name) for each in costs.values())
@@ -83,12 +84,6 @@ def in_type(flow: Flow, dtype: torch.dtype) -> Flow:
 
 def seeds(case: Case) -> range:
     return range(len(case.noise))
-
-
-def sampled(case: Case, flow: Flow, i: int, preset: str = "balanced") -> tuple[torch.Tensor, dict[str, float]]:
-    one = slice(i, i + 1)
-    latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, PRESETS[preset])
-    return latents, costs
 
 
 def mean_cost(costs: list[dict[str, float]], name: str) -> float:

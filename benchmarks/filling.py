@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks.adherence import prompt, scenes
 from benchmarks.flow_features import FRAMES, NEAR, SEED, SIDE, drawn, said, way
 from benchmarks.judge import look, verdict
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from benchmarks.surprise import rate
 from starflow_core.applications.fill import PARTICLES, composite, fill
 from starflow_core.pipeline import Pipeline, load_pipeline

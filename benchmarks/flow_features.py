@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.adherence import prompt, scenes
 from benchmarks.judge import Sight, look, verdict
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from benchmarks.surprise import wilson
 from starflow_core.applications.inversion import decode_from_noise, encode_to_noise
 from starflow_core.applications.reprompt import Wish, reprompt

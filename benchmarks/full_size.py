@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from benchmarks.convert_memory import AnonymousPeak, memory
 from benchmarks.gpu import MODELS, SD_VAE, WAN22, constant, shrunk, spread, t5_settings
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from starflow_core import cli
 from starflow_core.cli import settings as cli_settings
 from starflow_core.cli.progress import Meter

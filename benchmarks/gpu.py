@@ -23,7 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.baseline import Baseline, iterate_chunks
-from benchmarks.solver import GAIN, machine, write_json
+from benchmarks.cases import GAIN
+from benchmarks.report import machine, write_json
 from starflow_core.jobs.build import default_job
 from starflow_core.jobs.tasks import Generation, Job
 from starflow_core.model.config import KNOWN_MODELS as MODELS

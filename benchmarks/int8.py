@@ -22,7 +22,8 @@ from statistics import mean
 import torch
 from torch import Tensor
 
-from benchmarks.solver import CASES, Case, demo_case, machine, relative_error, timed, write_json
+from benchmarks.cases import CASES, Case, demo_case, relative_error, sampled
+from benchmarks.report import machine, write_json
 from starflow_core.model.flow import Flow
 from starflow_core.model.int8 import Int8Linear
 from starflow_core.solve.solvers import AUTOREGRESSIVE, PRESETS, SolverSettings
@@ -101,12 +102,7 @@ def result(weights: str, case: Case, flow: Flow, exact: Tensor) -> Result:
 
 def samples(case: Case, flow: Flow, settings: SolverSettings) -> list[tuple[Tensor, dict[str, float]]]:
     """Latents and costs of each seed."""
-    found = []
-    for i in range(len(case.noise)):
-        one = slice(i, i + 1)
-        latents, costs = timed(flow, case.noise[one], case.text[one], case.uncond, case.guidance, settings)
-        found.append((latents, costs))
-    return found
+    return [sampled(case, seed, settings, flow) for seed in range(len(case.noise))]
 
 
 def text(found: dict) -> str:

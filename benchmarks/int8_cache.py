@@ -18,7 +18,8 @@ from unittest.mock import patch
 import torch
 from torch import Tensor
 
-from benchmarks.solver import Case, demo_case, machine, mid_case, relative_error, write_json
+from benchmarks.cases import Case, demo_case, mid_case, relative_error
+from benchmarks.report import machine, write_json
 from starflow_core.model import cache as caches
 from starflow_core.model.cache import RESIDENT, CacheSettings
 from starflow_core.solve.sampling import Sample, sample

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.solver import write_json
+from benchmarks.report import write_json
 from starflow_core.jobs.context import later_factors
 from starflow_core.model.latent import to_flow_space
 from starflow_core.pipeline import load_pipeline

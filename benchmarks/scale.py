@@ -35,7 +35,7 @@ from statistics import mean
 import torch
 
 from benchmarks.dryrun import SPAN, image, video
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from starflow_core.cli import main as starflow
 from starflow_core.jobs import memory
 from starflow_core.jobs.tasks import Means

@@ -17,14 +17,9 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
-import os
-import platform
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
-from datetime import datetime, timezone
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from statistics import geometric_mean
@@ -33,14 +28,11 @@ import torch
 from torch import Tensor
 
 from benchmarks.baseline import GROWTH, Baseline, invert_shallow, iterate_chunks
+from benchmarks.cases import CASES, Case, relative_error
 from benchmarks.comparison import Row, at_errors, picture, table
-from starflow_core.model.config import FlowConfig, PromptFormat
-from starflow_core.model.flow import Flow
-from starflow_core.model.latent import LatentFormat
-from starflow_core.pipeline import load_pipeline
-from starflow_core.solve import noise as noises
+from benchmarks.report import machine, write_json
 from starflow_core.solve.runs import DeepRun
-from starflow_core.solve.sampling import Sampler, sample
+from starflow_core.solve.sampling import Sampler
 from starflow_core.solve.solvers import (
     AUTOREGRESSIVE,
     REACH,
@@ -50,30 +42,13 @@ from starflow_core.solve.solvers import (
     solve_span,
     solve_tokens,
 )
-from starflow_core.training.demo import clips
 
 SPANS = (4, 8, 16, 32, 64, 96, 128, 256, 512, 1024)  # of ours, of which far less is evaluated at first
 CHUNKS = (4, 8, 16, 24, 32, 48, 64, 96, 128, 256)  # of the baseline
 THRESHOLDS = tuple(0.9 * 10 ** (-digits / 2) for digits in range(15))
 ERRORS = (2e-3, 1e-4)  # at which the solvers are compared
-LEAST_ERROR = 1e-14  # below what float32 resolves; an error of zero has no logarithm
-COSTS = ("deep_sweeps", "deep_evaluations", "shallow_sweeps", "shallow_evaluations", "cpu_seconds", "seconds")
-GAIN = 0.5  # of the output layers of the random model
 
 Solve = Callable[[float], tuple[Tensor, int, int]]  # a threshold -> tokens, sweeps, evaluations
-
-
-@dataclass(frozen=True)
-class Case:
-    """A flow, and one sample per seed: noise (S, T, C, H, W), text (S, L, D); uncond is (1, L, D)."""
-
-    model: str
-    kind: str
-    flow: Flow
-    noise: Tensor
-    text: Tensor
-    uncond: Tensor | None
-    guidance: float
 
 
 class Problem:
@@ -162,96 +137,6 @@ def _figures(solve: Solve, threshold: float, exact: Tensor) -> tuple[float, ...]
     began = time.process_time()
     tokens, sweeps, evaluations = solve(threshold)
     return relative_error(tokens, exact), sweeps, evaluations, time.process_time() - began
-
-
-@torch.no_grad()
-def timed(
-    flow: Flow, noise: Tensor, text: Tensor, uncond: Tensor | None, guidance: float, settings: SolverSettings
-) -> tuple[Tensor, dict[str, float]]:
-    """Latents of a sample, and its `COSTS`."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    out = sample(flow, noise, text, uncond, guidance=guidance, settings=settings)
-    spent = {"cpu_seconds": time.process_time() - cpu, "seconds": time.perf_counter() - wall}
-    costs = vars(out.statistics) | spent
-    return out.latents, {name: costs[name] for name in COSTS}
-
-
-def relative_error(latents: Tensor, exact: Tensor) -> float:
-    return max(float((latents - exact).square().sum() / exact.square().sum()), LEAST_ERROR)
-
-
-def demo_case(kind: str, seeds: int, guidance: float, side: int = 96, quantise: bool = False) -> Case:
-    """The bundled model and captions of its grammar: 33 frames of side x side, or a still.
-
-    `quantise` brings the weights of flow and text encoder to 8 bit. The model was trained at 96, where a frame has 36
-    tokens; with 192 it has 144.
-    """
-    pipeline = load_pipeline(device="cpu", quantise=quantise)
-    job = pipeline.job(height=side, width=side, frames=33 if kind == "video" else 1, guidance=guidance)
-    draw = random.Random(0)
-    captions = [clips.caption(clips.random_scene(draw, 96, 96, kind == "video"), draw) for _ in range(seeds)]
-    text, uncond, _ = pipeline.encode_text(captions, "", job)
-    latent = pipeline.config.latent
-    cells = (job.height // latent.spatial, job.width // latent.spatial)
-    noise = noises.draw(0, seeds, latent.latent_frames(job.frames), (latent.channels, *cells))
-    return Case(f"demo at {side} x {side}", kind, pipeline.flow, noise, text, uncond, guidance)
-
-
-def mid_case(kind: str, seeds: int, guidance: float) -> Case:
-    """A random flow over 5 frames (an image: 1) of 12 x 12 tokens."""
-    flow = random_flow(kind)
-    config, draw = flow.config, torch.Generator().manual_seed(1)
-    text = torch.randn(seeds + 1, config.prompt.tokens, config.text_dim, generator=draw)
-    noise = noises.draw(0, seeds, max(config.window, 1), (config.latent.channels, 12, 12))
-    return Case("random mid-size model", kind, flow, noise, text[1:], text[:1], guidance)
-
-
-CASES = {"demo": demo_case, "demo-192": partial(demo_case, side=192), "mid": mid_case}
-
-
-def random_flow(kind: str, gain: float = GAIN) -> Flow:
-    """Linear layers of unit gain, no biases; the output layers have `gain`, so that scale and shift depend on the
-    past moderately, as they do in a trained flow, and Jacobi contracts."""
-    config = FlowConfig(
-        name="mid-size random model",
-        kind=kind,
-        latent=LatentFormat(16, 16, 4) if kind == "video" else LatentFormat(16, 8),
-        prompt=PromptFormat(16),
-        layers=(2, 2, 8),
-        width=256,
-        deep_width=384,
-        text_dim=64,
-        rope_length=12,
-        noise_std=0.3,
-        rounding="exact",
-        window=5 if kind == "video" else 0,
-    )
-    flow, draw = Flow(config), torch.Generator().manual_seed(0)
-    for name, weight in flow.named_parameters():
-        if weight.ndim == 2:
-            scale = (gain if "proj_out" in name else 1.0) / math.sqrt(weight.shape[1])
-            weight.data = scale * torch.randn(weight.shape, generator=draw)
-        elif name.endswith("bias"):
-            weight.data.zero_()
-    return flow.eval().requires_grad_(False)
-
-
-def machine() -> dict[str, str | int]:
-    return {
-        "device": f"cpu, {platform.machine()}",
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
-
-
-def write_json(path: Path, report: dict) -> None:
-    part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=2) + "\n")
-    os.replace(part, path)
 
 
 def main() -> None:

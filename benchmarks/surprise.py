@@ -23,7 +23,7 @@ from torch import Tensor
 
 from benchmarks import adherence, changes
 from benchmarks.judge import look
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from starflow_core.applications.inversion import measure
 from starflow_core.applications.likelihood import JUDGED, choose_caption, judging_job
 from starflow_core.jobs.noises import inverted

@@ -21,8 +21,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from benchmarks.cases import CASES, relative_error
 from benchmarks.comparison import Row, at_errors
-from benchmarks.solver import CASES, ERRORS, THRESHOLDS, Problem, machine, relative_error, write_json
+from benchmarks.report import machine, write_json
+from benchmarks.solver import ERRORS, THRESHOLDS, Problem
 from starflow_core.solve import solvers
 from starflow_core.solve.solvers import FEW_EVALUATIONS, PRESETS, Statistics, solve_span
 

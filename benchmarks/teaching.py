@@ -21,7 +21,7 @@ import torch
 
 from benchmarks import adherence
 from benchmarks.judge import look, verdict
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from starflow_core.media import write_video
 from starflow_core.pipeline import Pipeline, load_pipeline
 from starflow_core.training.demo import clips

@@ -24,7 +24,7 @@ import torch
 from benchmarks.adherence import prompt, scenes
 from benchmarks.flow_features import changed, said
 from benchmarks.judge import look, verdict
-from benchmarks.solver import machine, write_json
+from benchmarks.report import machine, write_json
 from starflow_core.applications.fill import fill
 from starflow_core.jobs.tasks import layout
 from starflow_core.jobs.timeline import Timeline

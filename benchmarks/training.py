@@ -20,9 +20,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.cases import mid_case
 from benchmarks.dryrun import CARD, GIB, dry, materialise
 from benchmarks.meter import Meter
-from benchmarks.solver import machine, mid_case, write_json
+from benchmarks.report import machine, write_json
 from starflow_core.bundled import BUNDLED, FLOW_FILE
 from starflow_core.model.config import STARFLOW_3B, STARFLOW_V_7B, FlowConfig
 from starflow_core.model.flow import Flow

@@ -15,7 +15,7 @@ from statistics import median
 import torch
 from diffusers import AutoencoderKLWan
 
-from benchmarks.solver import write_json
+from benchmarks.report import write_json
 from starflow_core.bundled import BUNDLED, VAE_FILE
 from starflow_core.model.vae.codec import VAE
 from starflow_core.weights.vae import load_vae

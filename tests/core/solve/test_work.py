@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from benchmarks.solver import random_flow
+from benchmarks.cases import random_flow
 from starflow_core.pipeline import load_pipeline
 from starflow_core.solve import noise
 from starflow_core.solve.sampling import Sampler, sample
