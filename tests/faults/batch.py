@@ -5,7 +5,9 @@ from __future__ import annotations
 from . import Fault
 
 TESTS = "tests/core/cli/test_batch.py::"
-BATCH, FOLDERS, ROWS, WORKERS = (f"starflow_core/cli/{name}.py" for name in ("batch", "folders", "rows", "workers"))
+BATCH, FOLDERS, ROWS, WORKERS = (
+    f"starflow_core/cli/batch/{name}.py" for name in ("__init__", "folders", "rows", "workers")
+)
 
 FAULTS: list[Fault] = [
     # Rows

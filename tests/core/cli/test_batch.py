@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from starflow_core import pipeline
 from starflow_core.cli import generate, main
-from starflow_core.cli.folders import folder_of
+from starflow_core.cli.batch.folders import folder_of
 from starflow_core.jobs import memory
 from starflow_core.media import read_metadata, read_video, write_video
 from starflow_core.weights.lora import LoraFile

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from ..errors import InputError, JobsFailed
-from ..parts import replacing
-from ..processes import placed
-from ..training.processes import Processes
+from ...errors import InputError, JobsFailed
+from ...parts import replacing
+from ...processes import placed
+from ...training.processes import Processes
+from ..progress import warn
 from .folders import Folder, folder_of
-from .progress import warn
 from .rows import Models, Row, check_row, naming, read_rows
 from .workers import Outcome, Worker
 

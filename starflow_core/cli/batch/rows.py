@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
-from ..errors import InputError, OutOfMemoryForecast, StarflowError
-from ..jobs.planner import Free
-from .arguments import RowParser
+from ...errors import InputError, OutOfMemoryForecast, StarflowError
+from ...jobs.planner import Free
+from ..arguments import RowParser
+from ..plan import Plan
+from ..settings import Setup, slug, with_ending
 from .folders import Folder, read_text
-from .plan import Plan
-from .settings import Setup, slug, with_ending
 
 NOT_IN_ROWS = {
     "device": "each worker has its own; give --device to the command",

@@ -13,8 +13,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from types import ModuleType
 
-from ..errors import InputError, StarflowError
-from ..model.placement import pick_device
+from ...errors import InputError, StarflowError
+from ...model.placement import pick_device
 from .rows import Row
 from .workers import Outcome, Worker
 

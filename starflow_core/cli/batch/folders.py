@@ -13,10 +13,10 @@ from typing import Protocol
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
-from ..errors import InputError
-from ..media.failures import reason
-from ..media.targets import target_of
-from ..parts import clear_stale, remove
+from ...errors import InputError
+from ...media.failures import reason
+from ...media.targets import target_of
+from ...parts import clear_stale, remove
 
 
 class Folder(Protocol):

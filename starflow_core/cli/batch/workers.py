@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..errors import CheckpointError, NonFiniteError, StarflowError, ran_out
-from ..jobs.planner import MAIN, free_for
-from ..model.lora import Lora, attach, detach
-from ..pipeline import Parts, Pipeline
-from ..weights.lora import Chosen
-from . import OUT_OF_MEMORY_ADVICE
+from ...errors import CheckpointError, NonFiniteError, StarflowError, ran_out
+from ...jobs.planner import MAIN, free_for
+from ...model.lora import Lora, attach, detach
+from ...pipeline import Parts, Pipeline
+from ...weights.lora import Chosen
+from .. import OUT_OF_MEMORY_ADVICE
+from ..generate import make
+from ..plan import Plan
+from ..progress import Meter
 from .folders import folder_of
-from .generate import make
-from .plan import Plan
-from .progress import Meter
 from .rows import Models, Row
 
 LORAS_KEPT = 16  # in main memory
